@@ -1,0 +1,192 @@
+"""The definition of fastattn's functions in plain NumPy, and the oracle of its tests.
+
+Everything is computed in float64, one head at a time, with the whole score matrix in memory, and rounded
+once at the end. Input is assumed to be valid: the messages about bad input belong to `fastattn.attention`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["attention"]
+
+Array = NDArray[Any]
+
+
+def scaled_scores(query: Array, key: Array, scale: float) -> Array:
+    """Return q·k · scale for every pair of a query row and a key."""
+    return (query @ key.T) * scale
+
+
+def soft_capped(scores: Array, softcap: float | None) -> Array:
+    """Return the scores squeezed smoothly into (-softcap, softcap)."""
+    return scores if softcap is None else softcap * np.tanh(scores / softcap)
+
+
+def alibi(slope: float, position: Array, seqlen_k: int) -> Array:
+    """Return the penalty that grows linearly with the distance between a query's position and a key."""
+    return -slope * np.abs(position[:, None] - np.arange(seqlen_k))
+
+
+def visible_keys(
+    position: Array,
+    seqlen_k: int,
+    key_length: int,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+) -> Array:
+    """Return which keys each query row sees, by position alone."""
+    key_index = np.arange(seqlen_k)
+    distance = key_index - position[:, None]
+    left, right = window or (None, None)
+    visible = np.broadcast_to(key_index < key_length, distance.shape).copy()
+    if causal:
+        visible &= distance <= 0
+    if left is not None:
+        visible &= distance >= -left
+    if right is not None:
+        visible &= distance <= right
+    return visible
+
+
+def softmax(scores: Array, sink: float) -> tuple[Array, Array]:
+    """Return softmax over the keys, and the natural log of its denominator.
+
+    The sink is one more logit in the maximum and in the denominator. A row that has neither a key nor a
+    sink has weights 0 and lse -inf.
+    """
+    row_max = np.max(scores, axis=-1, keepdims=True, initial=sink)
+    shift = np.where(row_max == -np.inf, 0.0, row_max)
+    p = np.exp(scores - shift)
+    row_sum = p.sum(axis=-1, keepdims=True) + np.exp(sink - shift)
+    weights = p / np.where(row_sum == 0.0, 1.0, row_sum)
+    return weights, (shift + np.log(row_sum))[:, 0]
+
+
+def weighted_values(weights: Array, visible: Array, value: Array) -> Array:
+    """Return weights @ value, in which a key that a row does not see adds nothing, not even 0 · NaN."""
+    finite = np.isfinite(value)
+    out: Array = weights @ np.where(finite, value, 0.0)
+    for n in np.flatnonzero(~finite.all(axis=-1)):
+        seen = visible[:, n, None] & ~finite[n]
+        out += np.where(seen, weights[:, n, None] * value[n], 0.0)
+    return out
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """Multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``, in float64.
+
+    The parameters and results are those of `fastattn.attention`, where they are described in full.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., H, Sq, D)
+    key : array_like, shape (..., Hkv, Sk, D)
+    value : array_like, shape (..., Hkv, Sk, Dv)
+    scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, out
+        As in `fastattn.attention`.
+    return_lse, return_weights : bool
+        Whether to return the log-sum-exp of each row, and the attention weights.
+    num_threads : int, optional
+        Ignored.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, Sq, Dv)
+        In query's dtype, rounded once. With ``return_lse`` or ``return_weights`` a tuple
+        ``(out[, lse][, weights])``.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key = np.array([[1.0, 0.0]]), np.array([[4.0, 0.0], [0.0, 4.0]])
+    >>> value = np.array([[1.0], [0.0]])
+    >>> reference.attention(query, key, value).round(4)
+    array([[0.9442]])
+    >>> reference.attention(query, key, value, mask=[[False, True]])
+    array([[0.]])
+    """
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    single_head = query.ndim == 2
+    if single_head:
+        query, key, value = query[None], key[None], value[None]
+
+    num_heads, seqlen_q, head_dim = query.shape[-3:]
+    num_kv_heads, seqlen_k, head_dim_v = value.shape[-3:]
+    group = num_heads // num_kv_heads if num_kv_heads else 1
+    batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads = (*batch, num_heads)
+
+    def per_batch(array: Array) -> Array:
+        return np.broadcast_to(array, batch + array.shape[-3:])
+
+    def given(x: ArrayLike | None, default: ArrayLike, shape: tuple[int, ...]) -> Array:
+        return np.broadcast_to(np.asarray(default if x is None else x), shape)
+
+    query_, key_, value_ = per_batch(query), per_batch(key), per_batch(value)
+    mask_ = given(mask, True, (*heads, seqlen_q, seqlen_k))
+    bias_ = given(bias, 0.0, (*heads, seqlen_q, seqlen_k))
+    slopes = given(alibi_slopes, 0.0, heads)
+    sinks_ = given(sinks, -np.inf, (num_heads,))
+    lengths = given(key_lengths, seqlen_k, batch)
+    # By default the last query sees the last key.
+    offsets = given(query_offset, lengths.astype(np.int64) - seqlen_q, batch)
+    scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+
+    result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
+    lse = np.zeros((*heads, seqlen_q), np.float64 if query.dtype == np.float64 else np.float32)
+    weights = np.zeros((*heads, seqlen_q, seqlen_k), query.dtype) if return_weights else None
+    with np.errstate(all="ignore"):
+        for index in np.ndindex(*heads):
+            *b, h = index
+            kv_index = (*b, h // group)
+            position = np.arange(seqlen_q) + offsets[tuple(b)]
+            head_bias = bias_[index].astype(np.float64)
+
+            q, k, v = (x.astype(np.float64) for x in (query_[index], key_[kv_index], value_[kv_index]))
+            scores = soft_capped(scaled_scores(q, k, scale), softcap)
+            scores = scores + head_bias + alibi(float(slopes[index]), position, seqlen_k)
+            visible = visible_keys(position, seqlen_k, int(lengths[tuple(b)]), causal, window)
+            visible &= mask_[index] & (head_bias != -np.inf)
+            scores = np.where(visible, scores, -np.inf)
+
+            head_weights, lse[index] = softmax(scores, float(sinks_[h]))
+            result[index] = weighted_values(head_weights, scores != -np.inf, v)
+            if weights is not None:
+                weights[index] = head_weights
+
+    if single_head:
+        result, lse, weights = result[0], lse[0], None if weights is None else weights[0]
+    if out is not None:
+        np.copyto(out, result)
+        result = out
+    extras = [lse] * return_lse + [weights] * return_weights
+    return (result, *extras) if extras else result
