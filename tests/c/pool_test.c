@@ -1,0 +1,144 @@
+/* Drives the pool of threads alone, so that ThreadSanitizer sees its every access.
+ *
+ * Checks that each region's items are done exactly once, whoever calls and from wherever; that nested
+ * and simultaneous calls run inline; that a forked child has a working pool; and that scratch is each
+ * thread's own. Prints nothing and exits with 0 if all is well. */
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "threads.h"
+
+#define REQUIRE(condition)                                                                                     \
+    do {                                                                                                       \
+        if (!(condition)) {                                                                                    \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);                            \
+            abort();                                                                                           \
+        }                                                                                                      \
+    } while (0)
+
+enum { MAX_ITEMS = 500, MAX_THREADS = 8 };
+
+typedef struct {
+    atomic_int next, members;
+    int num_items;
+    int done[MAX_ITEMS]; /* plain ints: two writers of one would be a race */
+} region;
+
+static void take_items(void *argument, int member)
+{
+    region *r = argument;
+    REQUIRE(member >= 0 && member < MAX_THREADS);
+    atomic_fetch_add(&r->members, 1);
+    for (int i; (i = atomic_fetch_add(&r->next, 1)) < r->num_items;)
+        r->done[i]++;
+}
+
+static void run_region(int num_threads, int num_items)
+{
+    region r = {.num_items = num_items};
+    fa_parallel(num_threads, take_items, &r);
+    /* The workers' writes are visible here, or this is a race. */
+    for (int i = 0; i < num_items; i++)
+        REQUIRE(r.done[i] == 1);
+    REQUIRE(atomic_load(&r.members) >= 1 && atomic_load(&r.members) <= (num_threads > 1 ? num_threads : 1));
+}
+
+static void run_many_regions(void)
+{
+    for (int i = 0; i < 400; i++)
+        run_region(1 + i % MAX_THREADS, i % MAX_ITEMS);
+    /* Longer than the spin, so that both sides have gone to sleep. */
+    for (int i = 0; i < 20; i++) {
+        usleep(2000);
+        run_region(4, 100);
+    }
+}
+
+static void sleep_in_task(void *argument, int member)
+{
+    if (member > 0)
+        usleep(2000);
+    take_items(argument, member);
+}
+
+static void run_slow_workers(void)
+{
+    for (int i = 0; i < 20; i++) {
+        region r = {.num_items = 50};
+        fa_parallel(3, sleep_in_task, &r);
+        for (int n = 0; n < r.num_items; n++)
+            REQUIRE(r.done[n] == 1);
+    }
+}
+
+static void nest(void *argument, int member)
+{
+    (void)argument;
+    (void)member;
+    region inner = {.num_items = 10};
+    fa_parallel(4, take_items, &inner);
+    REQUIRE(atomic_load(&inner.members) == 1);
+    REQUIRE(inner.done[0] == 1 && inner.done[9] == 1);
+}
+
+static void *call_often(void *unused)
+{
+    for (int i = 0; i < 200; i++)
+        run_region(1 + i % 4, 64);
+    return unused;
+}
+
+static void run_simultaneous_callers(void)
+{
+    pthread_t callers[4];
+    for (int i = 0; i < 4; i++)
+        REQUIRE(pthread_create(&callers[i], NULL, call_often, NULL) == 0);
+    for (int i = 0; i < 4; i++)
+        REQUIRE(pthread_join(callers[i], NULL) == 0);
+}
+
+static void use_scratch(void *argument, int member)
+{
+    size_t bytes = *(size_t *)argument;
+    unsigned char *scratch = fa_thread_scratch(bytes);
+    REQUIRE(scratch && (uintptr_t)scratch % 64 == 0);
+    memset(scratch, member + 1, bytes);
+    usleep(200);
+    for (size_t i = 0; i < bytes; i++)
+        REQUIRE(scratch[i] == member + 1);
+    REQUIRE(fa_thread_scratch(bytes / 2) == (void *)scratch);
+}
+
+static void run_in_forked_child(void)
+{
+    pid_t child = fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+        alarm(20); /* a hang is a failure */
+        for (int i = 0; i < 50; i++)
+            run_region(4, 100);
+        _exit(0);
+    }
+    int status;
+    REQUIRE(waitpid(child, &status, 0) == child);
+    REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+int main(void)
+{
+    run_many_regions();
+    run_slow_workers();
+    fa_parallel(4, nest, NULL);
+    run_simultaneous_callers();
+    for (size_t bytes = 64; bytes <= 1 << 16; bytes *= 4)
+        fa_parallel(4, use_scratch, &bytes);
+    run_in_forked_child();
+    run_many_regions();
+    return 0;
+}

@@ -1,0 +1,176 @@
+"""What every test shares: the dtypes, random input, and a comparison with the reference whose tolerance is derived."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+import fastattn
+from fastattn import reference
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
+
+# (dtype of query and out, dtype of key and value)
+DTYPES = [(F32, F32), (F64, F64), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
+DTYPE_IDS = [q.name if q == kv else f"{q.name}-{kv.name}" for q, kv in DTYPES]
+
+# Half a unit in the last place at 1: the relative error of one rounding.
+UNIT = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}
+
+rng_seed = 20240607
+
+
+def make_rng(*seed):
+    return np.random.default_rng([rng_seed, *seed])
+
+
+def normal(rng, shape, dtype, scale=1.0):
+    return (rng.standard_normal(shape) * scale).astype(dtype)
+
+
+def qkv(rng, shape, dtypes=(F32, F32), head_dim_v=None):
+    """Return standard normal query, key, value for shape = (B, H, Hkv, Sq, Sk, D)."""
+    batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim = shape
+    query = normal(rng, (batch, heads, seqlen_q, head_dim), dtypes[0])
+    key = normal(rng, (batch, kv_heads, seqlen_k, head_dim), dtypes[1])
+    value = normal(rng, (batch, kv_heads, seqlen_k, head_dim if head_dim_v is None else head_dim_v), dtypes[1])
+    return query, key, value
+
+
+def _largest(x):
+    """The largest finite magnitude in x, 0 if there is none."""
+    x = np.abs(np.asarray(x).astype(np.float64))
+    return float(np.max(x, initial=0.0, where=np.isfinite(x)))
+
+
+def _largest_norm(x):
+    x = x.astype(np.float64)
+    return float(np.max(np.sqrt((x * x).sum(axis=-1)), initial=0.0))
+
+
+def score_error(query, key, *, scale=None, query_offset=None, bias=None, alibi_slopes=None, sinks=None, **_):
+    """Return a bound on the error of any score, s' - s, when it is computed with rounding unit u.
+
+    A dot product of D terms errs by at most D u Σ|q||k|, and Σ|q||k| <= ‖q‖‖k‖. Scaling, the cap, each sum,
+    the change to base 2 (two roundings) and the subtraction of the maximum (up to twice the magnitude) add a
+    few units of the magnitude: 16 covers them. The cap has slope <= 1, so it does not enlarge what it is given.
+    """
+    head_dim = query.shape[-1]
+    scale = 1.0 / np.sqrt(max(head_dim, 1)) if scale is None else scale
+    magnitude = abs(scale) * _largest_norm(query) * _largest_norm(key) + _largest(0 if bias is None else bias)
+    magnitude += _largest(0 if sinks is None else sinks)
+    if alibi_slopes is not None:
+        span = query.shape[-2] + key.shape[-2] + _largest(0 if query_offset is None else query_offset)
+        magnitude += _largest(alibi_slopes) * span
+    return (head_dim + 16) * magnitude
+
+
+def tolerances(query, key, value, **keywords):
+    """Return bounds on the errors of out, lse and weights.
+
+    With δ the error of a score, u the unit of the accumulator, u_p the unit p is rounded to before it meets V
+    (bfloat16 where the dot instruction takes it, else none):
+
+        p'   = p (1 + δ + 4u)            exp is good to a few units
+        w'   = w (1 + 2δ + (Sk + 16) u)  numerator and denominator; a sum of Sk terms and the rescales between blocks
+        out' = Σ w v, each term off by 2δ + (2 Sk + 32) u + 2 u_p relative, so in units of Σ w|v|; then one
+               rounding to out's dtype, or half its smallest subnormal.
+
+    Σ w|v| is the reference's own result for |v|. Bounds linear in δ hold while δ is well under 1.
+    """
+    out_dtype, kv_dtype = query.dtype, key.dtype
+    unit = UNIT[F64] if out_dtype == F64 else UNIT[F32]
+    # In float64 the reference errs as much as the kernel does.
+    sides = 2.0 if out_dtype == F64 else 1.0
+    unit_p = UNIT[BF16] if out_dtype == kv_dtype == BF16 else 0.0
+    seqlen_k = key.shape[-2]
+
+    delta = score_error(query, key, **keywords) * unit
+    assert delta < 0.1, "the linear bound does not hold for such scores; compare otherwise"
+    relative = sides * (2.2 * delta + (2 * seqlen_k + 32) * unit)
+
+    wide = {name: array.astype(np.float64) for name, array in (("query", query), ("key", key), ("value", value))}
+    wide["value"] = np.abs(np.where(np.isfinite(wide["value"]), wide["value"], 0.0))
+    keywords = {k: v for k, v in keywords.items() if k not in ("out", "return_lse", "return_weights", "num_threads")}
+    spread, lse, weights = reference.attention(**wide, **keywords, return_lse=True, return_weights=True)
+
+    subnormal = float(ml_dtypes.finfo(out_dtype).smallest_subnormal)
+    tiny = float(np.finfo(np.float64 if out_dtype == F64 else np.float32).tiny)
+    flushed = tiny * max(seqlen_k, 1)  # a p below the normal range may be lost
+    out_tol = (relative + 2 * unit_p + UNIT[out_dtype]) * spread + subnormal + flushed * _largest(wide["value"])
+    weights_tol = (relative + unit_p + UNIT[out_dtype]) * weights + subnormal + flushed
+    magnitude = np.abs(np.where(np.isfinite(lse), lse, 0.0))
+    lse_tol = sides * (1.1 * delta + (seqlen_k + 16) * unit + 4 * unit * magnitude)
+    return out_tol, lse_tol, weights_tol
+
+
+def assert_close(actual, expected, tolerance, what="out"):
+    """Assert |actual - expected| <= tolerance, and the same NaN and infinities in the same places."""
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+        # NaN compares false, so one on one side only is bad; so is an infinity.
+        close = same | ((np.abs(actual - expected) <= tolerance) & np.isfinite(expected))
+    if not close.all():
+        bad = np.argwhere(~close)
+        where = tuple(bad[0])
+        allowed = np.broadcast_to(tolerance, actual.shape)[where]
+        raise AssertionError(
+            f"{what}: {len(bad)} of {actual.size} differ; at {where} got {actual[where]!r}, expected "
+            f"{expected[where]!r}, difference {abs(actual[where] - expected[where]):.3g} > {allowed:.3g}"
+        )
+
+
+def check(query, key, value, **keywords):
+    """Call fastattn.attention and compare out, lse and weights with the reference; return them."""
+    keywords = {**keywords, "return_lse": True, "return_weights": True}
+    actual = fastattn.attention(query, key, value, **keywords)
+    keywords.pop("out", None)
+    expected = reference.attention(query, key, value, **keywords)
+    for a, e, tolerance, what in zip(
+        actual, expected, tolerances(query, key, value, **keywords), ("out", "lse", "weights"), strict=True
+    ):
+        assert_close(a, e, tolerance, what)
+    # Without weights the kernel may take another path; it is held to the same bound.
+    keywords["return_weights"] = False
+    out, lse = fastattn.attention(query, key, value, **keywords)
+    out_tol, lse_tol, _ = tolerances(query, key, value, **keywords)
+    assert_close(out, expected[0], out_tol, "out without weights")
+    assert_close(lse, expected[1], lse_tol, "lse without weights")
+    return actual
+
+
+def assert_same_bits(actual, expected, what="out"):
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    bits = np.dtype(f"u{actual.dtype.itemsize}")
+    a, e = np.ascontiguousarray(actual).view(bits), np.ascontiguousarray(expected).view(bits)
+    assert np.array_equal(a, e), f"{what}: {np.count_nonzero(a != e)} of {a.size} elements differ in their bits"
+
+
+def python(*arguments, timeout=120, **environment):
+    """Start Python on the same fastattn in a process of its own and return the finished process."""
+    tests = str(Path(__file__).parent)
+    path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+    # -P: the current directory may hold the source tree, which is not what is under test.
+    return subprocess.run(
+        [sys.executable, "-P", *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_script(source, timeout=120, **environment):
+    """Run source in a process of its own, assert that it succeeds, and return what it printed."""
+    done = python("-X", "faulthandler", "-c", source, timeout=timeout, **environment)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout

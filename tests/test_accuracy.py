@@ -1,0 +1,148 @@
+"""The accuracy promised, as numbers: against a wider oracle, beside the same formula in NumPy at that precision."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle import BF16, DTYPE_IDS, DTYPES, F16, F32, F64, UNIT, assert_close, make_rng, normal, qkv, tolerances
+
+import fastattn
+from fastattn import reference
+
+SHAPES = [(1, 4, 4, 128, 128, 64), (1, 2, 1, 65, 517, 128), (2, 4, 1, 1, 1000, 64), (1, 2, 2, 64, 300, 33)]
+
+
+def formula(query, key, value, dtype):
+    """What a careful user writes in NumPy; every operation rounds to dtype."""
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+    scale = np.array(1 / np.sqrt(query.shape[-1]), dtype)
+    scores = (query @ key.swapaxes(-1, -2)) * scale
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (p / p.sum(axis=-1, keepdims=True, dtype=dtype)) @ value
+
+
+def largest_error(actual, exact):
+    return float(np.max(np.abs(actual.astype(exact.dtype) - exact)))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_at_most_twice_that_of_numpy(shape, dtypes):
+    query, key, value = qkv(make_rng(*shape), shape, dtypes)
+    # longdouble has 64 significant bits on x86; where it is only a double, both sides of the bound say so.
+    wide = np.longdouble if dtypes[0] == F64 else np.float64
+    exact = formula(query, key, value, wide)
+    error = largest_error(fastattn.attention(query, key, value), exact)
+    bound = 2 * largest_error(formula(query, key, value, dtypes[0]), exact)
+    assert error <= bound, f"error {error:.3g}, twice NumPy's is {bound:.3g}"
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float64_is_good_to_about_1e_15(shape):
+    query, key, value = qkv(make_rng(*shape), shape, (F64, F64))
+    exact = formula(query, key, value, np.longdouble)
+    error = largest_error(fastattn.attention(query, key, value), exact)
+    assert error / float(np.max(np.abs(exact))) <= 2e-15
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float16_is_rounded_once(shape):
+    """Every element is within half a unit in its last place, and what float32 arithmetic adds."""
+    query, key, value = qkv(make_rng(*shape), shape, (F16, F16))
+    exact = formula(query, key, value, F64)
+    actual = fastattn.attention(query, key, value).astype(F64)
+    in_float32, _, _ = tolerances(*(x.astype(F32) for x in (query, key, value)))
+    half_unit = np.maximum(UNIT[F16] * np.abs(exact), 2.0**-25)  # 2**-24 is the smallest subnormal
+    assert np.all(np.abs(actual - exact) <= half_unit + in_float32)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_scores_that_rise_by_block(dtypes):
+    """The maximum moves in every block of keys, so all that was accumulated is rescaled each time."""
+    query, key, value = qkv(make_rng(), (1, 1, 1, 40, 400, 8), dtypes)
+    rise = np.repeat(np.arange(50.0), 8)
+    for bias in (rise, -rise, rise * (-1) ** np.arange(400)):
+        bias = bias.astype(F32)
+        exact, lse = reference.attention(query, key, value, bias=bias, return_lse=True)
+        out_tol, lse_tol, _ = tolerances(query, key, value, bias=bias)
+        actual, actual_lse = fastattn.attention(query, key, value, bias=bias, return_lse=True)
+        assert_close(actual, exact, out_tol)
+        assert_close(actual_lse, lse, lse_tol, "lse")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_huge_scores_pick_one_key(dtypes):
+    """Scores far beyond what exp can take: the largest one has weight exactly 1."""
+    # Their product, times four, stays within float32.
+    large_query = {F16: 2.0**15, F64: 2.0**500}.get(dtypes[0], 2.0**61)
+    large_key = {F16: 2.0**15, F64: 2.0**500}.get(dtypes[1], 2.0**63)
+    for sign in (1.0, -1.0):
+        for winner in (0, 63, 64, 99):
+            key = np.full((100, 4), -sign * large_key).astype(dtypes[1])
+            key[winner] = sign * large_key
+            query = np.full((20, 4), sign * large_query).astype(dtypes[0])
+            value = normal(make_rng(winner), (100, 6), dtypes[1])
+            out, lse, weights = fastattn.attention(query, key, value, scale=0.25, return_lse=True, return_weights=True)
+            np.testing.assert_array_equal(out, np.broadcast_to(value[winner].astype(dtypes[0]), out.shape))
+            np.testing.assert_array_equal(weights.argmax(axis=-1), winner)
+            np.testing.assert_array_equal(weights.astype(F64).sum(axis=-1), 1.0)
+            expected = float(query[0, 0]) * float(key[winner, 0])
+            # Four equal powers of two add exactly; the base changes twice, two roundings each.
+            np.testing.assert_allclose(lse.astype(F64), expected, rtol=8 * UNIT[lse.dtype])
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_very_negative_scores_do_not_underflow(dtypes):
+    query, key, value = qkv(make_rng(), (1, 2, 2, 9, 70, 8), dtypes)
+    bias = np.array(-30000.0, F32)
+    plain, lse = fastattn.attention(query, key, value, return_lse=True)
+    shifted, shifted_lse = fastattn.attention(query, key, value, bias=bias, return_lse=True)
+    out_tol, lse_tol, _ = tolerances(query, key, value, bias=bias)
+    assert_close(shifted, plain, 2 * out_tol)
+    np.testing.assert_array_less(np.abs((shifted_lse - bias) - lse), lse_tol * 2)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_tiny_scores_average_the_values(dtypes):
+    query, key, value = qkv(make_rng(), (1, 1, 1, 5, 64, 8), dtypes)
+    tiny = 1e-6 if dtypes[1] == F16 else 1e-25
+    query, key = (query.astype(F64) * tiny).astype(dtypes[0]), (key.astype(F64) * tiny).astype(dtypes[1])
+    out, lse = fastattn.attention(query, key, value, return_lse=True)
+    mean = value.astype(F64).mean(axis=-2, keepdims=True)
+    out_tol, _, _ = tolerances(query, key, value)
+    assert np.all(np.abs(out.astype(F64) - mean) <= out_tol)
+    np.testing.assert_allclose(lse, np.log(64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16], ids=lambda dtype: dtype.name)
+def test_denormals_are_kept(dtype):
+    """Nothing turns on flush-to-zero. The bfloat16 dot instruction does so by itself, hence its absence here."""
+    denormal = float(ml_dtypes.finfo(dtype).smallest_subnormal) * 8
+    value = np.full((2, 3), denormal, dtype)
+    out = fastattn.attention(np.zeros((1, 4), dtype), np.zeros((2, 4), dtype), value)
+    np.testing.assert_array_equal(out, value[:1])
+    assert np.array(2.0**-1070) / 2 > 0, "flush-to-zero is on for this thread after a call"
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_scale_zero_and_negative(dtypes):
+    query, key, value = qkv(make_rng(), (1, 2, 2, 5, 70, 16), dtypes)
+    out = fastattn.attention(query, key, value, scale=0.0).astype(F64)
+    out_tol, _, _ = tolerances(query, key, value, scale=0.0)
+    assert np.all(np.abs(out - value.astype(F64).mean(axis=-2, keepdims=True)) <= out_tol)
+    negative = fastattn.attention(query, key, value, scale=-0.3)
+    out_tol, _, _ = tolerances(query, key, value, scale=-0.3)
+    assert_close(negative, reference.attention(query, (-key).astype(key.dtype), value, scale=0.3), out_tol)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=lambda dtype: dtype.name)
+def test_half_output_overflows_to_infinity_only_past_its_range(dtype):
+    largest = float(ml_dtypes.finfo(dtype).max)
+    value = np.full((4, 2), largest).astype(dtype)
+    out = fastattn.attention(np.zeros((1, 4), dtype), np.zeros((4, 4), dtype), value)
+    np.testing.assert_array_equal(out.astype(F64), largest)

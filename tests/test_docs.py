@@ -1,0 +1,61 @@
+"""What the documentation says runs, and prints what it says it prints."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fastattn
+from fastattn import reference
+
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+README = Path(__file__).parent.parent / "README.md"
+
+PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__} | {"reference.attention": reference.attention}
+FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples_in_docstrings(name):
+    examples = doctest.DocTestFinder(recurse=False).find(FUNCTIONS[name], name, globs={})
+    assert sum(len(test.examples) for test in examples) > 0, f"{name} has no example"
+    for test in examples:
+        assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_follow_numpydoc(name):
+    documented = inspect.getdoc(FUNCTIONS[name])
+    sections = re.findall(r"^(\w[\w ]*)\n-+$", documented, re.MULTILINE)
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    assert "Examples" in sections
+    assert ("Parameters" in sections) == bool(parameters)
+    described = documented.split("Parameters\n---", 1)[-1]
+    for parameter in parameters:
+        assert re.search(rf"^(\w+, )*\**{parameter}\b", described, re.MULTILINE), f"{parameter} is not described"
+
+
+def test_attention_says_what_it_raises_and_where_it_comes_from():
+    documented = inspect.getdoc(fastattn.attention)
+    for section in ("Parameters", "Returns", "Raises", "References", "Examples"):
+        assert f"\n{section}\n---" in documented
+
+
+def test_the_reference_has_the_same_signature():
+    mine, its = (inspect.signature(f).parameters for f in (fastattn.attention, reference.attention))
+    assert [(p.name, p.kind, p.default) for p in mine.values()] == [(p.name, p.kind, p.default) for p in its.values()]
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_python_in_the_readme():
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        if ">>>" in block:
+            test = doctest.DocTestParser().get_doctest(block, namespace, "README.md", "README.md", 0)
+            assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+        else:
+            exec(compile(block, "README.md", "exec"), namespace)

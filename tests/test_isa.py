@@ -1,0 +1,49 @@
+"""Every instruction set that this CPU has runs the representative tests, on one thread and on two."""
+
+from pathlib import Path
+
+import pytest
+from oracle import python, run_script
+
+import fastattn
+
+CONFIG = fastattn.show_config(mode="dicts")
+
+
+def test_isas_are_listed_best_first():
+    order = ["avx512bf16", "avx512", "avx2", "neon", "baseline"]
+    assert CONFIG["isas"] == sorted(CONFIG["isas"], key=order.index)
+    assert CONFIG["isas"][-1] == "baseline"
+    assert CONFIG["isa"] in CONFIG["isas"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("isa", CONFIG["isas"])
+def test_representative_tests(isa, threads):
+    here = Path(__file__).parent
+    done = python(
+        *("-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(here.parent / "pyproject.toml")),
+        *("--hypothesis-profile", "each-isa", str(here)),
+        timeout=300,
+        FASTATTN_ISA=isa,
+        FASTATTN_NUM_THREADS=str(threads),
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("isa", CONFIG["isas"])
+def test_the_environment_chooses(isa):
+    source = "import fastattn; print(fastattn.show_config(mode='dicts')['isa'])"
+    assert run_script(source, FASTATTN_ISA=isa).strip() == isa
+
+
+@pytest.mark.parametrize("isa", ["pentium", "AVX-2", "avx2,avx512", "avx2" if "neon" in CONFIG["isas"] else "neon"])
+def test_an_unknown_or_unsupported_isa_is_refused(isa):
+    done = python("-c", "import fastattn", FASTATTN_ISA=isa)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "RuntimeError" in last
+    assert "FASTATTN_ISA" in last
+    assert isa in last
+    for name in CONFIG["isas"]:
+        assert name in last

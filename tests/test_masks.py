@@ -1,0 +1,269 @@
+"""What hides a key, in every way there is, hides it wholly: NaN and infinity behind it never show."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from oracle import BF16, DTYPE_IDS, DTYPES, F16, F32, F64, assert_close, check, make_rng, normal, qkv, tolerances
+from strategies import cases
+
+import fastattn
+from fastattn import reference
+
+each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+
+
+def compare(clean, planted, **keywords):
+    """Compare a call on planted arrays with the reference on them; the tolerance is that of the clean ones."""
+    actual = fastattn.attention(*planted, **keywords, return_lse=True, return_weights=True)
+    expected = reference.attention(*planted, **keywords, return_lse=True, return_weights=True)
+    for a, e, tolerance in zip(actual, expected, tolerances(*clean, **keywords), strict=True):
+        assert_close(a, e, tolerance)
+    plain = fastattn.attention(*planted, **keywords)
+    assert_close(plain, expected[0], tolerances(*clean, **keywords)[0], "out without weights")
+    return actual
+
+
+def hiding(way, seqlen_q, seqlen_k, hidden):
+    """Keywords that hide the given keys from every row, in one way."""
+    seen = ~np.isin(np.arange(seqlen_k), hidden)
+    return {
+        "mask": {"mask": seen},
+        "mask per row": {"mask": np.broadcast_to(seen, (1, 1, seqlen_q, seqlen_k)).copy()},
+        "bias": {"bias": np.where(seen, F32.type(0.5), F32.type(-np.inf))},
+        "bias per row": {"bias": np.broadcast_to(np.where(seen, 0.5, -np.inf), (seqlen_q, seqlen_k)).astype(F16)},
+    }[way]
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("way", ["mask", "mask per row", "bias", "bias per row"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_planted_under_masks(dtypes, way, bad):
+    hidden = [0, 3, 17, 63, 64, 90, 99]
+    for seqlen_q in (1, 4, 37):
+        clean = qkv(make_rng(seqlen_q), (2, 4, 2, seqlen_q, 100, 20), dtypes)
+        planted = [x.copy() for x in clean]
+        planted[1][..., hidden, :] = bad
+        planted[2][..., hidden, :] = bad
+        out, lse, weights = compare(clean, planted, **hiding(way, seqlen_q, 100, hidden))
+        assert np.isfinite(out.astype(F64)).all()
+        assert np.isfinite(lse).all()
+        assert (weights[..., hidden].astype(F64) == 0).all()
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_planted_past_key_lengths(dtypes, bad):
+    for seqlen_q in (1, 4, 37):
+        clean = qkv(make_rng(seqlen_q), (3, 4, 2, seqlen_q, 100, 20), dtypes)
+        lengths = np.array([65, 100, 1])
+        planted = [x.copy() for x in clean]
+        for b, length in enumerate(lengths):
+            planted[1][b, :, length:] = bad
+            planted[2][b, :, length:] = bad
+        out, _, _ = compare(clean, planted, key_lengths=lengths)
+        assert np.isfinite(out.astype(F64)).all()
+        compare(clean, planted, key_lengths=lengths, causal=True)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize(
+    "keywords", [{"causal": True}, {"window": (5, 2)}, {"window": (20, 0), "query_offset": 30}], ids=str
+)
+@pytest.mark.parametrize("planted_in", ["key", "value"])
+def test_some_rows_see_the_nan_and_some_do_not(dtypes, keywords, planted_in):
+    """A row on the seeing side is NaN; its neighbour in the same tile is untouched."""
+    clean = qkv(make_rng(), (1, 2, 1, 70, 70, 20), dtypes)
+    for n in (15, 16, 40, 64, 69):
+        planted = [x.copy() for x in clean]
+        planted[1 if planted_in == "key" else 2][0, 0, n, 3] = np.nan
+        out, _, _ = compare(clean, planted, **keywords)
+        nan_rows = np.isnan(out.astype(F64)).any(axis=-1)
+        assert nan_rows.any()
+        assert not nan_rows.all()
+
+
+@each_dtype
+def test_masked_per_row_with_infinite_values(dtypes):
+    """Different rows of one tile hide different keys; an infinite value reaches only rows that see it."""
+    rng = make_rng()
+    clean = qkv(rng, (1, 2, 2, 33, 66, 12), dtypes)
+    mask = rng.random((33, 66)) < 0.5
+    planted = [x.copy() for x in clean]
+    planted[2][..., 10, 4] = np.inf
+    planted[2][..., 50, 5] = -np.inf
+    planted[2][..., 65, 6] = np.nan
+    compare(clean, planted, mask=mask)
+
+
+@each_dtype
+def test_visible_nan_makes_the_row_nan(dtypes):
+    for seqlen_q in (1, 3, 40):
+        query, key, value = qkv(make_rng(), (1, 2, 2, seqlen_q, 70, 16), dtypes)
+        query[0, 1, seqlen_q - 1, 2] = np.nan
+        out, lse = fastattn.attention(query, key, value, return_lse=True)
+        nan_rows = np.isnan(out.astype(F64))
+        assert nan_rows[0, 1, -1].all()
+        assert np.isnan(lse[0, 1, -1])
+        assert nan_rows.sum() == out.shape[-1]
+
+
+@each_dtype
+def test_visible_infinite_score_makes_the_row_nan(dtypes):
+    """inf - inf in the softmax, as in NumPy."""
+    query, key, value = qkv(make_rng(), (1, 1, 1, 5, 70, 16), dtypes)
+    bias = np.zeros((5, 70), F32)
+    bias[2, 33] = np.inf
+    out = fastattn.attention(query, key, value, bias=bias).astype(F64)
+    assert np.isnan(out[0, 0, 2]).all()
+    assert np.isfinite(np.delete(out, 2, axis=2)).all()
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("sinks", [False, True])
+def test_fully_masked_rows(dtypes, sinks):
+    for seqlen_q in (1, 2, 50):
+        query, key, value = qkv(make_rng(), (2, 2, 1, seqlen_q, 70, 16), dtypes)
+        sink = np.array([0.5, -2.0], F32) if sinks else None
+        row = seqlen_q // 2
+        mask = np.ones((seqlen_q, 70), bool)
+        mask[row] = False
+        bias = np.where(mask, F32.type(0), F32.type(-np.inf))
+        for keywords in ({"mask": mask}, {"bias": bias}, {"window": (0, 0), "query_offset": 70 - row}):
+            out, lse, weights = check(query, key, value, sinks=sink, **keywords)
+            assert (out[..., row, :].astype(F64) == 0).all()
+            assert (weights[..., row, :].astype(F64) == 0).all()
+            expected = np.array(sink if sinks else -np.inf, F32)
+            np.testing.assert_array_equal(lse[..., row], np.broadcast_to(expected, lse[..., row].shape))
+
+
+@each_dtype
+def test_no_keys_at_all(dtypes):
+    query, key, value = qkv(make_rng(), (2, 2, 2, 5, 70, 16), dtypes)
+    for keywords in (
+        {"key_lengths": 0},
+        {"mask": np.zeros((), bool)},
+        {"bias": np.array(-np.inf, F32)},
+        {"causal": True, "query_offset": -70},
+        {"window": (3, 3), "query_offset": 1000},
+        {"window": (3, 3), "query_offset": -(2**40)},
+    ):
+        out, lse, _ = check(query, key, value, **keywords)
+        assert (out.astype(F64) == 0).all()
+        assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("sinks_dtype", [F16, BF16, F32, F64], ids=lambda dtype: dtype.name)
+def test_sinks_of_any_real_dtype(sinks_dtype):
+    query, key, value = qkv(make_rng(), (2, 4, 2, 9, 30, 16))
+    check(query, key, value, sinks=np.array([-1.0, 0.0, 2.0, 30.0], sinks_dtype))
+
+
+def test_sink_of_minus_infinity_is_none():
+    query, key, value = qkv(make_rng(), (1, 2, 2, 9, 30, 16))
+    sinks = np.array([-np.inf, 1.0], F32)
+    out = fastattn.attention(query, key, value, sinks=sinks)
+    out_tol, _, _ = tolerances(query, key, value)
+    assert_close(out[:, 0], reference.attention(query, key, value)[:, 0], out_tol[:, 0])
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_every_broadcast_of_mask_and_bias(dtypes):
+    """Any rank up to 4, and axes of size 1 anywhere, the last included."""
+    full = (2, 4, 21, 70)
+    rng = make_rng()
+    query, key, value = qkv(rng, (2, 4, 2, 21, 70, 12), dtypes)
+    shapes = {shape[4 - rank :] for rank in range(5) for shape in itertools.product(*((n, 1) for n in full))}
+    for shape in sorted(shapes):
+        check(query, key, value, mask=rng.random(shape) < 0.7)
+        check(query, key, value, bias=normal(rng, shape, F32))
+
+
+@pytest.mark.parametrize("bias_dtype", [F16, BF16, F32, F64], ids=lambda dtype: dtype.name)
+@each_dtype
+def test_bias_dtypes(dtypes, bias_dtype):
+    rng = make_rng()
+    query, key, value = qkv(rng, (2, 4, 2, 21, 70, 12), dtypes)
+    for shape in [(2, 1, 21, 70), (1, 4, 1, 70), (21, 1)]:
+        check(query, key, value, bias=normal(rng, shape, bias_dtype))
+
+
+@each_dtype
+def test_mask_and_bias_strides(dtypes):
+    rng = make_rng()
+    query, key, value = qkv(rng, (2, 4, 2, 21, 70, 12), dtypes)
+    mask, bias = rng.random((2, 4, 42, 140)) < 0.7, normal(rng, (2, 4, 42, 140), F32)
+    for take in (
+        lambda x: x[:, :, ::2, ::2],
+        lambda x: x[::-1, ::-1, 20::-1, 69::-1],
+        lambda x: np.ascontiguousarray(x[:, :, :21, :70].swapaxes(-1, -2)).swapaxes(-1, -2),
+        lambda x: np.broadcast_to(x[:, :, :1, :70], (2, 4, 21, 70)),
+        lambda x: np.broadcast_to(x[:1, :1, :21, :1], (2, 4, 21, 70)),
+    ):
+        check(query, key, value, mask=take(mask))
+        check(query, key, value, bias=take(bias))
+        check(query, key, value, mask=take(mask), bias=take(bias))
+
+
+@each_dtype
+def test_window_composes_with_everything(dtypes):
+    rng = make_rng()
+    query, key, value = qkv(rng, (2, 4, 2, 70, 90, 12), dtypes)
+    mask, bias = rng.random((70, 90)) < 0.7, normal(rng, (4, 1, 90), F32)
+    for window in [(0, 0), (7, 0), (0, 7), (None, 3), (16, None), (64, 64), (None, None), (1000, 1000), (2**62, 2**62)]:
+        check(query, key, value, window=window)
+        check(query, key, value, window=window, causal=True, mask=mask)
+        check(query, key, value, window=window, bias=bias, query_offset=np.array([-3, 50]), softcap=3.0)
+        check(query, key, value, window=window, key_lengths=np.array([90, 31]), causal=True)
+
+
+@each_dtype
+def test_alibi_shapes(dtypes):
+    rng = make_rng()
+    query, key, value = qkv(rng, (2, 4, 2, 20, 40, 12), dtypes)
+    slopes = 2.0 ** -np.arange(1.0, 9.0).reshape(2, 4)
+    for alibi_slopes in (slopes[0].astype(F32), slopes.astype(F32), slopes[:, :1], slopes[0].astype(F16)):
+        check(query, key, value, alibi_slopes=alibi_slopes)
+        check(query, key, value, alibi_slopes=alibi_slopes, query_offset=np.array([0, 100]), causal=True)
+
+
+def test_per_batch_arguments_of_every_shape():
+    query, key, value = qkv(make_rng(), (6, 2, 2, 5, 20, 8))
+    query, key, value = (x.reshape(2, 3, *x.shape[1:]) for x in (query, key, value))
+    lengths = np.array([[3, 20, 0], [7, 1, 19]])
+    for take in (lengths, lengths[0], lengths[:, :1], 7, np.int32(7), lengths.astype(np.uint8), lengths[:, ::-1]):
+        check(query, key, value, key_lengths=take)
+        check(query, key, value, query_offset=take, causal=True)
+        check(query, key, value, query_offset=take, key_lengths=take, causal=True)
+
+
+@settings(max_examples=100)
+@given(case=cases())
+def test_hidden_bits_never_matter(case):
+    """Whatever any call hides from every row may be NaN: the result keeps its bits."""
+    outcome = fastattn.attention(case.query, case.key, case.value, **case.keywords)
+    _, weights = reference.attention(
+        *(x.astype(F64) for x in (case.query, case.key, case.value)), **case.keywords, return_weights=True
+    )
+    if weights.size == 0:
+        return
+    group = case.query.shape[-3] // case.key.shape[-3] if case.query.ndim > 2 else 1
+    unseen = (weights == 0).all(axis=-2)  # (..., H, Sk)
+    if case.query.ndim > 2:
+        unseen = unseen.reshape(*unseen.shape[:-2], -1, group, unseen.shape[-1]).all(axis=-2)
+    planted = []
+    for x in (case.key, case.value):
+        # A key shared by several batches is hidden only if it is so from each of them.
+        extra = tuple(range(unseen.ndim - (x.ndim - 1)))
+        hidden = unseen.all(axis=extra)
+        shared = tuple(i for i, n in enumerate(x.shape[:-1]) if n == 1 and hidden.shape[i] > 1)
+        hidden = hidden.all(axis=shared, keepdims=True)
+        planted.append(np.where(hidden[..., None], np.array(np.nan, x.dtype), x))
+    again = fastattn.attention(case.query, *planted, **case.keywords)
+    np.testing.assert_array_equal(again, outcome)

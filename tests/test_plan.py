@@ -1,0 +1,73 @@
+"""plan says what a call would do, without doing it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from oracle import DTYPE_IDS, DTYPES, F32, F64, make_rng, qkv
+from strategies import cases
+
+import fastattn
+from fastattn import reference
+
+ISAS = ("avx512bf16", "avx512", "avx2", "baseline", "neon")
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", [(1, 2, 2, 300, 300, 64), (3, 8, 2, 1, 2000, 128), (0, 2, 2, 3, 4, 5)], ids=str)
+def test_fields(dtypes, shape):
+    plan = fastattn.plan(*qkv(make_rng(), shape, dtypes), num_threads=2)
+    assert plan.isa in ISAS
+    assert isinstance(plan.path, str)
+    assert plan.path
+    rows, keys = plan.tile
+    assert rows >= 1
+    assert keys >= 1
+    assert plan.items >= (1 if shape[0] else 0)
+    assert 1 <= plan.threads <= 2
+    assert 0 <= plan.scratch_bytes <= 2**20
+
+
+def test_frozen():
+    plan = fastattn.plan(*qkv(make_rng(), (1, 1, 1, 3, 4, 8)))
+    assert dataclasses.is_dataclass(plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.threads = 7
+
+
+@settings(max_examples=100)
+@given(case=cases(dtypes=((F64, F64),)))
+def test_flops_count_what_is_visible(case):
+    """Two flops a multiply-add, over D and Dv, for each score that the mask, causal, window and lengths leave."""
+    hiding = ("causal", "window", "query_offset", "key_lengths", "mask")
+    keywords = {k: v for k, v in case.keywords.items() if k in hiding}
+    _, weights = reference.attention(
+        # Equal scores, so that no visible weight underflows to 0.
+        np.zeros_like(case.query), np.zeros_like(case.key), case.value, **keywords, return_weights=True
+    )  # fmt: skip
+    expected = 2 * (case.query.shape[-1] + case.value.shape[-1]) * np.count_nonzero(weights)
+    assert fastattn.plan(case.query, case.key, case.value, **keywords).flops == expected
+
+
+def test_flops_of_a_plain_call():
+    query, key, value = qkv(make_rng(), (2, 4, 2, 5, 7, 8), head_dim_v=3)
+    assert fastattn.plan(query, key, value).flops == 2 * 4 * 5 * 7 * 2 * (8 + 3)
+
+
+def test_plan_is_quick_and_writes_nothing():
+    """A call on these shapes would take hours, and its result more memory than there is."""
+    row = np.broadcast_to(np.zeros((1, 64), F32), (64, 2**24, 64))
+    plan = fastattn.plan(row, row, row)
+    assert plan.flops == 64 * 2**48 * 2 * 128
+
+
+def test_partition_does_not_depend_on_threads():
+    arrays = qkv(make_rng(), (2, 8, 2, 100, 1000, 64))
+    one, two = (fastattn.plan(*arrays, num_threads=n) for n in (1, 2))
+    assert (one.items, one.tile, one.path) == (two.items, two.tile, two.path)
+    assert one.threads == 1
+
+
+def test_small_work_stays_on_one_thread():
+    assert fastattn.plan(*qkv(make_rng(), (1, 4, 4, 8, 8, 16)), num_threads=2).threads == 1

@@ -1,0 +1,293 @@
+"""Any number of threads, any company in the batch: the same bits. And the pool lives well with Python's own ways."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from oracle import DTYPE_IDS, DTYPES, F32, assert_close, assert_same_bits, make_rng, qkv, run_script, tolerances
+from strategies import cases
+
+import fastattn
+from fastattn import reference
+
+each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+
+# Tiles of queries, rows of groups, one long row split along its keys.
+SHAPES = [(2, 4, 4, 130, 200, 32), (3, 8, 2, 5, 700, 64), (2, 4, 1, 1, 5000, 64)]
+
+
+def call(query, key, value, **keywords):
+    return fastattn.attention(query, key, value, **keywords, return_lse=True, return_weights=True)
+
+
+def assert_same_results(actual, expected):
+    for a, e, what in zip(actual, expected, ("out", "lse", "weights"), strict=True):
+        assert_same_bits(a, e, what)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_for_any_number_of_threads(dtypes, shape):
+    arrays = qkv(make_rng(*shape), shape, dtypes)
+    for keywords in ({}, {"causal": True, "softcap": 5.0}):
+        one = call(*arrays, num_threads=1, **keywords)
+        plain = fastattn.attention(*arrays, num_threads=1, **keywords)
+        for num_threads in (2, 3, 5, 16):
+            assert_same_results(call(*arrays, num_threads=num_threads, **keywords), one)
+            assert_same_bits(fastattn.attention(*arrays, num_threads=num_threads, **keywords), plain)
+
+
+@settings(max_examples=80)
+@given(case=cases())
+def test_same_bits_for_any_number_of_threads_in_any_call(case):
+    case.keywords.pop("num_threads", None)
+    one, three = (call(case.query, case.key, case.value, **case.keywords, num_threads=n) for n in (1, 3))
+    assert_same_results(three, one)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_alone_and_in_a_batch(dtypes, shape):
+    query, key, value = qkv(make_rng(*shape), shape, dtypes)
+    lengths = np.array([shape[4] - 7 * b for b in range(shape[0])])
+    together = call(query, key, value, causal=True, key_lengths=lengths)
+    for b in range(shape[0]):
+        alone = call(query[b], key[b], value[b], causal=True, key_lengths=lengths[b])
+        assert_same_results(alone, [x[b] for x in together])
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_for_a_head_alone(dtypes, shape):
+    query, key, value = qkv(make_rng(*shape), shape, dtypes)
+    group = shape[1] // shape[2]
+    together = call(query, key, value)
+    for kv_head in range(shape[2]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        alone = call(query[:, heads], key[:, kv_head : kv_head + 1], value[:, kv_head : kv_head + 1])
+        assert_same_results(alone, [x[:, heads] for x in together])
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_whatever_lies_past_key_lengths(dtypes, shape):
+    """key_lengths is the same as slicing, and as other keys past the length."""
+    query, key, value = qkv(make_rng(*shape), shape, dtypes)
+    for length in (1, shape[4] // 3, shape[4] - 1):
+        by_length = call(query, key, value, causal=True, key_lengths=length)
+        sliced = call(query, key[:, :, :length], value[:, :, :length], causal=True)
+        assert_same_bits(by_length[0], sliced[0])
+        assert_same_bits(by_length[1], sliced[1], "lse")
+        assert_same_bits(np.ascontiguousarray(by_length[2][..., :length]), sliced[2], "weights")
+        other = [np.concatenate([x[:, :, :length], x[:, :, length:][:, :, ::-1]], axis=2) for x in (key, value)]
+        assert_same_results(call(query, *other, causal=True, key_lengths=length), by_length)
+
+
+@pytest.mark.isa
+@each_dtype
+def test_same_bits_for_a_causal_row_and_its_own_slice(dtypes):
+    """A row that sees keys up to its position gives what it gives when the later keys are not there."""
+    query, key, value = qkv(make_rng(), (1, 4, 2, 1, 300, 32), dtypes)
+    for position in (0, 1, 63, 64, 130, 298):
+        causal = fastattn.attention(query, key, value, causal=True, query_offset=position)
+        sliced = fastattn.attention(query, key[:, :, : position + 1], value[:, :, : position + 1])
+        assert_same_bits(causal, sliced)
+
+
+@each_dtype
+def test_several_python_threads(dtypes):
+    jobs = [qkv(make_rng(i), shape, dtypes) for i, shape in enumerate(SHAPES * 4)]
+    expected = [fastattn.attention(*job, causal=True) for job in jobs]
+    with ThreadPoolExecutor(6) as executor:
+        for _ in range(3):
+            results = list(executor.map(lambda job: fastattn.attention(*job, causal=True, num_threads=2), jobs))
+            for result, e in zip(results, expected, strict=True):
+                assert_same_bits(result, e)
+
+
+def long_call():
+    """Return arguments that keep one thread busy for about half a second or more."""
+    return tuple(np.broadcast_to(x, (1, 4, 6144, 64)) for x in qkv(make_rng(), (1, 4, 4, 1, 1, 64)))
+
+
+def test_gil_is_released():
+    arrays = long_call()
+    fastattn.attention(*arrays, num_threads=1)  # first touch of memory
+    stamps, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            stamps.append(time.perf_counter())
+            time.sleep(0.002)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    fastattn.attention(*arrays, num_threads=1)
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    during = sum(begin < stamp < end for stamp in stamps)
+    # With the GIL held there would be none but the first and last; an idle machine gives one each 2 ms.
+    assert during >= (end - begin) / 0.050
+
+
+INTERRUPTED = """
+import time, numpy as np, fastattn
+from fastattn import reference
+row = np.broadcast_to(np.ones((1, 1, 1, 64), np.float32), (1, 16, 32768, 64))
+out = np.empty(row.shape, np.float32)
+print("started", flush=True)
+try:
+    fastattn.attention(row, row, row, out=out, num_threads={threads})
+except KeyboardInterrupt:
+    print("interrupted", time.monotonic(), flush=True)
+x = np.random.default_rng(0).standard_normal((2, 2, 100, 64)).astype(np.float32)
+error = abs(fastattn.attention(x, x, x, num_threads=2) - reference.attention(x, x, x)).max()
+print("usable", error < 1e-5, flush=True)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c(threads):
+    """16 heads of 32768 by 32768 take many seconds; Ctrl-C ends them within half a second."""
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", INTERRUPTED.format(threads=threads)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "started\n"
+        time.sleep(0.7)
+        sent = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        printed, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[0] for line in lines] == ["interrupted", "usable"], "the call ended before the signal, or never"
+    assert float(lines[0][1]) - sent < 0.5  # one clock for both processes
+    assert lines[1][1] == "True"
+
+
+def test_python_signal_handler_runs_during_a_call():
+    """A handler that returns lets the call go on to its right result."""
+    arrays = long_call()
+    expected = fastattn.attention(*arrays)
+    ran = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: ran.append(time.perf_counter()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        begin = time.perf_counter()
+        result = fastattn.attention(*arrays, num_threads=1)
+        end = time.perf_counter()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert_same_bits(result, expected)
+    assert any(begin < moment < end - 0.01 for moment in ran)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_works_with_threads():
+    printed = run_script(
+        """
+import os, signal, warnings, numpy as np, fastattn
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of any fork with threads
+x = np.random.default_rng(0).standard_normal((4, 4, 300, 64)).astype(np.float32)
+expected = fastattn.attention(x, x, x, num_threads=2)
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = all(np.array_equal(fastattn.attention(x, x, x, num_threads=2), expected) for _ in range(20))
+        grandchild = os.fork()
+        if grandchild == 0:
+            os._exit(0 if np.array_equal(fastattn.attention(x, x, x, num_threads=3), expected) else 1)
+        same &= os.waitpid(grandchild, 0)[1] == 0
+        os._exit(0 if same else 1)
+    assert np.array_equal(fastattn.attention(x, x, x, num_threads=2), expected)
+    assert os.waitpid(child, 0)[1] == 0
+print("done")
+"""
+    )
+    assert printed == "done\n"
+
+
+def test_exit_with_idle_workers_is_quick():
+    begin = time.monotonic()
+    run_script(
+        "import numpy as np, fastattn\n"
+        "x = np.ones((4, 4, 300, 64), np.float32)\n"
+        "fastattn.attention(x, x, x, num_threads=4)\n"
+    )
+    assert time.monotonic() - begin < 10
+
+
+def printed_num_threads(before="", **environment):
+    return int(run_script(f"{before}\nimport fastattn; print(fastattn.get_num_threads())", **environment))
+
+
+def test_number_of_threads_from_the_environment():
+    assert printed_num_threads(FASTATTN_NUM_THREADS="3") == 3
+    assert printed_num_threads(FASTATTN_NUM_THREADS="", OMP_NUM_THREADS="5") == 5
+    assert printed_num_threads(FASTATTN_NUM_THREADS="3", OMP_NUM_THREADS="5") == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_number_of_threads_follows_the_affinity():
+    one_cpu = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
+    assert printed_num_threads(one_cpu, FASTATTN_NUM_THREADS="", OMP_NUM_THREADS="") == 1
+    cpus = len(os.sched_getaffinity(0))
+    assert 1 <= printed_num_threads(FASTATTN_NUM_THREADS="", OMP_NUM_THREADS="") <= cpus
+
+
+def test_set_num_threads():
+    before = fastattn.get_num_threads()
+    arrays = qkv(make_rng(), (4, 8, 8, 256, 256, 64))
+    try:
+        for n in (1, 2, 3):
+            fastattn.set_num_threads(n)
+            assert fastattn.get_num_threads() == n
+            assert fastattn.plan(*arrays).threads <= n
+            assert_close(fastattn.attention(*arrays), reference.attention(*arrays), tolerances(*arrays)[0])
+        fastattn.set_num_threads(1)
+        assert fastattn.plan(*arrays, num_threads=2).threads == 2, "the argument comes first"
+        for bad, exception in (
+            (0, ValueError),
+            (-1, ValueError),
+            (1.5, TypeError),
+            ("2", TypeError),
+            (None, TypeError),
+        ):
+            with pytest.raises(exception):
+                fastattn.set_num_threads(bad)
+            assert fastattn.get_num_threads() == 1
+    finally:
+        fastattn.set_num_threads(before)
+
+
+def test_threadpoolctl_sees_and_limits():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    (mine,) = [info for info in threadpoolctl.threadpool_info() if info["user_api"] == "fastattn"]
+    assert mine["num_threads"] == fastattn.get_num_threads()
+    before = fastattn.get_num_threads()
+    with threadpoolctl.threadpool_limits(limits=1, user_api="fastattn"):
+        assert fastattn.get_num_threads() == 1
+    assert fastattn.get_num_threads() == before
+
+
+def test_more_threads_than_work():
+    query, key, value = (x.astype(F32) for x in qkv(make_rng(), (1, 1, 1, 2, 3, 4)))
+    assert_same_bits(
+        fastattn.attention(query, key, value, num_threads=10_000), fastattn.attention(query, key, value, num_threads=1)
+    )
