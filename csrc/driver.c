@@ -1,0 +1,78 @@
+/* From a problem to its kernel: select, plan, run the items on the pool. */
+#define _GNU_SOURCE
+#include <stdatomic.h>
+#include <time.h>
+
+#include "dispatch.h"
+#include "plan.h"
+#include "threads.h"
+
+#define INTERRUPT_POLL_NANOSECONDS 50000000
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+typedef struct {
+    fa_run run;
+    const fa_kernel *kernel;
+    const fa_partition *partition;
+    int64_t num_items;
+    _Atomic int64_t next_item;
+    void *caller_scratch;
+    int64_t next_poll;
+} forward_job;
+
+bool fa_should_stop(fa_run *run, bool is_caller)
+{
+    forward_job *job = (forward_job *)run; /* `run` is its first member */
+    if (is_caller && run->problem->interrupted) {
+        int64_t now = nanoseconds();
+        if (now >= job->next_poll) {
+            job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
+            if (run->problem->interrupted())
+                atomic_store(&run->stop, true);
+        }
+    }
+    return atomic_load_explicit(&run->stop, memory_order_relaxed);
+}
+
+static void forward_items(void *argument, int member)
+{
+    forward_job *job = argument;
+    bool is_caller = member == 0;
+    void *scratch = is_caller ? job->caller_scratch : fa_thread_scratch(job->partition->scratch_bytes);
+    if (!scratch)
+        return; /* the others do this member's share */
+    while (!atomic_load_explicit(&job->run.stop, memory_order_relaxed)) {
+        int64_t index = atomic_fetch_add_explicit(&job->next_item, 1, memory_order_relaxed);
+        if (index >= job->num_items)
+            return;
+        fa_item item = fa_item_at(job->run.problem, job->partition, index);
+        job->kernel->forward(job->run.problem, &item, scratch, &job->run, is_caller);
+    }
+}
+
+fa_status fa_forward(const fa_problem *problem)
+{
+    const fa_kernel *kernel = fa_select_kernel(problem);
+    fa_partition partition = fa_partition_problem(problem, kernel);
+    forward_job job = {
+        .run = {.problem = problem},
+        .kernel = kernel,
+        .partition = &partition,
+        .num_items = partition.num_groups * partition.items_per_group,
+    };
+    if (job.num_items == 0)
+        return FA_OK;
+    job.caller_scratch = fa_thread_scratch(partition.scratch_bytes);
+    if (!job.caller_scratch)
+        return FA_NO_MEMORY;
+    if (problem->interrupted)
+        job.next_poll = nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
+    fa_parallel(partition.num_threads, forward_items, &job);
+    return atomic_load(&job.run.stop) ? FA_INTERRUPTED : FA_OK;
+}

@@ -1,0 +1,79 @@
+/* fastattn: exact multi-head attention, softmax(Q Kᵀ · scale + bias) V, fused in one pass.
+ *
+ * The only public header of the C library. The caller validates: every extent, stride and pointer
+ * here is trusted. A status reports only what the caller cannot know beforehand. */
+#ifndef FASTATTN_H
+#define FASTATTN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FA_MAX_BATCH_DIMS 16
+#define FA_MAX_HEAD_DIM 512
+#define FA_UNBOUNDED (-1)
+
+typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_BOOL, FA_INT64 } fa_dtype;
+
+typedef enum { FA_OK, FA_NO_MEMORY, FA_INTERRUPTED } fa_status;
+
+/* An array of (batch..., head, row, col), strides in bytes and 0 along broadcast axes. */
+typedef struct {
+    char *data; /* NULL: the argument is absent */
+    fa_dtype dtype;
+    ptrdiff_t batch[FA_MAX_BATCH_DIMS];
+    ptrdiff_t head, row, col;
+} fa_array;
+
+typedef struct {
+    int batch_ndim;
+    int64_t batch_shape[FA_MAX_BATCH_DIMS];
+    int64_t num_heads, num_kv_heads; /* the group of a kv head: num_heads / num_kv_heads */
+    int64_t seqlen_q, seqlen_k;
+    int64_t head_dim, head_dim_v;
+
+    fa_array query, key, value;
+    fa_array mask, bias;                /* FA_BOOL; any float dtype */
+    fa_array alibi_slopes, sinks;       /* FA_FLOAT64 (batch..., head) */
+    fa_array key_lengths, query_offset; /* FA_INT64 (batch...) */
+    fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
+
+    double scale;
+    double softcap;               /* 0: none */
+    int64_t left, right;          /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
+    int num_threads;              /* at most this many */
+    bool (*interrupted)(void);    /* asked now and then, by the calling thread only; may be NULL */
+} fa_problem;
+
+/* What fa_forward does with a problem. */
+typedef struct {
+    const char *isa;
+    const char *kernel;
+    int tile_rows;       /* query rows of a full tile */
+    int key_block;       /* keys between two updates of the running softmax */
+    int tiles_per_item;  /* tiles that share a key block */
+    int64_t num_items;   /* units of work handed to threads */
+    int num_threads;
+    size_t scratch_bytes; /* per thread */
+} fa_plan;
+
+fa_plan fa_plan_forward(const fa_problem *problem);
+fa_status fa_forward(const fa_problem *problem);
+
+/* The instruction sets this CPU can run, best first, ended by NULL. */
+const char *const *fa_available_isas(void);
+const char *fa_selected_isa(void);
+/* Restricts dispatch to an instruction set and those below it; false if this CPU lacks it. */
+bool fa_select_isa(const char *name);
+
+int fa_get_num_threads(void);
+void fa_set_num_threads(int num_threads);
+/* CPUs this process may use, by affinity and control group. */
+int fa_available_cpus(void);
+
+/* Multiply-add rate of the kernel that serves `dtype`, in FLOP/s. */
+double fa_measure_peak(fa_dtype dtype, int num_threads);
+/* Read rate over `bytes` at `data`, in bytes/s. */
+double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads);
+
+#endif

@@ -1,0 +1,68 @@
+/* AVX2, FMA and F16C: 16 registers of 32 bytes.
+ *
+ * Registers of the micro-kernel at 4 × 3: 12 accumulators + 3 panel vectors + 1 broadcast = 16/16. */
+#ifndef FA_ISA_AVX2_H
+#define FA_ISA_AVX2_H
+
+#include <immintrin.h>
+
+#define FA_VECTOR_BYTES 32
+#define MICRO_ROWS(vectors) ((vectors) == 3 ? 4 : (vectors) == 2 ? 6 : 8)
+
+#include "../kernel/vec_types.h"
+
+#if FA_REAL_BYTES == 4
+FA_INLINE vec vec_select(ivec where, vec yes, vec no)
+{
+    return (vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)where);
+}
+
+FA_INLINE bool vmask_any(ivec where)
+{
+    return _mm256_movemask_ps((__m256)where) != 0;
+}
+
+FA_INLINE vec vec_max(vec a, vec b)
+{
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+}
+
+FA_INLINE vec vec_round(vec x)
+{
+    return (vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+/* 8 float16 at src. */
+FA_INLINE vec vec_load_float16(const void *src)
+{
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128(src));
+}
+
+#define vec_load_float16 vec_load_float16
+#else
+FA_INLINE vec vec_select(ivec where, vec yes, vec no)
+{
+    return (vec)_mm256_blendv_pd((__m256d)no, (__m256d)yes, (__m256d)where);
+}
+
+FA_INLINE bool vmask_any(ivec where)
+{
+    return _mm256_movemask_pd((__m256d)where) != 0;
+}
+
+FA_INLINE vec vec_max(vec a, vec b)
+{
+    return (vec)_mm256_max_pd((__m256d)a, (__m256d)b);
+}
+
+FA_INLINE vec vec_round(vec x)
+{
+    return (vec)_mm256_round_pd((__m256d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#endif
+
+#define vec_select vec_select
+#define vec_max vec_max
+#define vec_round vec_round
+
+#endif

@@ -1,0 +1,8 @@
+#define FA_KERNEL fa_float32_avx2
+#define FA_NAME "float32"
+#define FA_ISA "avx2"
+
+#include "../kernel/element_float32.h"
+#include "avx2.h"
+#include "../kernel/operand_real.h"
+#include "../kernel/forward.h"

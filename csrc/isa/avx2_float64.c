@@ -1,0 +1,8 @@
+#define FA_KERNEL fa_float64_avx2
+#define FA_NAME "float64"
+#define FA_ISA "avx2"
+
+#include "../kernel/element_float64.h"
+#include "avx2.h"
+#include "../kernel/operand_real.h"
+#include "../kernel/forward.h"

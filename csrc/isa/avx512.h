@@ -1,0 +1,109 @@
+/* AVX-512 (F, BW, DQ, VL): 32 registers of 64 bytes.
+ *
+ * Registers of the micro-kernel at 8 × 3: 24 accumulators + 3 panel vectors + 1 broadcast = 28/32.
+ * On the CPUs at hand maximum, rounding, comparison and scaling run beside the multiply-adds. */
+#ifndef FA_ISA_AVX512_H
+#define FA_ISA_AVX512_H
+
+#include <immintrin.h>
+
+#define FA_VECTOR_BYTES 64
+#define MICRO_ROWS(vectors) 8
+
+#include "../kernel/vec_types.h"
+
+#if FA_REAL_BYTES == 4
+#define vmask __mmask16
+
+FA_INLINE vmask vec_greater(vec a, vec b)
+{
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+}
+
+FA_INLINE vmask vec_equal(vec a, vec b)
+{
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+}
+
+FA_INLINE vmask ivec_test(ivec a, ivec b)
+{
+    return _mm512_test_epi32_mask((__m512i)a, (__m512i)b);
+}
+
+FA_INLINE vec vec_select(vmask where, vec yes, vec no)
+{
+    return (vec)_mm512_mask_blend_ps(where, (__m512)no, (__m512)yes);
+}
+
+FA_INLINE vec vec_max(vec a, vec b)
+{
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+}
+
+FA_INLINE vec vec_round(vec x)
+{
+    return (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+FA_INLINE vec vec_scale_exponent(vec x, vec n)
+{
+    return (vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+}
+
+/* 16 float16 at src. */
+FA_INLINE vec vec_load_float16(const void *src)
+{
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(src));
+}
+
+#else
+#define vmask __mmask8
+
+FA_INLINE vmask vec_greater(vec a, vec b)
+{
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ);
+}
+
+FA_INLINE vmask vec_equal(vec a, vec b)
+{
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_EQ_OQ);
+}
+
+FA_INLINE vmask ivec_test(ivec a, ivec b)
+{
+    return _mm512_test_epi64_mask((__m512i)a, (__m512i)b);
+}
+
+FA_INLINE vec vec_select(vmask where, vec yes, vec no)
+{
+    return (vec)_mm512_mask_blend_pd(where, (__m512d)no, (__m512d)yes);
+}
+
+FA_INLINE vec vec_max(vec a, vec b)
+{
+    return (vec)_mm512_max_pd((__m512d)a, (__m512d)b);
+}
+
+FA_INLINE vec vec_round(vec x)
+{
+    return (vec)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+FA_INLINE vec vec_scale_exponent(vec x, vec n)
+{
+    return (vec)_mm512_scalef_pd((__m512d)x, (__m512d)n);
+}
+#endif
+
+FA_INLINE bool vmask_any(vmask where)
+{
+    return where != 0;
+}
+
+#define vec_select vec_select
+#define vec_max vec_max
+#define vec_round vec_round
+#define vec_scale_exponent vec_scale_exponent
+#define vec_load_float16 vec_load_float16
+
+#endif

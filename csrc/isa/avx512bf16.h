@@ -1,0 +1,23 @@
+/* AVX512-BF16 on top of AVX-512: two bfloat16 products a lane and instruction, summed in float32. */
+#ifndef FA_ISA_AVX512BF16_H
+#define FA_ISA_AVX512BF16_H
+
+#include "avx512.h"
+
+#include "../kernel/elements.h"
+
+FA_INLINE vec dot_pairs(uvec a, uvec b, vec c)
+{
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+
+/* Lanes (bfloat16(low), bfloat16(high)). */
+FA_INLINE uvec round_pairs(vec low, vec high)
+{
+    typedef uint16_t halves __attribute__((vector_size(64)));
+    halves x = (halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (uvec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
+                                         24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+#endif

@@ -1,0 +1,8 @@
+#define FA_KERNEL fa_bf16dot_avx512bf16
+#define FA_NAME "bf16dot"
+#define FA_ISA "avx512bf16"
+
+#include "../kernel/element_float32.h"
+#include "avx512bf16.h"
+#include "../kernel/operand_bf16dot.h"
+#include "../kernel/forward.h"

@@ -1,0 +1,12 @@
+/* Whatever the compiler's default target has, in GNU vectors alone: 16-byte vectors, no overrides.
+ *
+ * Registers of the micro-kernel at 4 × 2: 8 accumulators + 2 panel vectors + 2 products = 12/16. */
+#ifndef FA_ISA_BASELINE_H
+#define FA_ISA_BASELINE_H
+
+#define FA_VECTOR_BYTES 16
+#define MICRO_ROWS(vectors) 4
+
+#include "../kernel/vec_types.h"
+
+#endif

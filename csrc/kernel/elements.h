@@ -1,0 +1,198 @@
+/* Elements of any dtype and any stride, to and from vectors of `real`. */
+#ifndef FA_KERNEL_ELEMENTS_H
+#define FA_KERNEL_ELEMENTS_H
+
+#include <math.h>
+#include <string.h>
+
+#include "vec.h"
+
+FA_INLINE int element_size(fa_dtype dtype)
+{
+    return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : 2;
+}
+
+FA_INLINE float float_from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+FA_INLINE uint32_t bits_from_float(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+FA_INLINE float float_from_float16(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    uint32_t magnitude = h & 0x7fff;
+    if (magnitude >= 0x7c00) /* inf, NaN */
+        return float_from_bits(sign | magnitude << 13 | 0x7f800000);
+    /* The exponents differ by 112; the product is exact and makes subnormals normal. */
+    float x = float_from_bits(magnitude << 13) * 0x1p112f;
+    return float_from_bits(sign | bits_from_float(x));
+}
+
+FA_INLINE uint16_t float16_from_float(float x)
+{
+    uint32_t bits = bits_from_float(x);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000)
+        return sign | 0x7e00;
+    if (magnitude >= 0x477ff000) /* 65520 and more round to infinity */
+        return sign | 0x7c00;
+    if (magnitude < 0x38800000) /* below 2^-14: the sum's last bit is 2^-24, and the adder rounds */
+        return sign | (uint16_t)(bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000);
+    uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1); /* to nearest, ties to even */
+    return sign | (uint16_t)((rounded - 0x38000000) >> 13);
+}
+
+FA_INLINE float float_from_bfloat16(uint16_t b)
+{
+    return float_from_bits((uint32_t)b << 16);
+}
+
+FA_INLINE uint16_t bfloat16_from_float(float x)
+{
+    uint32_t bits = bits_from_float(x);
+    if (isnan(x))
+        return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+FA_INLINE real load_element(const char *src, fa_dtype dtype)
+{
+    float f;
+    double d;
+    uint16_t h;
+    switch (dtype) {
+    case FA_FLOAT32:
+        memcpy(&f, src, sizeof f);
+        return (real)f;
+    case FA_FLOAT64:
+        memcpy(&d, src, sizeof d);
+        return (real)d;
+    case FA_FLOAT16:
+        memcpy(&h, src, sizeof h);
+        return (real)float_from_float16(h);
+    default:
+        memcpy(&h, src, sizeof h);
+        return (real)float_from_bfloat16(h);
+    }
+}
+
+FA_INLINE void store_element(char *dst, fa_dtype dtype, real x)
+{
+    float f = (float)x;
+    double d = (double)x;
+    uint16_t h;
+    switch (dtype) {
+    case FA_FLOAT32:
+        memcpy(dst, &f, sizeof f);
+        break;
+    case FA_FLOAT64:
+        memcpy(dst, &d, sizeof d);
+        break;
+    case FA_FLOAT16:
+        h = float16_from_float(f);
+        memcpy(dst, &h, sizeof h);
+        break;
+    default:
+        h = bfloat16_from_float(f);
+        memcpy(dst, &h, sizeof h);
+    }
+}
+
+#if FA_REAL_BYTES == 4
+typedef uint16_t half_vec __attribute__((vector_size(FA_VECTOR_BYTES / 2)));
+typedef uint32_t uvec __attribute__((vector_size(FA_VECTOR_BYTES)));
+typedef uint16_t half_vec_unaligned
+    __attribute__((vector_size(FA_VECTOR_BYTES / 2), aligned(1), may_alias));
+
+FA_INLINE uvec uvec_load_halves(const void *src)
+{
+    return __builtin_convertvector(*(const half_vec_unaligned *)src, uvec);
+}
+
+FA_INLINE vec vec_load_bfloat16(const void *src)
+{
+    return (vec)(uvec_load_halves(src) << 16);
+}
+
+FA_INLINE void vec_store_bfloat16(void *dst, vec x)
+{
+    uvec bits = (uvec)x;
+    uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uvec quiet_nan = bits >> 16 | 0x40;
+    vmask number = vec_equal(x, x);
+    uvec halves = (uvec)vec_select(number, (vec)rounded, (vec)quiet_nan);
+    *(half_vec_unaligned *)dst = __builtin_convertvector(halves, half_vec);
+}
+
+#ifndef vec_load_float16
+FA_INLINE vec vec_load_float16(const void *src)
+{
+    vec x = {0};
+    for (int i = 0; i < LANES; i++)
+        x[i] = load_element((const char *)src + 2 * i, FA_FLOAT16);
+    return x;
+}
+#endif
+#endif
+
+/* LANES contiguous elements. */
+FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
+{
+    if (dtype == FA_REAL_DTYPE)
+        return vec_load(src);
+#if FA_REAL_BYTES == 4
+    if (dtype == FA_FLOAT16)
+        return vec_load_float16(src);
+    if (dtype == FA_BFLOAT16)
+        return vec_load_bfloat16(src);
+#endif
+    vec x = {0};
+    for (int i = 0; i < LANES; i++)
+        x[i] = load_element(src + i * element_size(dtype), dtype);
+    return x;
+}
+
+/* `count` <= LANES elements `step` bytes apart; the lanes beyond are 0, and nothing there is read. */
+FA_INLINE vec load_elements(const char *src, ptrdiff_t step, int count, fa_dtype dtype)
+{
+    if (step == element_size(dtype) && count == LANES)
+        return load_contiguous(src, dtype);
+    if (step == 0 && count == LANES)
+        return vec_splat(load_element(src, dtype));
+    real x[LANES] = {0};
+    for (int i = 0; i < count; i++)
+        x[i] = load_element(src + i * step, dtype);
+    return vec_load(x);
+}
+
+FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dtype, vec x)
+{
+    if (step == element_size(dtype) && count == LANES) {
+        if (dtype == FA_REAL_DTYPE) {
+            vec_store(dst, x);
+            return;
+        }
+#if FA_REAL_BYTES == 4
+        if (dtype == FA_BFLOAT16) {
+            vec_store_bfloat16(dst, x);
+            return;
+        }
+#endif
+    }
+    real elements[LANES];
+    vec_store(elements, x);
+    for (int i = 0; i < count; i++)
+        store_element(dst + i * step, dtype, elements[i]);
+}
+
+#endif

@@ -1,0 +1,133 @@
+/* Products of bfloat16 pairs, summed in float32: the operand of the micro-kernel is a pair along the
+ * reduction axis, broadcast against lanes of pairs. Keys lie in pairs already; values are interleaved
+ * by two keys; queries and probabilities are packed as pairs.
+ *
+ * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`. */
+#ifndef FA_KERNEL_OPERAND_H
+#define FA_KERNEL_OPERAND_H
+
+#include "elements.h"
+
+typedef uint32_t operand;
+typedef uvec panel;
+
+#define REDUCTION 2
+
+FA_INLINE vec multiply_add(operand a, panel b, vec c)
+{
+    return dot_pairs(a - (uvec){0}, b, c);
+}
+
+/* The same, but where half of b is -0, that half of a is taken as 0: it is masked, be it NaN. */
+FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
+{
+    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
+    halves visible = (halves)((halves)b != 0x8000);
+    return dot_pairs((a - (uvec){0}) & (uvec)visible, b, c);
+}
+
+FA_INLINE uint32_t load_pair(const char *src, ptrdiff_t col, int count)
+{
+    uint16_t low, high = 0;
+    memcpy(&low, src, sizeof low);
+    if (count > 1)
+        memcpy(&high, src + col, sizeof high);
+    return low | (uint32_t)high << 16;
+}
+
+/* Up to LANES pairs from `count` elements; 0 beyond them, where nothing is read. */
+FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
+{
+    if (col == 2 && count >= 2 * LANES)
+        return (uvec)vec_load(src);
+    uint32_t pairs[LANES] = {0};
+    for (int i = 0; i < LANES && 2 * i < count; i++)
+        pairs[i] = load_pair(src + 2 * i * col, col, count - 2 * i);
+    return (uvec)vec_load(pairs);
+}
+
+/* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). */
+FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim,
+                          int vectors, real sign, panel *query)
+{
+    (void)dtype;
+    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
+    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
+    for (int m = 0; m < vectors; m++) {
+        for (int d = 0; d < head_dim; d += 2 * LANES) {
+            vec x[LANES];
+            for (int j = 0; j < LANES; j++)
+                x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
+            vec_transpose(x);
+            for (int j = 0; j < LANES && d + 2 * j < head_dim; j++)
+                query[(d / 2 + j) * vectors + m] = ((uvec)x[j] ^ flip) & keep;
+        }
+    }
+}
+
+/* Rows n and n + 1 become row n / 2 of pairs, in place: its lanes are read before they are written.
+ * num_keys is even. */
+FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors)
+{
+    for (int n = 0; n < num_keys; n += 2)
+        for (int m = 0; m < vectors; m++)
+            scores[n / 2 * vectors + m] =
+                (vec)round_pairs(scores[n * vectors + m], scores[(n + 1) * vectors + m]);
+    return (const panel *)scores;
+}
+
+FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
+{
+    return key->col == 2 && head_dim % 2 == 0;
+}
+
+FA_INLINE bool value_is_operand(const fa_array *value)
+{
+    (void)value;
+    return false;
+}
+
+/* Of a row of keys in pairs, or of a row of values interleaved with the next. */
+FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
+{
+    return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
+}
+
+FA_INLINE void stage_key(const char *src, const fa_array *key, int num_keys, int head_dim, char *stage)
+{
+    for (int n = 0; n < num_keys; n++) {
+        char *dst = stage + n * staged_row_bytes(head_dim);
+        for (int d = 0; d < head_dim; d += 2 * LANES)
+            vec_store(dst + 2 * d, (vec)load_pairs(src + n * key->row + d * key->col, key->col, head_dim - d));
+    }
+}
+
+FA_INLINE uvec load_halves(const char *src, ptrdiff_t col, int count)
+{
+    if (col == 2 && count >= LANES)
+        return uvec_load_halves(src);
+    uint32_t x[LANES] = {0};
+    for (int i = 0; i < LANES && i < count; i++)
+        x[i] = load_pair(src + i * col, col, 1);
+    return (uvec)vec_load(x);
+}
+
+/* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
+FA_INLINE void stage_value(const char *src, const fa_array *value, int lead, int num_keys, int head_dim_v,
+                           char *stage)
+{
+    for (int n = -lead; n < num_keys; n += 2) {
+        const char *row = src + n * value->row;
+        char *dst = stage + (n + lead) / 2 * staged_row_bytes(head_dim_v);
+        for (int e = 0; e < head_dim_v; e += LANES) {
+            uvec low = {0}, high = {0};
+            if (n >= 0)
+                low = load_halves(row + e * value->col, value->col, head_dim_v - e);
+            if (n + 1 < num_keys)
+                high = load_halves(row + value->row + e * value->col, value->col, head_dim_v - e);
+            vec_store(dst + e * 4, (vec)(low | high << 16));
+        }
+    }
+}
+
+#endif

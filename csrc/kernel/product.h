@@ -1,0 +1,27 @@
+/* The micro-kernel: every product of the library is this one. */
+#ifndef FA_KERNEL_PRODUCT_H
+#define FA_KERNEL_PRODUCT_H
+
+#define MAX_VECTORS 3
+#define MAX_MICRO_ROWS 8
+
+/* c[i][m] += Σ_k a[i][k] · b[k][m] for i < MICRO_ROWS(vectors): operands of row i at a[i], `step` bytes
+ * apart, each broadcast against the `vectors` lanes of b[k]. */
+FA_INLINE void product(const char *const *a, ptrdiff_t step, const panel *b, int length, int vectors,
+                       bool visible_only, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
+{
+    const int rows = MICRO_ROWS(vectors);
+    for (int k = 0; k < length; k++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            operand x;
+            memcpy(&x, a[i] + k * step, sizeof x);
+#pragma GCC unroll 3
+            for (int m = 0; m < vectors; m++)
+                c[i][m] = visible_only ? multiply_add_visible(x, b[k * vectors + m], c[i][m])
+                                       : multiply_add(x, b[k * vectors + m], c[i][m]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,208 @@
+/* Scores of a tile against a block of keys, and all that changes or hides them.
+ *
+ * Row r of the score panel is key first + r. Order: scale, softcap, bias, ALiBi, mask, interval. */
+#ifndef FA_KERNEL_SCORES_H
+#define FA_KERNEL_SCORES_H
+
+#include "math.h"
+#include "tile.h"
+
+/* Keys [first, last) of the panel, a multiple of REDUCTION apart, of which [key_lo, key_hi) may be
+ * read. */
+typedef struct {
+    int64_t first, last;
+    int64_t key_lo, key_hi;
+} key_range;
+
+FA_INLINE int num_keys(const key_range *range)
+{
+    return (int)(range->last - range->first);
+}
+
+/* scores[r][m] = Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
+ * the micro-kernel's height, repeat the nearest key. */
+FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
+                                  const operand_block *key, int vectors, vec *scores)
+{
+    const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
+    const int rows = MICRO_ROWS(vectors);
+    for (int r = 0; r < num_keys(range); r += rows) {
+        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
+        const char *a[MAX_MICRO_ROWS];
+        for (int i = 0; i < rows; i++) {
+            int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
+            a[i] = key->data + (n - key->first) * key->row;
+        }
+        product(a, key->col, t->query, length, vectors, false, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int m = 0; m < vectors; m++)
+                scores[(r + i) * vectors + m] = c[i][m];
+    }
+}
+
+FA_INLINE void scale_and_cap(const fa_problem *p, int count, vec *scores)
+{
+    const real scale = (real)fabs(p->scale);
+    if (p->softcap == 0) {
+        for (int i = 0; i < count; i++)
+            scores[i] *= scale;
+        return;
+    }
+    const real cap = (real)p->softcap, to_tanh = (real)(fabs(p->scale) / p->softcap);
+    for (int i = 0; i < count; i++)
+        scores[i] = cap * vec_tanh(scores[i] * to_tanh);
+}
+
+/* Bias lies with keys along its rows; a lane is a query, so LANES × LANES squares are transposed. */
+FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *range, int vectors,
+                        vec *scores)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
+        int count = (int)min_i64(LANES, range->key_hi - n);
+        vec *rows = scores + (n - range->first) * vectors;
+        for (int m = 0; m < vectors; m++) {
+            vec x[LANES];
+            for (int j = 0; j < LANES; j++)
+                x[j] = load_elements(t->bias[m * LANES + j] + n * p->bias.col, p->bias.col, count,
+                                     p->bias.dtype);
+            vec_transpose(x);
+            for (int j = 0; j < count; j++) {
+                vec s = rows[j * vectors + m];
+                /* not NaN + -inf: -inf in a bias masks whatever the key holds */
+                rows[j * vectors + m] = vec_select(vec_equal(x[j], minus_infinity), minus_infinity, s + x[j]);
+            }
+        }
+    }
+}
+
+/* -slope · |position - key| */
+FA_INLINE void add_alibi(const tile *t, const key_range *range, int vectors, vec *scores)
+{
+    vec ahead[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++)
+        for (int j = 0; j < LANES; j++)
+            ahead[m][j] = (real)(t->position[m * LANES + j] - range->first);
+    for (int r = 0; r < num_keys(range); r++)
+        for (int m = 0; m < vectors; m++)
+            scores[r * vectors + m] -= t->slope[m] * vec_abs(ahead[m] - (real)r);
+}
+
+/* `count` <= KEY_BLOCK booleans `step` bytes apart, as bits. */
+FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
+{
+    uint64_t bits = 0;
+    if (step == 0)
+        return *mask ? ~(uint64_t)0 >> (64 - count) : 0;
+    int n = 0;
+    if (step == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
+        for (; n + 8 <= count; n += 8) {
+            uint64_t bytes;
+            memcpy(&bytes, mask + n, sizeof bytes);
+            /* 1 in each byte that is not 0; the product gathers them in the top byte. */
+            const uint64_t low_bits = 0x7f7f7f7f7f7f7f7f;
+            bytes = (((bytes & low_bits) + low_bits) | bytes) >> 7 & 0x0101010101010101;
+            bits |= (bytes * 0x0102040810204080) >> 56 << n;
+        }
+    }
+    for (; n < count; n++)
+        bits |= (uint64_t)(mask[n * step] != 0) << n;
+    return bits;
+}
+
+typedef enum { SEES_NONE, SEES_SOME, SEES_ALL } visibility;
+
+/* Reads the block's part of the mask into t->mask_words. */
+FA_INLINE visibility load_mask(const fa_problem *p, tile *t, const key_range *range, int vectors)
+{
+    const int count = (int)(range->key_hi - range->key_lo);
+    const int lead = (int)(range->key_lo - range->first);
+    const uint64_t full = ~(uint64_t)0 >> (64 - count);
+    uint64_t any = 0, all = full, bits = 0;
+    const char *previous = NULL;
+    for (int j = 0; j < vectors * LANES; j++) {
+        if (t->mask[j] != previous) {
+            bits = load_mask_bits(t->mask[j] + range->key_lo * p->mask.col, p->mask.col, count);
+            any |= bits;
+            all &= bits;
+            previous = t->mask[j];
+        }
+        for (int word = 0; word < MASK_WORDS; word++)
+            t->mask_words[word][j / LANES][j % LANES] = (lane)(bits << lead >> (word * LANE_BITS % 64));
+    }
+    return any == 0 ? SEES_NONE : all == full ? SEES_ALL : SEES_SOME;
+}
+
+FA_INLINE void apply_mask(const tile *t, const key_range *range, int vectors, vec *scores)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    for (int r = 0; r < num_keys(range); r++) {
+        ivec bit = ivec_splat((lane)((uint64_t)1 << r % LANE_BITS));
+        for (int m = 0; m < vectors; m++) {
+            vmask visible = ivec_test(t->mask_words[r / LANE_BITS][m], bit);
+            scores[r * vectors + m] = vec_select(visible, scores[r * vectors + m], minus_infinity);
+        }
+    }
+}
+
+/* Hides the keys outside each row's interval. */
+FA_INLINE void apply_intervals(const tile *t, const key_range *range, int vectors, vec *scores)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* panel rows, small enough to be exact */
+    for (int j = 0; j < vectors * LANES; j++) {
+        lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - range->first, 0), KEY_BLOCK);
+        hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - range->first, 0), KEY_BLOCK);
+    }
+    for (int r = 0; r < num_keys(range); r++) {
+        vec key = vec_splat((real)r);
+        for (int m = 0; m < vectors; m++) {
+            vec s = scores[r * vectors + m];
+            s = vec_select(vec_greater(hi[m], key), s, minus_infinity);
+            scores[r * vectors + m] = vec_select(vec_greater(lo[m], key), minus_infinity, s);
+        }
+    }
+}
+
+FA_INLINE bool has_modifier(const fa_problem *p)
+{
+    return p->softcap != 0 || p->bias.data || p->alibi_slopes.data;
+}
+
+/* What scores are multiplied by, in units of log2, before the exponential. Modifiers need scores in
+ * natural units, so scale_and_cap then has scaled them. */
+FA_INLINE real score_to_log2(const fa_problem *p)
+{
+    const double log2e = 1.4426950408889634074;
+    double factor = has_modifier(p) ? log2e : fabs(p->scale) * log2e;
+    /* At scale 0 the packed queries are 0, and masked scores must stay -inf. */
+    return (real)factor == 0 ? (real)log2e : (real)factor;
+}
+
+/* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
+FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range,
+                              const operand_block *key, int vectors, vec *scores)
+{
+    visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
+    if (seen == SEES_NONE)
+        return false;
+    multiply_query_key(p, t, range, key, vectors, scores);
+    if (has_modifier(p))
+        scale_and_cap(p, num_keys(range) * vectors, scores);
+    if (p->bias.data)
+        add_bias(p, t, range, vectors, scores);
+    if (p->alibi_slopes.data)
+        add_alibi(t, range, vectors, scores);
+    if (seen == SEES_SOME)
+        apply_mask(t, range, vectors, scores);
+    bool edges = range->first < t->inner_lo || range->last > t->inner_hi;
+    if (edges)
+        apply_intervals(t, range, vectors, scores);
+    if (edges || seen == SEES_SOME || p->bias.data)
+        t->hides = true;
+    return true;
+}
+
+#endif

@@ -1,0 +1,76 @@
+/* The running softmax, down the registers: a lane is a query row, so no step is horizontal.
+ *
+ * Probabilities are p = 2^(s·c - row_max), where row_max lags behind the true maximum: it is raised
+ * only when a score exceeds it by more than LAG, which is rare after the first block, and then the
+ * sums so far are rescaled. The quotient at the end is the same, and p <= 2^LAG cannot overflow. Each
+ * lane decides for itself, so a row does not depend on the others of its tile. */
+#ifndef FA_KERNEL_SOFTMAX_H
+#define FA_KERNEL_SOFTMAX_H
+
+#include "scores.h"
+
+#define LAG 8
+
+/* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
+FA_INLINE bool raise_row_max(tile *t, const vec *scores, int num_keys, real to_log2, int vectors,
+                             vec rescale[MAX_VECTORS])
+{
+    vec block_max[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++)
+        block_max[m] = vec_splat(-(real)INFINITY);
+    for (int r = 0; r < num_keys; r++)
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++)
+            block_max[m] = vec_max(scores[r * vectors + m], block_max[m]); /* NaN is passed over */
+    bool raised = false;
+    for (int m = 0; m < vectors; m++) {
+        vec candidate = block_max[m] * to_log2;
+        vmask higher = vec_greater(candidate, t->row_max[m] + LAG);
+        rescale[m] = vec_splat(1);
+        if (!vmask_any(higher))
+            continue;
+        raised = true;
+        rescale[m] = vec_select(higher, vec_exp2(t->row_max[m] - candidate), rescale[m]);
+        t->row_max[m] = vec_select(higher, candidate, t->row_max[m]);
+    }
+    return raised;
+}
+
+/* row_max as something to subtract: 0 for a row that has seen no key, whose scores are all -inf. */
+FA_INLINE vec finite_row_max(const tile *t, int m)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    return vec_select(vec_greater(t->row_max[m], minus_infinity), t->row_max[m], vec_splat(0));
+}
+
+/* scores -> p, summed into row_sum. mark_hidden: p of a masked score is -0. */
+FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, int vectors, bool mark_hidden)
+{
+    vec reference[MAX_VECTORS], sum[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++) {
+        reference[m] = finite_row_max(t, m);
+        sum[m] = t->row_sum[m];
+    }
+    for (int r = 0; r < num_keys; r++) {
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            vec s = scores[r * vectors + m];
+            vec p = vec_exp2(s * to_log2 - reference[m]);
+            if (mark_hidden)
+                p = vec_select(vec_equal(s, vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
+            scores[r * vectors + m] = p;
+            sum[m] += p;
+        }
+    }
+    for (int m = 0; m < vectors; m++)
+        t->row_sum[m] = sum[m];
+}
+
+FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const vec rescale[MAX_VECTORS])
+{
+    for (int64_t e = 0; e < head_dim_v; e++)
+        for (int m = 0; m < vectors; m++)
+            t->out[e * vectors + m] *= rescale[m];
+}
+
+#endif

@@ -1,0 +1,124 @@
+/* Vectors of `real`, and the few operations on them that the language lacks.
+ *
+ * Included after the instruction set's file, which overrides an operation by defining it first, with
+ * `#define NAME NAME`; every operation here is the portable version of one. */
+#ifndef FA_KERNEL_VEC_H
+#define FA_KERNEL_VEC_H
+
+/* All ones where x is not 0. Without a comparison: SSE2 has none for 64-bit integers. */
+FA_INLINE ivec ivec_nonzero(ivec x)
+{
+    return (x | -x) >> (LANE_BITS - 1);
+}
+
+/* A predicate over lanes; a vector of 0 and -1 unless the instruction set has its own. */
+#ifndef vmask
+#define vmask ivec
+
+FA_INLINE vmask vec_greater(vec a, vec b)
+{
+    return a > b;
+}
+
+FA_INLINE vmask vec_equal(vec a, vec b)
+{
+    return a == b;
+}
+
+FA_INLINE vmask ivec_test(ivec a, ivec b)
+{
+    return ivec_nonzero(a & b);
+}
+#endif
+
+#ifndef vec_select
+FA_INLINE vec vec_select(vmask where, vec yes, vec no)
+{
+    return (vec)((where & (ivec)yes) | (~where & (ivec)no));
+}
+
+FA_INLINE bool vmask_any(vmask where)
+{
+    lane any = 0;
+    for (int i = 0; i < LANES; i++)
+        any |= where[i];
+    return any != 0;
+}
+#endif
+
+/* The larger of two; b where either is NaN. */
+#ifndef vec_max
+FA_INLINE vec vec_max(vec a, vec b)
+{
+    return vec_select(vec_greater(a, b), a, b);
+}
+#endif
+
+/* x · 2^n for integral n below 128 (1024); 0 where n is below the exponents of normal numbers, even
+ * for x = NaN, so that exp2(-inf) is 0. */
+#ifndef vec_scale_exponent
+FA_INLINE vec vec_scale_exponent(vec x, vec n)
+{
+    const real lowest = FA_REAL_BYTES == 4 ? -126 : -1022;
+    const real bias = FA_REAL_BYTES == 4 ? 127 : 1023;
+    const real magic = FA_REAL_BYTES == 4 ? 0x1.8p23 : 0x1.8p52; /* n + magic ends in n's bits */
+    const int mantissa_bits = FA_REAL_BYTES == 4 ? 23 : 52;
+    vec power = (vec)((ivec)(n + (magic + bias)) << mantissa_bits);
+    return vec_select(vec_greater(vec_splat(lowest), n), vec_splat(0), x * power);
+}
+#endif
+
+/* The nearest integer for |x| < 2^22 (2^51); beyond, any number at least that large, of x's sign. */
+#ifndef vec_round
+FA_INLINE vec vec_round(vec x)
+{
+    const real magic = FA_REAL_BYTES == 4 ? 0x1.8p23 : 0x1.8p52;
+    return x + magic - magic;
+}
+#endif
+
+FA_INLINE vec vec_abs(vec x)
+{
+    const ivec sign = (ivec)vec_splat((real)-0.0);
+    return (vec)((ivec)x & ~sign);
+}
+
+/* y with x's sign; y must not be negative. */
+FA_INLINE vec vec_copysign(vec y, vec x)
+{
+    const ivec sign = (ivec)vec_splat((real)-0.0);
+    return (vec)((ivec)y | ((ivec)x & sign));
+}
+
+/* Elements of a and b in turn, from their lower and from their upper halves. */
+#if FA_VECTOR_BYTES / FA_REAL_BYTES == 16
+#define INTERLEAVE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define INTERLEAVE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif FA_VECTOR_BYTES / FA_REAL_BYTES == 8
+#define INTERLEAVE_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define INTERLEAVE_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#elif FA_VECTOR_BYTES / FA_REAL_BYTES == 4
+#define INTERLEAVE_LOW 0, 4, 1, 5
+#define INTERLEAVE_HIGH 2, 6, 3, 7
+#else
+#define INTERLEAVE_LOW 0, 2
+#define INTERLEAVE_HIGH 1, 3
+#endif
+
+/* Transposes LANES vectors in place: log2(LANES) perfect shuffles of the whole matrix. */
+FA_INLINE void vec_transpose(vec x[LANES])
+{
+    for (int stride = 1; stride < LANES; stride *= 2) {
+        vec y[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], INTERLEAVE_LOW);
+            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], INTERLEAVE_HIGH);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++)
+            x[i] = y[i];
+    }
+}
+
+#endif

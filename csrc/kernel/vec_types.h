@@ -1,0 +1,40 @@
+/* The vector of `real` of an instruction set, and its integer twin.
+ *
+ * Included by the instruction set's file, after element_*.h and FA_VECTOR_BYTES. */
+#ifndef FA_KERNEL_VEC_TYPES_H
+#define FA_KERNEL_VEC_TYPES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FA_INLINE static inline __attribute__((always_inline))
+
+#define LANES (FA_VECTOR_BYTES / FA_REAL_BYTES)
+#define LANE_BITS (8 * FA_REAL_BYTES)
+
+typedef real vec __attribute__((vector_size(FA_VECTOR_BYTES)));
+typedef lane ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
+typedef real vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
+
+FA_INLINE vec vec_splat(real x)
+{
+    return x - (vec){0};
+}
+
+FA_INLINE ivec ivec_splat(lane x)
+{
+    return x - (ivec){0};
+}
+
+FA_INLINE vec vec_load(const void *src)
+{
+    return *(const vec_unaligned *)src;
+}
+
+FA_INLINE void vec_store(void *dst, vec x)
+{
+    *(vec_unaligned *)dst = x;
+}
+
+#endif

@@ -1,0 +1,311 @@
+#define _GNU_SOURCE
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include "fastattn.h"
+
+#define MAX_WORKERS 1023
+
+/* How long a thread spins before it sleeps, on both sides. A sleep and a wake cost some 10 µs; calls in
+ * a row come closer together than this, and a longer spin would take the CPU from others. */
+#define SPIN_NANOSECONDS 30000
+
+/* A region is announced by `ticket`: its number above, its members in the low bits. Only members read
+ * task and argument, and the next region is not announced before all of them have finished, so a slow
+ * bystander cannot see a region half-written. */
+#define MEMBER_BITS 16
+#define MEMBER_MASK (((uint64_t)1 << MEMBER_BITS) - 1)
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t announced, finished;
+    atomic_bool busy;
+    _Atomic uint64_t ticket;
+    atomic_int sleepers;      /* workers waiting for `announced` */
+    atomic_int unfinished;    /* workers still in the task */
+    atomic_bool caller_sleeps; /* the caller waits for `finished` */
+    int num_workers;          /* touched only by the thread that holds `busy` */
+    void (*task)(void *argument, int member);
+    void *argument;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER,
+          .announced = PTHREAD_COND_INITIALIZER,
+          .finished = PTHREAD_COND_INITIALIZER};
+
+static _Thread_local bool inside_task;
+
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Spins while `waiting(context)`; true if it ended within the spin. */
+static bool spin_while(bool (*waiting)(uint64_t context), uint64_t context)
+{
+    int64_t end = nanoseconds() + SPIN_NANOSECONDS;
+    do {
+        for (int i = 0; i < 32; i++) {
+            if (!waiting(context))
+                return true;
+            relax();
+        }
+    } while (nanoseconds() < end);
+    return false;
+}
+
+static bool no_new_ticket(uint64_t seen)
+{
+    return atomic_load(&pool.ticket) == seen;
+}
+
+static bool some_unfinished(uint64_t unused)
+{
+    (void)unused;
+    return atomic_load(&pool.unfinished) > 0;
+}
+
+static uint64_t wait_for_ticket(uint64_t seen)
+{
+    if (!spin_while(no_new_ticket, seen)) {
+        pthread_mutex_lock(&pool.lock);
+        atomic_fetch_add(&pool.sleepers, 1);
+        while (no_new_ticket(seen))
+            pthread_cond_wait(&pool.announced, &pool.lock);
+        atomic_fetch_sub(&pool.sleepers, 1);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    return atomic_load(&pool.ticket);
+}
+
+/* What a new worker is told: its number, and the ticket that was current when it was created. */
+typedef struct {
+    int member;
+    uint64_t ticket;
+} birth;
+
+static void *work(void *argument)
+{
+    birth mine = *(birth *)argument;
+    free(argument);
+    inside_task = true;
+    for (uint64_t ticket = mine.ticket;;) {
+        ticket = wait_for_ticket(ticket);
+        if (mine.member >= (int)(ticket & MEMBER_MASK))
+            continue;
+        pool.task(pool.argument, mine.member);
+        if (atomic_fetch_sub(&pool.unfinished, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
+            pthread_mutex_lock(&pool.lock);
+            pthread_cond_signal(&pool.finished);
+            pthread_mutex_unlock(&pool.lock);
+        }
+    }
+    return NULL;
+}
+
+/* After a fork the child has the pool's memory but none of its threads. */
+static void reset_in_child(void)
+{
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.announced, NULL);
+    pthread_cond_init(&pool.finished, NULL);
+    atomic_store(&pool.busy, false);
+    atomic_store(&pool.sleepers, 0);
+    atomic_store(&pool.unfinished, 0);
+    atomic_store(&pool.caller_sleeps, false);
+    pool.num_workers = 0;
+}
+
+static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, reset_in_child);
+}
+
+/* Workers block every signal: signals are the main thread's, where Python handles them. */
+static bool create_worker(int member)
+{
+    birth *argument = malloc(sizeof *argument);
+    if (!argument)
+        return false;
+    *argument = (birth){member, atomic_load(&pool.ticket)};
+    sigset_t all, previous;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &previous);
+    pthread_t thread;
+    bool created = pthread_create(&thread, NULL, work, argument) == 0;
+    pthread_sigmask(SIG_SETMASK, &previous, NULL);
+    if (created)
+        pthread_detach(thread);
+    else
+        free(argument);
+    return created;
+}
+
+static int grow_pool(int wanted)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    if (wanted > MAX_WORKERS)
+        wanted = MAX_WORKERS;
+    while (pool.num_workers < wanted && create_worker(pool.num_workers + 1))
+        pool.num_workers++;
+    return pool.num_workers < wanted ? pool.num_workers : wanted;
+}
+
+static void announce(int members)
+{
+    uint64_t region = (atomic_load(&pool.ticket) >> MEMBER_BITS) + 1;
+    atomic_store(&pool.unfinished, members - 1);
+    atomic_store(&pool.ticket, region << MEMBER_BITS | (uint64_t)members);
+    if (atomic_load(&pool.sleepers) > 0) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.announced);
+        pthread_mutex_unlock(&pool.lock);
+    }
+}
+
+static void wait_for_workers(void)
+{
+    if (spin_while(some_unfinished, 0))
+        return;
+    pthread_mutex_lock(&pool.lock);
+    atomic_store(&pool.caller_sleeps, true);
+    while (some_unfinished(0))
+        pthread_cond_wait(&pool.finished, &pool.lock);
+    atomic_store(&pool.caller_sleeps, false);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+void fa_parallel(int num_threads, void (*task)(void *argument, int member), void *argument)
+{
+    if (num_threads <= 1 || inside_task || atomic_exchange(&pool.busy, true)) {
+        task(argument, 0);
+        return;
+    }
+    int workers = grow_pool(num_threads - 1);
+    pool.task = task;
+    pool.argument = argument;
+    if (workers > 0)
+        announce(workers + 1);
+    inside_task = true;
+    task(argument, 0);
+    inside_task = false;
+    if (workers > 0)
+        wait_for_workers();
+    atomic_store(&pool.busy, false);
+}
+
+/* --- scratch ------------------------------------------------------------------------------------ */
+
+static pthread_key_t scratch_key;
+static _Thread_local struct {
+    void *data;
+    size_t bytes;
+} scratch;
+
+static void create_scratch_key(void)
+{
+    pthread_key_create(&scratch_key, free);
+}
+
+void *fa_thread_scratch(size_t bytes)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, create_scratch_key);
+    if (bytes > scratch.bytes) {
+        void *data;
+        if (posix_memalign(&data, 64, bytes) != 0)
+            return NULL;
+        free(scratch.data);
+        pthread_setspecific(scratch_key, data);
+        scratch.data = data;
+        scratch.bytes = bytes;
+    }
+    return scratch.data;
+}
+
+/* --- how many ----------------------------------------------------------------------------------- */
+
+static atomic_int default_num_threads; /* 0: not decided yet */
+
+/* CPUs' worth of time that the control group grants per period; 0 if it does not limit. */
+static int quota_cpus(void)
+{
+    long quota = 0, period = 0;
+    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (file) {
+        if (fscanf(file, "%ld %ld", &quota, &period) != 2)
+            quota = 0; /* "max": no limit */
+        fclose(file);
+    } else if ((file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
+        bool read = fscanf(file, "%ld", &quota) == 1;
+        fclose(file);
+        file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r");
+        if (!read || !file || fscanf(file, "%ld", &period) != 1)
+            quota = 0;
+        if (file)
+            fclose(file);
+    }
+    return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : 0;
+}
+
+int fa_available_cpus(void)
+{
+    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        cpus = CPU_COUNT(&set);
+#endif
+    int quota = quota_cpus();
+    if (quota > 0 && quota < cpus)
+        cpus = quota;
+    return cpus > 0 ? cpus : 1;
+}
+
+static int positive_from_environment(const char *name)
+{
+    const char *text = getenv(name);
+    long value = text ? strtol(text, NULL, 10) : 0;
+    return value > 0 && value <= MAX_WORKERS + 1 ? (int)value : 0;
+}
+
+int fa_get_num_threads(void)
+{
+    int count = atomic_load(&default_num_threads);
+    if (count > 0)
+        return count;
+    count = positive_from_environment("FASTATTN_NUM_THREADS");
+    if (count == 0)
+        count = positive_from_environment("OMP_NUM_THREADS");
+    if (count == 0)
+        count = fa_available_cpus();
+    fa_set_num_threads(count);
+    return count;
+}
+
+void fa_set_num_threads(int num_threads)
+{
+    atomic_store(&default_num_threads, num_threads > MAX_WORKERS + 1 ? MAX_WORKERS + 1 : num_threads);
+}

@@ -1,0 +1,54 @@
+# csrc/fastattn.h as Cython sees it.
+from libc.stdint cimport int64_t
+
+
+cdef extern from "stdbool.h":
+    ctypedef bint c_bool "bool"
+
+
+cdef extern from "fastattn.h" nogil:
+    enum:
+        FA_MAX_BATCH_DIMS
+        FA_MAX_HEAD_DIM
+        FA_UNBOUNDED
+
+    ctypedef enum fa_dtype:
+        FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_BOOL, FA_INT64
+
+    ctypedef enum fa_status:
+        FA_OK, FA_NO_MEMORY, FA_INTERRUPTED
+
+    ctypedef struct fa_array:
+        char *data
+        fa_dtype dtype
+        Py_ssize_t batch[16]
+        Py_ssize_t head, row, col
+
+    ctypedef struct fa_problem:
+        int batch_ndim
+        int64_t batch_shape[16]
+        int64_t num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
+        fa_array query, key, value, mask, bias, alibi_slopes, sinks, key_lengths, query_offset
+        fa_array out, lse, weights
+        double scale, softcap
+        int64_t left, right
+        int num_threads
+        c_bool (*interrupted)() noexcept nogil
+
+    ctypedef struct fa_plan:
+        const char *isa
+        const char *kernel
+        int tile_rows, key_block, tiles_per_item
+        int64_t num_items
+        int num_threads
+        size_t scratch_bytes
+
+    fa_plan fa_plan_forward(const fa_problem *problem)
+    fa_status fa_forward(const fa_problem *problem)
+    const char *const *fa_available_isas()
+    const char *fa_selected_isa()
+    c_bool fa_select_isa(const char *name)
+    int fa_get_num_threads()
+    void fa_set_num_threads(int num_threads)
+    double fa_measure_peak(fa_dtype dtype, int num_threads)
+    double fa_measure_bandwidth(const void *data, size_t size, int num_threads)

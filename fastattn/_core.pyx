@@ -1,0 +1,574 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""Validates a call, describes it to the C library, allocates its results, and raises."""
+
+import math
+import os
+
+import numpy as np
+
+cimport cython
+cimport numpy as cnp
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
+
+from fastattn._core cimport *
+
+
+cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_Empty(int ndim, const cnp.npy_intp *dims, cnp.dtype dtype, int fortran)
+    cnp.ndarray PyArray_Zeros(int ndim, const cnp.npy_intp *dims, cnp.dtype dtype, int fortran)
+
+
+cnp.import_array()
+
+cdef enum:
+    MAX_AXES = FA_MAX_BATCH_DIMS + 3
+
+# Positions and bounds beyond this are refused or clamped, so that sums of them cannot overflow.
+cdef int64_t FARTHEST = <int64_t>1 << 60
+
+cdef int bfloat16_type_num = -1  # ml_dtypes gives its type a number when it is imported
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+cdef bint is_bfloat16(cnp.ndarray array):
+    """Whether the dtype is ml_dtypes' bfloat16, recognised without importing ml_dtypes."""
+    global bfloat16_type_num
+    cdef int type_num = cnp.PyArray_TYPE(array)
+    if type_num == bfloat16_type_num:
+        return True
+    if type_num < 256 or array.dtype.name != "bfloat16":  # 256: NumPy's first user-defined type
+        return False
+    bfloat16_type_num = type_num
+    return True
+
+
+cdef int float_dtype(cnp.ndarray array, str name) except -1:
+    cdef int type_num = cnp.PyArray_TYPE(array)
+    if cnp.PyArray_ISNOTSWAPPED(array):
+        if type_num == cnp.NPY_FLOAT:
+            return FA_FLOAT32
+        if type_num == cnp.NPY_DOUBLE:
+            return FA_FLOAT64
+        if type_num == cnp.NPY_FLOAT16:
+            return FA_FLOAT16
+        if is_bfloat16(array):
+            return FA_BFLOAT16
+    raise TypeError(
+        f"{name} has dtype {array.dtype!r}; accepted are float32, float64, float16 and bfloat16 (of ml_dtypes) "
+        f"in native byte order: convert with {name}.astype(...)"
+    )
+
+
+cdef int check_dtypes(const fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+    if p.key.dtype != p.value.dtype:
+        raise TypeError(f"key and value must share a dtype, but key has {key.dtype} and value has {value.dtype}")
+    if p.query.dtype == p.key.dtype:
+        return 0
+    if p.query.dtype == FA_FLOAT32 and (p.key.dtype == FA_FLOAT16 or p.key.dtype == FA_BFLOAT16):
+        return 0
+    raise TypeError(
+        f"query has dtype {query.dtype} but key has {key.dtype}; accepted are the same dtype for all, or a float32 "
+        "query with float16 or bfloat16 key and value"
+    )
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+cdef tuple shape_of(cnp.ndarray array):
+    return tuple([array.shape[axis] for axis in range(cnp.PyArray_NDIM(array))])
+
+
+cdef tuple batch_shape_of(const fa_problem *p):
+    return tuple([p.batch_shape[axis] for axis in range(p.batch_ndim)])
+
+
+cdef int check_ndim(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+    """All 2-D (one head), or all with an axis of heads."""
+    cdef int ndim
+    cdef bint single_head = cnp.PyArray_NDIM(query) == 2
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        ndim = cnp.PyArray_NDIM(array)
+        if ndim < 2:
+            raise ValueError(f"{name} has shape {shape_of(array)}; accepted are (..., heads, seqlen, head_dim) and "
+                             "(seqlen, head_dim)")
+        if (ndim == 2) != single_head:
+            raise ValueError(f"query has {cnp.PyArray_NDIM(query)} axes but {name} has {ndim}: either all of query, "
+                             "key and value are 2-D (one head), or all have an axis of heads")
+        if ndim > MAX_AXES:
+            raise ValueError(f"{name} has {ndim} axes; at most {MAX_AXES} are accepted")
+    return 0
+
+
+cdef int broadcast_batch(fa_problem *p, cnp.ndarray array, str name) except -1:
+    """Widens the batch shape by an array's leading axes."""
+    cdef int ndim = max(cnp.PyArray_NDIM(array) - 3, 0)
+    cdef int axis
+    cdef int64_t size
+    while p.batch_ndim < ndim:
+        for axis in range(p.batch_ndim, 0, -1):
+            p.batch_shape[axis] = p.batch_shape[axis - 1]
+        p.batch_shape[0] = 1
+        p.batch_ndim += 1
+    for axis in range(ndim):
+        size = array.shape[axis]
+        if p.batch_shape[p.batch_ndim - ndim + axis] == 1:
+            p.batch_shape[p.batch_ndim - ndim + axis] = size
+        elif size != 1 and size != p.batch_shape[p.batch_ndim - ndim + axis]:
+            raise ValueError(f"{name} has batch axes {shape_of(array)[:ndim]}, which do not broadcast with "
+                             f"{batch_shape_of(p)} of the arrays before it")
+    return 0
+
+
+cdef void describe(fa_array *view, const fa_problem *p, cnp.ndarray array, int core_ndim) noexcept:
+    """Strides by axis, 0 along axes of size 1 and along those that the array lacks.
+
+    The last core_ndim axes are, from the left, head, row and column; those before them are the batch.
+    """
+    cdef int ndim = cnp.PyArray_NDIM(array)
+    cdef int axis, core
+    cdef Py_ssize_t stride
+    view.data = cnp.PyArray_BYTES(array)
+    for axis in range(ndim):
+        stride = cnp.PyArray_STRIDE(array, axis) if cnp.PyArray_DIM(array, axis) > 1 else 0
+        core = axis - (ndim - core_ndim)
+        if core < 0:
+            view.batch[p.batch_ndim + core] = stride
+        elif core == 0:
+            view.head = stride
+        elif core == 1:
+            view.row = stride
+        else:
+            view.col = stride
+
+
+cdef int check_shapes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+    """Reads the extents, and checks those that the arrays share."""
+    cdef int q = cnp.PyArray_NDIM(query), k = cnp.PyArray_NDIM(key), v = cnp.PyArray_NDIM(value)
+    cdef int64_t value_heads = value.shape[v - 3] if v > 2 else 1
+    p.num_heads = query.shape[q - 3] if q > 2 else 1
+    p.num_kv_heads = key.shape[k - 3] if k > 2 else 1
+    p.seqlen_q = query.shape[q - 2]
+    p.seqlen_k = key.shape[k - 2]
+    p.head_dim = query.shape[q - 1]
+    p.head_dim_v = value.shape[v - 1]
+    if key.shape[k - 1] != p.head_dim:
+        raise ValueError(f"query and key must have the same head_dim, but query has shape {shape_of(query)} and key "
+                         f"{shape_of(key)}")
+    if value.shape[v - 2] != p.seqlen_k:
+        raise ValueError(f"key and value must have the same number of keys, but key has shape {shape_of(key)} and "
+                         f"value {shape_of(value)}")
+    if value_heads != p.num_kv_heads:
+        raise ValueError(f"key and value must have the same number of heads, but key has shape {shape_of(key)} and "
+                         f"value {shape_of(value)}")
+    if p.num_heads != 0 and (p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads != 0):
+        raise ValueError(f"the number of query heads must be a multiple of the number of key heads, but query has "
+                         f"{p.num_heads} and key {p.num_kv_heads}")
+    for name, size in (("query and key", p.head_dim), ("value", p.head_dim_v)):
+        if size > FA_MAX_HEAD_DIM:
+            raise ValueError(f"{name} have head_dim {size}; at most {FA_MAX_HEAD_DIM} is accepted")
+    return 0
+
+
+cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple target) except -1:
+    """Whether an array broadcasts to `target` without widening it."""
+    cdef tuple shape = shape_of(array)
+    cdef int extra = len(target) - len(shape)
+    cdef bint fits = extra >= 0
+    cdef int axis
+    if fits:
+        for axis in range(len(shape)):
+            if shape[axis] != 1 and shape[axis] != target[extra + axis]:
+                fits = False
+    if not fits:
+        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {target}")
+    return 0
+
+
+cdef tuple score_shape(const fa_problem *p, bint single_head):
+    if single_head:
+        return (p.seqlen_q, p.seqlen_k)
+    return (*batch_shape_of(p), p.num_heads, p.seqlen_q, p.seqlen_k)
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+cdef double real_number(object value, str name) except? -1.0:
+    if isinstance(value, (bool, np.bool_, str)):
+        raise TypeError(f"{name} must be a real number, not {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a real number, not {value!r}") from None
+
+
+cdef int64_t window_bound(object value, str name) except? -2:
+    if value is None:
+        return FA_UNBOUNDED
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int or None, not {value!r}")
+    bound = value.__index__()
+    if bound < 0:
+        raise ValueError(f"{name} must not be negative, but is {bound}")
+    return min(bound, FARTHEST)
+
+
+cdef int set_window(fa_problem *p, object window, object causal) except -1:
+    if not isinstance(causal, (bool, np.bool_)):
+        raise TypeError(f"causal must be a bool, not {causal!r}")
+    p.left = p.right = FA_UNBOUNDED
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise TypeError(f"window must be a pair (left, right) of ints or None, not {window!r}")
+        p.left = window_bound(window[0], "window's left bound")
+        p.right = window_bound(window[1], "window's right bound")
+    if causal:
+        p.right = 0  # the least that a right bound can be
+    return 0
+
+
+cdef int set_scalars(fa_problem *p, object scale, object softcap, object num_threads) except -1:
+    if scale is None:
+        p.scale = 1.0 / math.sqrt(max(p.head_dim, 1))
+    else:
+        p.scale = real_number(scale, "scale")
+        if not math.isfinite(p.scale):
+            raise ValueError(f"scale must be finite, but is {scale}")
+    if softcap is not None:
+        p.softcap = real_number(softcap, "softcap")
+        if not (math.isfinite(p.softcap) and p.softcap > 0):
+            raise ValueError(f"softcap must be finite and greater than 0, but is {softcap}")
+    p.num_threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
+    return 0
+
+
+cdef int thread_count(object num_threads) except -1:
+    if isinstance(num_threads, (bool, np.bool_)) or not hasattr(num_threads, "__index__"):
+        raise TypeError(f"num_threads must be an int, not {num_threads!r}")
+    count = num_threads.__index__()
+    if count < 1:
+        raise ValueError(f"num_threads must be at least 1, but is {count}")
+    return min(count, 1 << 20)
+
+
+# --- optional arrays ------------------------------------------------------------------------------
+
+
+cdef cnp.ndarray as_array(object x):
+    if type(x) is np.ndarray:
+        return x
+    return np.asarray(x)
+
+
+cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
+    cdef cnp.ndarray array = as_array(mask)
+    if cnp.PyArray_TYPE(array) != cnp.NPY_BOOL:
+        hint = "; for numbers that are added to the scores use bias=" if array.dtype.kind in "fV" else ""
+        raise TypeError(f"mask has dtype {array.dtype}; accepted is bool, True where a query sees a key{hint}")
+    check_broadcast(p, array, "mask", target)
+    describe(&p.mask, p, array, 3)
+    p.mask.dtype = FA_BOOL
+    return array
+
+
+cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
+    cdef cnp.ndarray array = as_array(bias)
+    if cnp.PyArray_TYPE(array) == cnp.NPY_BOOL:
+        raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use mask=")
+    p.bias.dtype = <fa_dtype>float_dtype(array, "bias")
+    check_broadcast(p, array, "bias", target)
+    describe(&p.bias, p, array, 3)
+    return array
+
+
+cdef cnp.ndarray float64_array(object x, str name):
+    cdef cnp.ndarray array = as_array(x)
+    if array.dtype.kind not in "fiu" and not is_bfloat16(array):
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real numbers")
+    return array.astype(np.float64)
+
+
+cdef cnp.ndarray set_alibi_slopes(fa_problem *p, object slopes, bint single_head):
+    cdef cnp.ndarray array = float64_array(slopes, "alibi_slopes")
+    check_broadcast(p, array, "alibi_slopes", () if single_head and array.ndim == 0
+                    else (*batch_shape_of(p), p.num_heads))
+    describe(&p.alibi_slopes, p, array, 1)
+    return array
+
+
+cdef cnp.ndarray set_sinks(fa_problem *p, object sinks):
+    cdef cnp.ndarray array = float64_array(sinks, "sinks")
+    if shape_of(array) != (p.num_heads,):
+        raise ValueError(f"sinks has shape {shape_of(array)}; accepted is one logit a head, ({p.num_heads},)")
+    describe(&p.sinks, p, array, 1)
+    return array
+
+
+cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, object x, str name, object lowest, object highest):
+    """An integer, or one for each batch item, from lowest to highest."""
+    cdef cnp.ndarray array = as_array(x)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are an integer, or integers for each batch item")
+    check_broadcast(p, array, name, batch_shape_of(p))
+    if array.size and not (lowest <= int(array.min()) and int(array.max()) <= highest):
+        raise ValueError(f"{name} must be from {lowest} to {highest}, but holds {array.min()} to {array.max()}")
+    array = array.astype(np.int64)
+    describe(view, p, array, 0)
+    view.dtype = FA_INT64
+    return array
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+cdef bint overlaps_itself(object array):
+    """Whether two elements may share memory: some axis steps within the extent of the finer ones."""
+    cdef Py_ssize_t extent = array.itemsize
+    if array.size <= 1:
+        return False
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True) if size > 1):
+        if stride < extent:
+            return True
+        extent += stride * (size - 1)
+    return False
+
+
+cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) except -1:
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+    if out.dtype != query.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; accepted is that of query, {query.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if overlaps_itself(out):
+        raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
+    for name, array in inputs.items():
+        if np.may_share_memory(out, array) and share_memory(out, array):
+            raise ValueError(f"out overlaps {name} in memory")
+    return 0
+
+
+cdef bint share_memory(object out, object array):
+    try:
+        return np.shares_memory(out, array, max_work=1_000_000)
+    except np.exceptions.TooHardError:
+        return True  # not proved to be apart
+
+
+cdef cnp.ndarray new_array(tuple shape, cnp.dtype dtype, bint zeros):
+    cdef cnp.npy_intp dims[MAX_AXES]
+    cdef int axis
+    for axis in range(len(shape)):
+        dims[axis] = shape[axis]
+    Py_INCREF(dtype)  # the new array takes it over
+    if zeros:
+        return PyArray_Zeros(len(shape), dims, dtype, 0)
+    return PyArray_Empty(len(shape), dims, dtype, 0)
+
+
+# --- the call -------------------------------------------------------------------------------------
+
+
+@cython.final
+cdef class Call:
+    """A validated problem, and the arrays that its pointers lead into."""
+
+    cdef fa_problem problem
+    cdef bint single_head
+    cdef cnp.ndarray query
+    cdef dict inputs  # by name
+
+    cdef int set_arrays(self, object query, object key, object value) except -1:
+        cdef fa_problem *p = &self.problem
+        cdef cnp.ndarray q = as_array(query), k = as_array(key), v = as_array(value)
+        p.query.dtype = <fa_dtype>float_dtype(q, "query")
+        p.key.dtype = <fa_dtype>float_dtype(k, "key")
+        p.value.dtype = <fa_dtype>float_dtype(v, "value")
+        check_dtypes(p, q, k, v)
+        check_ndim(q, k, v)
+        broadcast_batch(p, q, "query")
+        broadcast_batch(p, k, "key")
+        broadcast_batch(p, v, "value")
+        check_shapes(p, q, k, v)
+        describe(&p.query, p, q, 3)
+        describe(&p.key, p, k, 3)
+        describe(&p.value, p, v, 3)
+        self.query = q
+        self.single_head = cnp.PyArray_NDIM(q) == 2
+        self.inputs = {"query": q, "key": k, "value": v}
+        return 0
+
+    cdef int set_optional_arrays(self, object query_offset, object mask, object bias, object alibi_slopes,
+                                 object sinks, object key_lengths) except -1:
+        cdef fa_problem *p = &self.problem
+        cdef tuple target
+        if mask is not None or bias is not None:
+            target = score_shape(p, self.single_head)
+            if mask is not None:
+                self.inputs["mask"] = set_mask(p, mask, target)
+            if bias is not None:
+                self.inputs["bias"] = set_bias(p, bias, target)
+        if alibi_slopes is not None:
+            self.inputs["alibi_slopes"] = set_alibi_slopes(p, alibi_slopes, self.single_head)
+        if sinks is not None:
+            self.inputs["sinks"] = set_sinks(p, sinks)
+        if key_lengths is not None:
+            self.inputs["key_lengths"] = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
+        if query_offset is not None:
+            self.inputs["query_offset"] = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST,
+                                                       FARTHEST)
+        return 0
+
+    cdef tuple result_shape(self, int64_t columns):
+        """(..., H, Sq, columns)"""
+        if self.single_head:
+            return (self.problem.seqlen_q, columns)
+        return (*batch_shape_of(&self.problem), self.problem.num_heads, self.problem.seqlen_q, columns)
+
+    cdef cnp.ndarray set_out(self, object out):
+        cdef fa_problem *p = &self.problem
+        cdef tuple shape = self.result_shape(p.head_dim_v)
+        cdef cnp.ndarray array
+        if out is None:
+            array = new_array(shape, self.query.dtype, False)
+        else:
+            check_out(out, shape, self.query, self.inputs)
+            array = out
+        describe(&p.out, p, array, 3)
+        p.out.dtype = p.query.dtype
+        return array
+
+    cdef cnp.ndarray set_lse(self):
+        cdef fa_problem *p = &self.problem
+        cdef tuple shape = self.result_shape(0)
+        cdef bint double_precision = p.query.dtype == FA_FLOAT64
+        cdef cnp.ndarray array = new_array(shape[:len(shape) - 1],
+                                           np.dtype(np.float64 if double_precision else np.float32), False)
+        describe(&p.lse, p, array, 2)
+        p.lse.dtype = FA_FLOAT64 if double_precision else FA_FLOAT32
+        return array
+
+    cdef cnp.ndarray set_weights(self):
+        cdef fa_problem *p = &self.problem
+        cdef cnp.ndarray array = new_array(self.result_shape(p.seqlen_k), self.query.dtype, True)
+        describe(&p.weights, p, array, 3)
+        p.weights.dtype = p.query.dtype
+        return array
+
+
+cdef c_bool interrupted() noexcept with gil:
+    return PyErr_CheckSignals() != 0
+
+
+cdef int raise_pending() except -1:
+    """Lets the exception that `interrupted` met go on its way."""
+    return -1
+
+
+cdef Call prepare(object query, object key, object value, object scale, object causal, object query_offset,
+                  object window, object mask, object bias, object alibi_slopes, object softcap, object sinks,
+                  object key_lengths, object num_threads):
+    cdef Call call = Call.__new__(Call)
+    call.set_arrays(query, key, value)
+    set_window(&call.problem, window, causal)
+    set_scalars(&call.problem, scale, softcap, num_threads)
+    call.set_optional_arrays(query_offset, mask, bias, alibi_slopes, sinks, key_lengths)
+    return call
+
+
+def attention(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
+              key_lengths, out, bint return_lse, bint return_weights, num_threads):
+    cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
+                             sinks, key_lengths, num_threads)
+    cdef fa_status status
+    cdef cnp.ndarray result = call.set_out(out)
+    cdef tuple results = (result,)
+    if return_lse:
+        results += (call.set_lse(),)
+    if return_weights:
+        results += (call.set_weights(),)
+    call.problem.interrupted = interrupted
+    with nogil:
+        status = fa_forward(&call.problem)
+    if status == FA_NO_MEMORY:
+        raise MemoryError("no memory for the scratch of a thread")
+    if status == FA_INTERRUPTED:
+        raise_pending()
+    return results if len(results) > 1 else result
+
+
+def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
+         key_lengths, bint return_weights, num_threads):
+    cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
+                             sinks, key_lengths, num_threads)
+    cdef fa_plan chosen = fa_plan_forward(&call.problem)
+    return {
+        "isa": chosen.isa.decode(),
+        "path": chosen.kernel.decode(),
+        "tile": (chosen.tile_rows, chosen.key_block),
+        "items": chosen.num_items,
+        "threads": chosen.num_threads,
+        "scratch_bytes": chosen.scratch_bytes,
+    }
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def selected_isa():
+    return fa_selected_isa().decode()
+
+
+def available_isas():
+    cdef const char *const *names = fa_available_isas()
+    cdef int i = 0
+    isas = []
+    while names[i] != NULL:
+        isas.append(names[i].decode())
+        i += 1
+    return isas
+
+
+def get_num_threads():
+    return fa_get_num_threads()
+
+
+def set_num_threads(num_threads):
+    fa_set_num_threads(thread_count(num_threads))
+
+
+def measure_peak(dtype, num_threads=None):
+    cdef cnp.ndarray example = np.empty(0, dtype)
+    cdef fa_dtype code = <fa_dtype>float_dtype(example, "dtype")
+    cdef int threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
+    cdef double rate
+    with nogil:
+        rate = fa_measure_peak(code, threads)
+    return rate
+
+
+def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
+    if nbytes < 1:
+        raise ValueError(f"nbytes must be at least 1, but is {nbytes}")
+    cdef cnp.ndarray data = np.ones(nbytes, np.uint8)
+    cdef char *start = cnp.PyArray_BYTES(data)
+    cdef int threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
+    cdef double rate
+    with nogil:
+        rate = fa_measure_bandwidth(start, nbytes, threads)
+    return rate
+
+
+def select_isa_from_environment():
+    name = os.environ.get("FASTATTN_ISA")
+    if name and not fa_select_isa(name.encode()):
+        raise RuntimeError(f"FASTATTN_ISA is {name!r}; this CPU has {', '.join(available_isas())}")
+
+
+select_isa_from_environment()

@@ -1,0 +1,94 @@
+"""Builds fastattn._core from the C library in csrc.
+
+Kernels are compiled once per instruction set and element type, each with the flags of its instruction
+set, chosen by the platform that is built for; which of them runs is decided at run time.
+
+FASTATTN_SANITIZE=address,undefined builds with those sanitizers.
+"""
+
+import os
+import sys
+import sysconfig
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+SANITIZE = os.environ.get("FASTATTN_SANITIZE")
+
+# No -ffast-math: it would break NaN and infinity here, and flush denormals in the whole process.
+# Contraction into fused multiply-adds is what the kernels are about; GCC's default, but not clang's.
+CFLAGS = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread"]
+LINK_FLAGS = ["-pthread"]
+if SANITIZE:
+    CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
+    LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+    },
+}
+ELEMENTS = {
+    "baseline": ["float32", "float64"],
+    "avx2": ["float32", "float64"],
+    "avx512": ["float32", "float64"],
+    "avx512bf16": ["bf16dot"],
+}
+
+
+def target_machine():
+    """The machine that is built for, which in a cross build is not the one that builds."""
+    return sysconfig.get_platform().rsplit("-", 1)[-1]
+
+
+def library(name, sources, flags):
+    return (f"fastattn_{name}", {"sources": [f"csrc/{source}" for source in sources], "cflags": [*CFLAGS, *flags]})
+
+
+def kernel_libraries():
+    instruction_sets = INSTRUCTION_SETS.get(target_machine(), {"baseline": []})
+    return [
+        library(isa, [f"isa/{isa}_{element}.c" for element in ELEMENTS[isa]], flags)
+        for isa, flags in instruction_sets.items()
+    ]
+
+
+class abi3_wheel(bdist_wheel):
+    """One wheel for every Python from 3.11 on; free-threaded builds have no stable ABI and get their own."""
+
+    def finalize_options(self):
+        if not FREE_THREADED:
+            self.py_limited_api = "cp311"
+        super().finalize_options()
+
+
+macros = [("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION")]
+if not FREE_THREADED:
+    macros += [("Py_LIMITED_API", "0x030B0000")]
+
+# The linker resolves symbols from left to right: the framework needs the kernels.
+framework = library("framework", ["driver.c", "measure.c", "plan.c", "dispatch.c", "threads.c"], [])
+
+setup(
+    libraries=[framework, *kernel_libraries()],
+    ext_modules=cythonize(
+        Extension(
+            "fastattn._core",
+            ["fastattn/_core.pyx"],
+            include_dirs=["csrc", numpy.get_include()],
+            define_macros=macros,
+            extra_compile_args=["-O2", "-fvisibility=hidden", *(CFLAGS[-3:] if SANITIZE else [])],
+            extra_link_args=["-lm", *LINK_FLAGS],
+            py_limited_api=not FREE_THREADED,
+        ),
+    ),
+    cmdclass={"bdist_wheel": abi3_wheel},
+)
