@@ -1,0 +1,49 @@
+"""The shapes of ``fastattn.bench`` under pytest-benchmark: ``pytest bench/ --benchmark-only``.
+
+A group is a shape at a dtype, its members are the contenders, and each result is checked before it is timed.
+pytest-benchmark times the members one after the other, which is right for watching one of them from commit to
+commit. For ratios between them use ``python -m fastattn bench``, which times them in alternation.
+"""
+
+import functools
+
+import pytest
+
+import fastattn
+from fastattn import bench
+
+
+@functools.cache
+def contender(name: str) -> bench.Contender:
+    kinds = {"fastattn": bench.FastAttn, **bench.PEERS}
+    if not kinds[name].available():
+        pytest.skip(f"needs {' and '.join(kinds[name].packages)}")
+    return kinds[name](fastattn.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1)  # the contenders of a group share the arrays and the expected result
+def problem(case: bench.Case, dtype: str) -> bench.Problem:
+    try:
+        return bench.Problem(case, bench.find_dtype(dtype))
+    except ImportError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("name", ["fastattn", *bench.PEERS])
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("case", bench.find_cases(["forward", "cost"]), ids=lambda case: case.name)
+def test_attention(benchmark, case, dtype, name):
+    benchmark.group = f"{case.name} {case.shape} {dtype}"
+    us_or_them = contender(name)
+    if reason := us_or_them.refuses(case, dtype):
+        pytest.skip(reason)
+    try:
+        entry = bench.prepare(us_or_them, problem(case, dtype))
+    except bench.WrongResult as complaint:
+        # A peer without a right way is a finding about the peer; fastattn without one is a failure.
+        if name == "fastattn":
+            raise
+        pytest.skip(str(complaint))
+    benchmark.extra_info.update(way=entry.way.name, error=entry.error, flops=problem(case, dtype).flops)
+    with us_or_them.context():
+        benchmark(entry.way.run)

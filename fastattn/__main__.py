@@ -1,0 +1,123 @@
+"""The command line: ``python -m fastattn info`` and ``python -m fastattn bench``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import fastattn
+from fastattn import bench
+
+
+def print_info(arguments: argparse.Namespace) -> None:
+    """Print the configuration, and what this machine can do at most."""
+    fastattn.show_config()
+    threads = arguments.threads or fastattn.get_num_threads()
+    print(f"\nat {threads} threads:")
+    for name in bench.DTYPES:
+        with contextlib.suppress(ImportError):  # bfloat16 without ml_dtypes
+            peak = fastattn.measure_peak(bench.find_dtype(name), num_threads=threads)
+            print(f"  {name + ' peak':<16} {peak / 1e9:7.1f} GFLOP/s")
+    bandwidth = fastattn.measure_bandwidth(1 << 28, num_threads=threads)
+    print(f"  {'read bandwidth':<16} {bandwidth / 1e9:7.1f} GB/s")
+
+
+def print_bench(arguments: argparse.Namespace) -> None:
+    """Run the benchmark and print its tables or its JSON."""
+    run = bench.run(
+        bench.find_cases(arguments.shapes),
+        arguments.dtypes,
+        arguments.peers,
+        arguments.threads or fastattn.get_num_threads(),
+        arguments.seconds,
+    )
+    as_json = json.dumps(run.as_dict(), indent=1)
+    print(as_json if arguments.json == "-" else bench.report(run))
+    if arguments.json not in (None, "-"):
+        Path(arguments.json).write_text(as_json + "\n")
+
+
+def shape_word(word: str) -> str:
+    try:
+        bench.find_cases([word])
+    except ValueError as complaint:
+        raise argparse.ArgumentTypeError(str(complaint)) from None
+    return word
+
+
+def names_from(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a parser of comma-separated names, "all" and "none"."""
+    known = list(known)
+
+    def names(words: str) -> list[str]:
+        chosen = {"all": known, "none": []}.get(words, words.split(","))
+        for word in chosen:
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"got {word!r}; known are {', '.join(known)}, all and none")
+        return chosen
+
+    return names
+
+
+def positive_int(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}; it takes a whole number from 1 up")
+    return int(word)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastattn", description="Exact attention for NumPy on the CPU.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="print the configuration, the peak and the read bandwidth")
+    info.set_defaults(call=print_info)
+
+    timing = commands.add_parser(
+        "bench",
+        help="time attention against the peak and against other libraries",
+        description="Time attention against the machine's peak and, in alternation, against other libraries. "
+        "A ratio is the other's time over fastattn's: 2.00 means fastattn is twice as fast.",
+    )
+    timing.set_defaults(call=print_bench)
+    timing.add_argument(
+        "--shapes",
+        nargs="+",
+        type=shape_word,
+        default=["forward"],
+        metavar="SHAPE",
+        help=f"groups ({', '.join(bench.GROUPS)}), names ({', '.join(bench.CASES)}) "
+        "or B,H,Hkv,Sq,Sk,D[,causal]; default: forward",
+    )
+    timing.add_argument(
+        "--dtypes",
+        type=names_from(bench.DTYPES),
+        default=list(bench.DTYPES),
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(bench.DTYPES)}; default: all",
+    )
+    timing.add_argument(
+        "--peers",
+        type=names_from(bench.PEERS),
+        default=list(bench.PEERS),
+        metavar="NAMES",
+        help=f"comma-separated, of {', '.join(bench.PEERS)}; or none; default: all that are installed",
+    )
+    timing.add_argument("--seconds", type=float, default=1.0, help="for each contender on each case; default: 1")
+    timing.add_argument("--json", metavar="FILE", help="write the figures there too; - prints them instead of tables")
+
+    for command in (info, timing):
+        command.add_argument("--threads", type=positive_int, metavar="N", help="default: fastattn's own default")
+    return parser
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    arguments = make_parser().parse_args()
+    arguments.call(arguments)
+
+
+if __name__ == "__main__":
+    main()

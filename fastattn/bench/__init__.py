@@ -1,0 +1,30 @@
+"""The benchmark: one table of shapes, one flop count, and contenders timed in alternation.
+
+``python -m fastattn bench`` runs it; ``bench/test_speed.py`` in the source tree feeds the same shapes and
+contenders to pytest-benchmark.
+"""
+
+from fastattn.bench.contenders import PEERS, Contender, FastAttn
+from fastattn.bench.report import report
+from fastattn.bench.run import Row, Run, run
+from fastattn.bench.shapes import CASES, DTYPES, GROUPS, Case, Problem, find_cases, find_dtype
+from fastattn.bench.timing import WrongResult, prepare
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "GROUPS",
+    "PEERS",
+    "Case",
+    "Contender",
+    "FastAttn",
+    "Problem",
+    "Row",
+    "Run",
+    "WrongResult",
+    "find_cases",
+    "find_dtype",
+    "prepare",
+    "report",
+    "run",
+]

@@ -1,0 +1,414 @@
+"""What fastattn is timed against, each at its best: prepared arrays, its fastest right operator, equal threads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastattn
+from fastattn.bench.shapes import Case, Problem
+
+__all__ = ["PEERS", "Contender", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Way"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which a contender can compute a problem."""
+
+    name: str
+    run: Callable[[], Any]
+    read: Callable[[Any], NDArray[Any]]  # from what run returns to (batch, heads, seqlen_q, head_dim)
+
+
+class Contender:
+    """A library that computes attention.
+
+    Parameters
+    ----------
+    num_threads : int
+        Threads it may use.
+    """
+
+    name: str
+    packages: tuple[str, ...]  # needed to run; the first is the one whose version counts
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version(self.packages[0])
+
+    @classmethod
+    def available(cls) -> bool:
+        return all(importlib.util.find_spec(package) for package in cls.packages)
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        """Return why it cannot compute this, or None if it can."""
+        raise NotImplementedError
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        """Yield a maker of each way worth trying. Making one may raise whatever the library raises."""
+        raise NotImplementedError
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Return the context to run in."""
+        return contextlib.nullcontext()
+
+
+def refuses_special(case: Case) -> str | None:
+    """Return what the case asks for that no peer's operator has, or None."""
+    if case.extra == "alibi" or case.window or case.softcap:
+        return f"no {case.name}"
+    if case.layout != "contiguous":
+        return f"no {case.layout} arrays without a copy"
+    if case.causal and case.seqlen_q != case.seqlen_k:
+        return "causal aligned to the top left"
+    return None
+
+
+def as_is(result: Any) -> NDArray[Any]:
+    return np.asarray(result)
+
+
+class FastAttn(Contender):
+    """This library."""
+
+    name = "fastattn"
+    packages = ("fastattn",)
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        fastattn.set_num_threads(num_threads)
+
+    @property
+    def version(self) -> str:
+        return fastattn.__version__
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        return None
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        query, key, value = problem.arrays
+        words = dict(problem.keywords)
+        if problem.case.num_threads is not None:
+            words["num_threads"] = problem.case.num_threads
+        yield lambda: Way("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
+
+
+class NumPy(Contender):
+    """What a careful user writes: batched matmul, softmax in place, no array more than it takes.
+
+    NumPy multiplies half-precision matrices in a scalar loop, hundreds of times slower than in float32, so
+    nobody would: half types are converted to float32 and back, which is part of the work and of the time.
+    """
+
+    name = "numpy"
+    packages = ("numpy",)
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        if importlib.util.find_spec("threadpoolctl"):
+            import threadpoolctl
+
+            threadpoolctl.threadpool_limits(num_threads, user_api="blas")
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        return refuses_special(case)
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        words = problem.keywords
+        causal, mask, bias = words.get("causal", False), words.get("mask"), words.get("bias")
+        yield lambda: Way("matmul", lambda: numpy_attention(*problem.arrays, causal, mask, bias), as_is)
+
+
+def numpy_attention(
+    query: NDArray[Any],
+    key: NDArray[Any],
+    value: NDArray[Any],
+    causal: bool,
+    mask: NDArray[Any] | None,
+    bias: NDArray[Any] | None,
+) -> NDArray[Any]:
+    dtype = query.dtype
+    if dtype.itemsize == 2:
+        query, key, value = (x.astype(np.float32) for x in (query, key, value))
+    batch, num_heads, seqlen_q, head_dim = query.shape
+    num_kv_heads, seqlen_k = key.shape[1:3]
+    # The query heads of a group stacked as rows: one larger matrix product a kv head, and no repeated keys.
+    stacked: NDArray[Any] = (query * query.dtype.type(head_dim**-0.5)).reshape(batch, num_kv_heads, -1, head_dim)
+    p = stacked @ key.swapaxes(-1, -2)
+    heads = p.reshape(batch, num_heads, seqlen_q, seqlen_k)
+    if bias is not None:
+        heads += bias
+    if causal:
+        np.copyto(heads, -np.inf, where=~np.tri(seqlen_q, seqlen_k, dtype=bool))
+    if mask is not None:
+        np.copyto(heads, -np.inf, where=~mask)
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    row_sum = p.sum(axis=-1, keepdims=True)
+    out: NDArray[Any] = p @ value
+    out /= row_sum
+    return out.reshape(query.shape).astype(dtype, copy=False)
+
+
+class Torch(Contender):
+    """PyTorch's ``scaled_dot_product_attention`` in inference mode."""
+
+    name = "torch"
+    packages = ("torch",)
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        import torch
+
+        torch.set_num_threads(num_threads)
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        return refuses_special(case)
+
+    def context(self) -> AbstractContextManager[Any]:
+        import torch
+
+        return torch.inference_mode()
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        import torch
+
+        query, key, value = map(torch_tensor, problem.arrays)
+        words: dict[str, Any] = {"is_causal": problem.case.causal}
+        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
+        if extra is not None:
+            words["attn_mask"] = torch_tensor(extra)
+        attention = torch.nn.functional.scaled_dot_product_attention
+
+        def read(result: Any) -> NDArray[Any]:
+            return np.asarray(result.double().numpy())
+
+        group = problem.case.num_heads // problem.case.num_kv_heads
+        if group == 1:
+            yield lambda: Way("sdpa", lambda: attention(query, key, value, **words), read)
+        else:
+            yield lambda: Way("enable_gqa", lambda: attention(query, key, value, enable_gqa=True, **words), read)
+            # Keys repeated beforehand, outside the timed call, are sometimes quicker than enable_gqa.
+            keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
+            yield lambda: Way("repeated keys", lambda: attention(query, keys, values, **words), read)
+
+
+def torch_tensor(array: NDArray[Any]) -> Any:
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+class OnnxRuntime(Contender):
+    """ONNX Runtime: the standard Attention operator and its own operators for multi-head attention.
+
+    None of them is the fastest everywhere, so all that fit are tried. Input and output are bound beforehand.
+    """
+
+    name = "onnxruntime"
+    packages = ("onnxruntime", "onnx")
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        if dtype == "bfloat16":
+            return "no bfloat16 on CPU"
+        return refuses_special(case)
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        from onnx import helper
+
+        case = problem.case
+        causal = int(case.causal)
+        query, key, value = problem.arrays
+        words: dict[str, Any] = {}
+        if problem.dtype == np.float64:
+            # Its default scale is a float32, which costs float64 half its digits: scale the query beforehand.
+            query, words["scale"] = query * case.head_dim**-0.5, 1.0
+        heads = {"q": query, "k": key, "v": value}  # (batch, heads, seq, dim)
+        rows = {name: seq_first(x) for name, x in heads.items()}  # (batch, seq, heads * dim)
+        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
+
+        if extra is not None:
+            # Its masks broadcast over batch and heads only.
+            full = (*extra.shape[:2], case.seqlen_q, case.seqlen_k)
+            extra = np.ascontiguousarray(np.broadcast_to(extra, full))
+            node = helper.make_node("Attention", ["q", "k", "v", "mask"], ["out"], **words)
+            yield lambda: self.way("Attention", node, {**heads, "mask": extra}, problem)
+            return
+        words["is_causal"] = causal
+        attention = helper.make_node("Attention", ["q", "k", "v"], ["out"], **words)
+        yield lambda: self.way("Attention", attention, heads, problem)
+        words |= {"q_num_heads": case.num_heads, "kv_num_heads": case.num_kv_heads}
+        attention_rows = helper.make_node("Attention", ["q", "k", "v"], ["out"], **words)
+        yield lambda: self.way("Attention, 3-D", attention_rows, rows, problem)
+        if problem.dtype == np.float64:
+            return
+        if case.num_heads == case.num_kv_heads:
+            multi_head = helper.make_node(
+                "MultiHeadAttention",
+                ["q", "k", "v"],
+                ["out"],
+                domain="com.microsoft",
+                num_heads=case.num_heads,
+                unidirectional=causal,
+            )
+            yield lambda: self.way("MultiHeadAttention", multi_head, rows, problem)
+        if case.causal:
+            # Always causal, and a cache operator: it also wants the lengths and hands the keys back.
+            grouped = helper.make_node(
+                "GroupQueryAttention",
+                ["q", "k", "v", "", "", "last", "total"],
+                ["out", "present_key", "present_value"],
+                domain="com.microsoft",
+                num_heads=case.num_heads,
+                kv_num_heads=case.num_kv_heads,
+            )
+            lengths = {
+                "last": np.full(case.batch, case.seqlen_k - 1, np.int32),
+                "total": np.array(case.seqlen_k, np.int32),
+            }
+            yield lambda: self.way("GroupQueryAttention", grouped, {**rows, **lengths}, problem)
+
+    def way(self, name: str, node: Any, inputs: dict[str, NDArray[Any]], problem: Problem) -> Way:
+        import onnx
+        import onnxruntime
+        from onnx import helper
+
+        def described(word: str, array: NDArray[Any]) -> Any:
+            return helper.make_tensor_value_info(word, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+
+        out = np.empty_like(inputs["q"])
+        results = {"out": out}
+        if "present_key" in node.output:
+            results |= {word: np.empty_like(problem.arrays[1]) for word in ("present_key", "present_value")}
+        graph = helper.make_graph(
+            [node],
+            "attention",
+            [described(word, array) for word, array in inputs.items()],
+            [described(word, array) for word, array in results.items()],
+        )
+        versions = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        # Attention came with opset 23 and format version 11; newer formats shut out older runtimes.
+        model = helper.make_model(graph, opset_imports=versions, ir_version=11)
+        onnx.checker.check_model(model)
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.num_threads
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        binding = session.io_binding()
+        for word, array in inputs.items():
+            binding.bind_ortvalue_input(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for word, array in results.items():
+            binding.bind_ortvalue_output(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+
+        def read(_: Any) -> NDArray[Any]:
+            result = binding.get_outputs()[0].numpy()
+            if result.ndim == 4:
+                return np.asarray(result)
+            case = problem.case
+            return np.asarray(result.reshape(case.batch, case.seqlen_q, case.num_heads, -1).swapaxes(1, 2))
+
+        return Way(name, lambda: session.run_with_iobinding(binding), read)
+
+
+def seq_first(array: NDArray[Any]) -> NDArray[Any]:
+    """Return (batch, heads, seq, dim) as contiguous (batch, seq, heads * dim)."""
+    batch, heads, seq, dim = array.shape
+    return np.ascontiguousarray(array.swapaxes(1, 2)).reshape(batch, seq, heads * dim)
+
+
+class OpenVINO(Contender):
+    """OpenVINO's ScaledDotProductAttention on its CPU plugin, compiled with and without fixed shapes."""
+
+    name = "openvino"
+    packages = ("openvino",)
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        if dtype == "float64":
+            return "computes float64 in float32"
+        return refuses_special(case)
+
+    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+        yield lambda: self.way("fixed shapes", problem, fixed=True)
+        yield lambda: self.way("dynamic shapes", problem, fixed=False)
+
+    def way(self, name: str, problem: Problem, fixed: bool) -> Way:
+        import openvino
+        from openvino import opset13
+
+        case = problem.case
+        core = openvino.Core()
+        # The float16 hint on a CPU without float16 arithmetic means bfloat16, three bits fewer than asked for.
+        precision = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[problem.dtype.name]
+        if precision == "f16" and "FP16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            precision = "f32"
+
+        arrays = list(problem.arrays)
+        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
+        if extra is not None:
+            arrays.append(extra)
+        tensors = [openvino_tensor(array) for array in arrays]
+        inputs: list[Any] = []
+        for tensor in tensors:
+            heads, last = tensor.shape[1], tensor.shape[3]
+            dynamic = [-1, heads, -1, last if len(inputs) < 3 else -1]
+            shape = openvino.PartialShape(list(tensor.shape) if fixed else dynamic)
+            inputs.append(opset13.parameter(shape, tensor.element_type))
+
+        group = case.num_heads // case.num_kv_heads
+
+        def repeated(node: Any) -> Any:
+            # The operator has no grouped queries; this is the pattern models repeat the keys with.
+            copies = opset13.constant(np.array([1, 1, group, 1, 1]))
+            wide = opset13.broadcast(
+                opset13.unsqueeze(node, opset13.constant(2)), copies, broadcast_spec="BIDIRECTIONAL"
+            )
+            shape = opset13.constant(np.array([0, case.num_heads, -1, case.head_dim]))
+            return opset13.reshape(wide, shape, special_zero=True)
+
+        query, key, value, *mask = inputs
+        if group > 1:
+            key, value = repeated(key), repeated(value)
+        node = opset13.scaled_dot_product_attention(query, key, value, *mask, causal=case.causal)
+        model = openvino.Model([opset13.result(node)], inputs, "attention")
+        settings = {
+            "INFERENCE_NUM_THREADS": self.num_threads,
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        for index, tensor in enumerate(tensors):
+            request.set_input_tensor(index, tensor)
+
+        def read(_: Any) -> NDArray[Any]:
+            tensor = request.get_output_tensor()
+            if problem.dtype.name == "bfloat16":
+                return np.asarray(tensor.data.view(problem.dtype))
+            return np.asarray(tensor.data)
+
+        # Shared output: without it every call would also copy the result.
+        return Way(name, lambda: request.infer(share_outputs=True), read)
+
+
+def openvino_tensor(array: NDArray[Any]) -> Any:
+    import openvino
+
+    if array.dtype.name == "bfloat16":
+        raw = np.ascontiguousarray(array).view(np.uint16)
+        return openvino.Tensor(raw, openvino.Shape(array.shape), openvino.Type.bf16)
+    return openvino.Tensor(np.ascontiguousarray(array))
+
+
+PEERS: dict[str, type[Contender]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO)}

@@ -1,0 +1,87 @@
+"""Prints a run as tables."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+
+from fastattn.bench.run import PeerTime, Row, Run
+
+__all__ = ["report"]
+
+
+def report(run: Run) -> str:
+    """Return the run as text: what it was measured on, a line a case, and the geometric means."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    parts = [f"{run.cpu}, isa {run.isa}, {run.num_threads} threads\n{versions}", rows_table(run)]
+    if means := run.means():
+        parts.append("Geometric means of the ratios\n\n" + means_table(means))
+    parts += run.notes + remarks(run)
+    return "\n\n".join(parts)
+
+
+def rows_table(run: Run) -> str:
+    peers = list(dict.fromkeys(name for row in run.rows for name in row.peers))
+    costs = any(row.baseline for row in run.rows)
+    header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s", "of peak"]
+    header += ["time"] * costs + [f"x {name}" for name in peers]
+    return table(header, [row_cells(row, peers, costs) for row in run.rows])
+
+
+def row_cells(row: Row, peers: list[str], costs: bool) -> list[str]:
+    cells = [row.name, row.shape, row.dtype, milliseconds(row.best_ms), milliseconds(row.median_ms)]
+    cells += [f"{row.gflops:.1f}", f"{row.share:.0%}"]
+    if costs:
+        cells.append(f"{row.baseline_ratio:.3f} of {row.baseline}" if row.baseline else "")
+    return cells + [peer_cell(row.peers[name]) for name in peers]
+
+
+def peer_cell(peer: PeerTime) -> str:
+    return "-" if peer.ratio is None else f"{peer.ratio:.2f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def means_table(means: dict[str, dict[str, float]]) -> str:
+    dtypes = list(dict.fromkeys(dtype for values in means.values() for dtype in values))
+    rows = [
+        [name, *(f"{values[dtype]:.2f}" if dtype in values else "-" for dtype in dtypes)]
+        for name, values in means.items()
+    ]
+    return table(["", *dtypes], rows)
+
+
+def remarks(run: Run) -> list[str]:
+    """Return a line for each reason why a peer has no figure or lost a way, with the cases it holds for."""
+    where: dict[str, list[str]] = {}
+    for row in run.rows:
+        for name, peer in row.peers.items():
+            reasons = [f"{name} has no figure ({peer.absent})"] if peer.absent else []
+            reasons += [f"{name} runs without one of its ways ({rejected})" for rejected in peer.rejected]
+            for reason in reasons:
+                where.setdefault(reason, []).append(f"{row.name} {row.dtype}")
+    if not where:
+        return []
+    return ["\n".join(f"{reason}: {', '.join(cases)}" for reason, cases in where.items())]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table whose source is aligned too: words to the left, numbers to the right."""
+    columns = list(zip_longest(header, *rows, fillvalue=""))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [all(is_number(cell) for cell in column[1:]) for column in columns]
+
+    def line(cells: list[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.rstrip("%").replace(".", "", 1).isdigit()

@@ -1,0 +1,173 @@
+"""Times contenders fairly: checked first, then in alternation, with the machine's peak read in between."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+from statistics import median
+from typing import Any
+
+from fastattn.bench.contenders import Contender, Way
+from fastattn.bench.shapes import Problem
+
+__all__ = ["Entry", "WrongResult", "alternate", "prepare", "ratio"]
+
+ROUNDS = 8
+# A clock reading takes some 50 ns; calls are timed in batches at least this long.
+SHORTEST_SAMPLE = 50e-6
+# A round this many times slower than the best is not the contender's speed.
+STALL = 3.0
+
+
+class WrongResult(Exception):
+    """A contender's result is not attention."""
+
+
+@dataclass
+class Entry:
+    """One contender on one problem: what to run and, later, how long it took."""
+
+    contender: Contender
+    way: Way
+    error: float  # of its result, relative
+    call_time: float  # a first estimate
+    rejected: list[str]  # the contender's ways that failed or were wrong, and how
+    rounds: list[list[float]] = field(default_factory=list)  # seconds a call, sample by sample
+
+    @property
+    def best(self) -> float:
+        return min(map(min, self.rounds))
+
+    @property
+    def median(self) -> float:
+        return median(sample for samples in self.rounds for sample in samples)
+
+
+def prepare(contender: Contender, problem: Problem) -> Entry:
+    """Return the fastest of the contender's ways that gives the right result.
+
+    Raises
+    ------
+    WrongResult
+        If it has no such way; the message says what happened to each.
+    """
+    right: list[Entry] = []
+    rejected: list[str] = []
+    for make in contender.ways(problem):
+        try:
+            way = make()
+            call_time, error = first_call(contender, way, problem)
+        # Each library raises its own types, for an operator it lacks at this dtype and for much else.
+        except Exception as failure:
+            rejected.append(f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
+            continue
+        if error <= problem.tolerance:
+            right.append(Entry(contender, way, error, call_time, rejected))
+        else:
+            rejected.append(f"{way.name}: error {error:.1e}, allowed {problem.tolerance:.1e}")
+    if not right:
+        raise WrongResult("; ".join(rejected))
+    return min(right, key=lambda entry: entry.call_time)
+
+
+def first_call(contender: Contender, way: Way, problem: Problem) -> tuple[float, float]:
+    """Return about how long a call takes, and the relative error of its result."""
+    wait_until_idle()
+    with contender.context():
+        start = time.perf_counter()
+        result = way.run()
+        call_time = time.perf_counter() - start
+        error = problem.error(way.read(result))
+        if call_time < 0.5:  # the first call's set-up may be a good part of that
+            call_time = min(timed(way.run, 1) for _ in range(3))
+    return call_time, error
+
+
+def alternate(entries: list[Entry], read_peak: Callable[[], float], seconds: float) -> list[float]:
+    """Time the entries in turns; return the peak read in each round, just before the first entry's turn.
+
+    A machine's speed drifts by the second, with its clock and its neighbours. Turns expose every entry and
+    the peak to the same seconds, so that quotients within a round are sound where absolute figures are not.
+
+    Parameters
+    ----------
+    entries : list of Entry
+        Their `rounds` are filled.
+    read_peak : callable
+        Returns FLOP/s.
+    seconds : float
+        Time for each entry over all rounds. One whose calls take longer sits out after two rounds.
+    """
+    peaks: list[float] = []
+    with no_garbage_collection():
+        for index in range(ROUNDS):
+            playing = [entry for entry in entries if index < 2 or sum(map(sum, entry.rounds)) < seconds]
+            if entries[0] not in playing:
+                break
+            for entry in playing:
+                wait_until_idle()
+                if entry is entries[0]:
+                    peaks.append(read_peak())
+                entry.rounds.append(burst(entry, seconds / ROUNDS))
+    return peaks
+
+
+def burst(entry: Entry, seconds: float) -> list[float]:
+    """Return the times of calls made back to back, the first of which wakes the threads and is not counted."""
+    number = max(1, round(SHORTEST_SAMPLE / entry.call_time))
+    samples: list[float] = []
+    with entry.contender.context():
+        if entry.call_time < seconds:
+            timed(entry.way.run, number)
+        end = time.perf_counter() + seconds
+        while not samples or time.perf_counter() < end:
+            samples.append(timed(entry.way.run, number))
+    return samples
+
+
+def timed(run: Callable[[], Any], number: int) -> float:
+    start = time.perf_counter()
+    for _ in repeat(None, number):
+        run()
+    return (time.perf_counter() - start) / number
+
+
+def wait_until_idle() -> None:
+    """Sleep until no thread of this process is running.
+
+    Thread pools spin for a while after a call, to be quick at the next: some 10 ms in an OpenMP runtime, 40 ms
+    in ONNX Runtime, over 100 ms in OpenBLAS. That is each library's best setting for calls back to back, so it
+    stays as it is; but whoever comes next must not find a core taken by it.
+    """
+    window = 0.02  # several ticks of the 4 ms clock that some kernels account other threads' time with
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(window)
+        if time.process_time() - before < window / 4:
+            return
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def ratio(other: Entry, entry: Entry) -> float:
+    """Return how many times longer other takes than entry: the median over the rounds in which both ran well.
+
+    On a machine that has other work too, the two spinning threads of an OpenMP runtime may meet on one core, and a
+    call of 8 µs then takes a tick of the scheduler, 4 to 8 ms, for a whole burst. It would flatter whoever is
+    compared with that to count it, so rounds far from an entry's own best are left out.
+    """
+    rounds = [(min(theirs), min(ours)) for theirs, ours in zip(other.rounds, entry.rounds, strict=False)]
+    sound = [theirs / ours for theirs, ours in rounds if theirs < STALL * other.best and ours < STALL * entry.best]
+    return median(sound) if sound else other.best / entry.best
