@@ -12,7 +12,10 @@ __all__ = ["report"]
 def report(run: Run) -> str:
     """Return the run as text: what it was measured on, a line a case, and the geometric means."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    parts = [f"{run.cpu}, isa {run.isa}, {run.num_threads} threads\n{versions}", rows_table(run)]
+    machine = f"{run.cpu}, isa {run.isa}, {run.num_threads} threads"
+    if run.other_load is not None:
+        machine += f", other work on {run.other_load:.2f} CPUs meanwhile"
+    parts = [f"{machine}\n{versions}", rows_table(run)]
     if means := run.means():
         parts.append("Geometric means of the ratios\n\n" + means_table(means))
     parts += run.notes + remarks(run)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +64,7 @@ class Run:
     cpu: str
     isa: str
     num_threads: int
+    other_load: float | None  # CPUs' worth of work that was not the benchmark's; None: unknown
     versions: dict[str, str]
     notes: list[str]
     rows: list[Row]
@@ -123,6 +127,7 @@ def run(
         else:
             notes.append(f"{name} skipped: it needs {' and '.join(PEERS[name].packages)}")
 
+    start = time.perf_counter(), time.process_time(), machine_time()
     work = [(case, dtype) for case in cases for dtype in known.values()]
     rows = []
     for index, (case, dtype) in enumerate(work, 1):
@@ -131,10 +136,15 @@ def run(
         best_peers = [f"{peer.ratio:.2f}x {name}" for name, peer in row.peers.items() if peer.ratio is not None]
         print(f": {', '.join([f'{row.share:.0%} of peak', *best_peers])}", file=sys.stderr, flush=True)
         rows.append(row)
+    elapsed, own, machine = (
+        end - begin
+        for end, begin in zip((time.perf_counter(), time.process_time(), machine_time()), start, strict=True)
+    )
     return Run(
         cpu=cpu_name(),
         isa=fastattn.show_config(mode="dicts")["isa"],
         num_threads=num_threads,
+        other_load=None if math.isnan(machine) else max(0.0, machine - own) / elapsed,
         versions={contender.name: contender.version for contender in (us, *them)},
         notes=notes,
         rows=rows,
@@ -192,6 +202,15 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender
         baseline=case.baseline.name if case.baseline else None,
         baseline_ratio=ratio(entry, baseline) if baseline else None,
     )
+
+
+def machine_time() -> float:
+    """Return the seconds of CPU time that this machine has spent, on anything; NaN where it does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return math.nan
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_name() -> str:
