@@ -2,7 +2,6 @@
 # Needed beforehand: python3 (3.11 or later, with venv) and gcc.
 
 PYTHON ?= python3
-CC ?= cc
 BIN = $(CURDIR)/.venv/bin
 
 .PHONY: demo test check lint sanitize clean
@@ -35,13 +34,16 @@ lint:
 	cd / && $(BIN)/stubtest fastattn._core
 
 # Memory and arithmetic faults in the whole library, then races in the pool of threads.
+sanitize: export CC = gcc
+sanitize: export FASTATTN_SANITIZE = address,undefined
 sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
 sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
 sanitize:
-	CC=gcc FASTATTN_SANITIZE=address,undefined $(fresh) '.[test]'
-	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(MAKE) check RUNNER=$(BIN)/python \
+	$(fresh) '.[test]'
+	$(MAKE) check RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
 	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
 	           tests/test_strides.py tests/test_errors.py tests/test_plan.py'
+	mkdir -p build
 	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c -pthread \
 	    -o build/pool_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test

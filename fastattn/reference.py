@@ -57,13 +57,13 @@ def softmax(scores: Array, sink: float) -> tuple[Array, Array]:
     """Return softmax over the keys, and the natural log of its denominator.
 
     The sink is one more logit in the maximum and in the denominator. A row that has neither a key nor a
-    sink has weights 0 and lse -inf.
+    sink has weights 0 and lse -inf. A key whose score is -inf has weight 0 even in a row that is NaN.
     """
     row_max = np.max(scores, axis=-1, keepdims=True, initial=sink)
     shift = np.where(row_max == -np.inf, 0.0, row_max)
     p = np.exp(scores - shift)
     row_sum = p.sum(axis=-1, keepdims=True) + np.exp(sink - shift)
-    weights = p / np.where(row_sum == 0.0, 1.0, row_sum)
+    weights = np.where(scores == -np.inf, 0.0, p / np.where(row_sum == 0.0, 1.0, row_sum))
     return weights, (shift + np.log(row_sum))[:, 0]
 
 

@@ -69,6 +69,11 @@ def score_error(query, key, *, scale=None, query_offset=None, bias=None, alibi_s
     return (head_dim + 16) * magnitude
 
 
+def exact(query, key, value, **keywords):
+    """Return the reference's result before it is rounded to query's dtype."""
+    return reference.attention(*(x.astype(np.float64) for x in (query, key, value)), **keywords)
+
+
 def tolerances(query, key, value, **keywords):
     """Return bounds on the errors of out, lse and weights.
 
@@ -93,15 +98,15 @@ def tolerances(query, key, value, **keywords):
     assert delta < 0.1, "the linear bound does not hold for such scores; compare otherwise"
     relative = sides * (2.2 * delta + (2 * seqlen_k + 32) * unit)
 
-    wide = {name: array.astype(np.float64) for name, array in (("query", query), ("key", key), ("value", value))}
-    wide["value"] = np.abs(np.where(np.isfinite(wide["value"]), wide["value"], 0.0))
-    keywords = {k: v for k, v in keywords.items() if k not in ("out", "return_lse", "return_weights", "num_threads")}
-    spread, lse, weights = reference.attention(**wide, **keywords, return_lse=True, return_weights=True)
+    finite_value = np.where(np.isfinite(value.astype(np.float64)), value, np.zeros((), value.dtype))
+    spread, lse, weights = exact(
+        query, key, np.abs(finite_value.astype(np.float64)), **keywords, return_lse=True, return_weights=True
+    )
 
     subnormal = float(ml_dtypes.finfo(out_dtype).smallest_subnormal)
     tiny = float(np.finfo(np.float64 if out_dtype == F64 else np.float32).tiny)
     flushed = tiny * max(seqlen_k, 1)  # a p below the normal range may be lost
-    out_tol = (relative + 2 * unit_p + UNIT[out_dtype]) * spread + subnormal + flushed * _largest(wide["value"])
+    out_tol = (relative + 2 * unit_p + UNIT[out_dtype]) * spread + subnormal + flushed * _largest(value)
     weights_tol = (relative + unit_p + UNIT[out_dtype]) * weights + subnormal + flushed
     magnitude = np.abs(np.where(np.isfinite(lse), lse, 0.0))
     lse_tol = sides * (1.1 * delta + (seqlen_k + 16) * unit + 4 * unit * magnitude)
@@ -111,7 +116,6 @@ def tolerances(query, key, value, **keywords):
 def assert_close(actual, expected, tolerance, what="out"):
     """Assert |actual - expected| <= tolerance, and the same NaN and infinities in the same places."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
-    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
         same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
@@ -129,20 +133,23 @@ def assert_close(actual, expected, tolerance, what="out"):
 
 def check(query, key, value, **keywords):
     """Call fastattn.attention and compare out, lse and weights with the reference; return them."""
-    keywords = {**keywords, "return_lse": True, "return_weights": True}
-    actual = fastattn.attention(query, key, value, **keywords)
-    keywords.pop("out", None)
-    expected = reference.attention(query, key, value, **keywords)
-    for a, e, tolerance, what in zip(
-        actual, expected, tolerances(query, key, value, **keywords), ("out", "lse", "weights"), strict=True
-    ):
-        assert_close(a, e, tolerance, what)
+    return check_planted((query, key, value), (query, key, value), **keywords)
+
+
+def check_planted(clean, planted, **keywords):
+    """As check, on planted arrays, with the tolerance of the clean ones."""
+    expected = exact(*planted, **keywords, return_lse=True, return_weights=True)
+    allowed = tolerances(*clean, **keywords)
+    names = ("out", "lse", "weights")
+    actual = fastattn.attention(*planted, **keywords, return_lse=True, return_weights=True)
+    dtype = clean[0].dtype
+    assert [x.dtype for x in actual] == [dtype, F64 if dtype == F64 else F32, dtype]
+    for a, e, tolerance, name in zip(actual, expected, allowed, names, strict=True):
+        assert_close(a, e, tolerance, name)
     # Without weights the kernel may take another path; it is held to the same bound.
-    keywords["return_weights"] = False
-    out, lse = fastattn.attention(query, key, value, **keywords)
-    out_tol, lse_tol, _ = tolerances(query, key, value, **keywords)
-    assert_close(out, expected[0], out_tol, "out without weights")
-    assert_close(lse, expected[1], lse_tol, "lse without weights")
+    without = fastattn.attention(*planted, **keywords, return_lse=True)
+    for a, e, tolerance, name in zip(without, expected[:2], allowed[:2], names[:2], strict=True):
+        assert_close(a, e, tolerance, f"{name} without weights")
     return actual
 
 
