@@ -79,6 +79,14 @@ def test_batch_broadcasts():
     check(query[:, None], np.stack([key[0]] * 2), value[:, None])
 
 
+def test_batch_of_many_axes():
+    query, key, value = qkv(make_rng(), (2, 2, 2, 5, 6, 8))
+    query, key, value = (x.reshape(*[1] * 7, 2, *[1] * 6, *x.shape[1:]) for x in (query, key, value))
+    check(query, key[0], value[:, 0])
+    with pytest.raises(ValueError, match="axes"):
+        fastattn.attention(query[(None,) * 13], key, value)
+
+
 def test_head_dim_limits():
     rng = make_rng()
     for head_dim, head_dim_v in [(512, 512), (512, 1), (1, 512), (511, 509)]:

@@ -104,6 +104,20 @@ def test_masked_per_row_with_infinite_values(dtypes):
 
 
 @each_dtype
+def test_a_score_of_minus_infinity_hides_the_key_however_it_came_about(dtypes):
+    clean = qkv(make_rng(), (1, 2, 2, 20, 70, 12), dtypes)
+    clean[0][..., 0] = 1.0
+    planted = [x.copy() for x in clean]
+    planted[1][..., 40, :] = 0.0
+    planted[1][..., 40, 0] = -np.inf
+    planted[2][..., 40, 5] = np.nan
+    # The other products with this key are 0, so its score is -inf in every row.
+    out, _, weights = check_planted(clean, planted)
+    assert np.isfinite(out.astype(F64)).all()
+    assert (weights[..., 40].astype(F64) == 0).all()
+
+
+@each_dtype
 def test_visible_nan_makes_the_row_nan(dtypes):
     for seqlen_q in (1, 3, 40):
         query, key, value = qkv(make_rng(), (1, 2, 2, seqlen_q, 70, 16), dtypes)
@@ -224,6 +238,17 @@ def test_window_composes_with_everything(dtypes):
         check(query, key, value, window=window, causal=True, mask=mask)
         check(query, key, value, window=window, bias=bias, query_offset=np.array([-3, 50]), softcap=3.0)
         check(query, key, value, window=window, key_lengths=np.array([90, 31]), causal=True)
+
+
+def test_bounds_and_offsets_beyond_every_key():
+    query, key, value = qkv(make_rng(), (1, 2, 2, 9, 20, 8))
+    for bound in (2**31, 2**62, 2**63 - 1):
+        check(query, key, value, window=(bound, bound))
+        check(query, key, value, window=(bound, 0), query_offset=5)
+        check(query, key, value, window=(0, bound), query_offset=-5)
+        for offset in (2**60, -(2**60)):
+            check(query, key, value, window=(bound, 3), query_offset=offset)
+            check(query, key, value, causal=True, query_offset=offset)
 
 
 @each_dtype
