@@ -30,9 +30,10 @@ typedef struct {
     int key_block;
     /* Bytes of scratch for an item of `tiles` tiles. */
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
-    /* Computes the item; `scratch` is 64-byte aligned. */
-    void (*forward)(const fa_problem *problem, const fa_item *item, void *scratch, fa_run *run,
-                    bool is_caller);
+    /* Computes the item; `next` (or NULL) is the one that this thread computes after it, whose first
+     * reads are started early. `scratch` is 64-byte aligned. */
+    void (*forward)(const fa_problem *problem, const fa_item *item, const fa_item *next, void *scratch,
+                    fa_run *run, bool is_caller);
     /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */
     double (*peak)(int64_t rounds);
 } fa_kernel;

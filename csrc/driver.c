@@ -47,12 +47,23 @@ static void forward_items(void *argument, int member)
     void *scratch = is_caller ? job->caller_scratch : fa_thread_scratch(job->partition->scratch_bytes);
     if (!scratch)
         return; /* the others do this member's share */
-    while (!atomic_load_explicit(&job->run.stop, memory_order_relaxed)) {
-        int64_t index = atomic_fetch_add_explicit(&job->next_item, 1, memory_order_relaxed);
-        if (index >= job->num_items)
+    const int64_t chunk = job->partition->items_per_claim;
+    for (;;) {
+        int64_t index = atomic_fetch_add_explicit(&job->next_item, chunk, memory_order_relaxed);
+        int64_t end = index + chunk < job->num_items ? index + chunk : job->num_items;
+        if (index >= end)
             return;
-        fa_item item = fa_item_at(job->run.problem, job->partition, index);
-        job->kernel->forward(job->run.problem, &item, scratch, &job->run, is_caller);
+        fa_item items[2];
+        items[index % 2] = fa_item_at(job->run.problem, job->partition, index);
+        for (; index < end; index++) {
+            const fa_item *item = &items[index % 2];
+            fa_item *next = index + 1 < end ? &items[(index + 1) % 2] : NULL;
+            if (next)
+                *next = fa_item_at(job->run.problem, job->partition, index + 1);
+            job->kernel->forward(job->run.problem, item, next, scratch, &job->run, is_caller);
+            if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
+                return;
+        }
     }
 }
 

@@ -100,6 +100,23 @@ FA_INLINE bool vmask_any(vmask where)
     return where != 0;
 }
 
+/* `count` <= 64 booleans `step` bytes apart, as bits. */
+FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
+{
+    const uint64_t wanted = ~(uint64_t)0 >> (64 - count);
+    if (step == 0)
+        return *mask ? wanted : 0;
+    if (step == 1) {
+        __m512i bytes = _mm512_maskz_loadu_epi8(wanted, mask);
+        return _mm512_test_epi8_mask(bytes, bytes);
+    }
+    uint64_t bits = 0;
+    for (int n = 0; n < count; n++)
+        bits |= (uint64_t)(mask[n * step] != 0) << n;
+    return bits;
+}
+
+#define load_mask_bits load_mask_bits
 #define vec_select vec_select
 #define vec_max vec_max
 #define vec_round vec_round

@@ -145,6 +145,25 @@ FA_INLINE vec vec_load_float16(const void *src)
 #endif
 #endif
 
+/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. */
+FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
+{
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(data + i, 0, 2);
+}
+
+FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
+{
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(data + i, 1, 2);
+}
+
+/* Bytes that `count` elements span, if they lie densely enough to be prefetched as a range, else 0. */
+FA_INLINE ptrdiff_t prefetch_span(ptrdiff_t step, int64_t count)
+{
+    return step > 0 && step <= 16 ? step * count : 0;
+}
+
 /* LANES contiguous elements. */
 FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
 {
@@ -162,17 +181,45 @@ FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
     return x;
 }
 
+/* `count` elements of `size` bytes, `step` bytes apart, side by side. */
+FA_INLINE void gather_bytes(const char *src, ptrdiff_t step, int count, int size, char *dst)
+{
+    if (size == 2) {
+        for (int i = 0; i < count; i++)
+            memcpy(dst + 2 * i, src + i * step, 2);
+    } else if (size == 4) {
+        for (int i = 0; i < count; i++)
+            memcpy(dst + 4 * i, src + i * step, 4);
+    } else {
+        for (int i = 0; i < count; i++)
+            memcpy(dst + 8 * i, src + i * step, 8);
+    }
+}
+
 /* `count` <= LANES elements `step` bytes apart; the lanes beyond are 0, and nothing there is read. */
 FA_INLINE vec load_elements(const char *src, ptrdiff_t step, int count, fa_dtype dtype)
 {
-    if (step == element_size(dtype) && count == LANES)
+    const int size = element_size(dtype);
+    if (step == size && count == LANES)
         return load_contiguous(src, dtype);
-    if (step == 0 && count == LANES)
-        return vec_splat(load_element(src, dtype));
-    real x[LANES] = {0};
-    for (int i = 0; i < count; i++)
-        x[i] = load_element(src + i * step, dtype);
-    return vec_load(x);
+    char elements[8 * LANES] = {0};
+    gather_bytes(src, step, count, size, elements);
+    return load_contiguous(elements, dtype);
+}
+
+/* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. */
+FA_INLINE void load_square(const char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count,
+                           fa_dtype dtype, vec x[LANES])
+{
+    if (dtype == FA_REAL_DTYPE && step == (ptrdiff_t)sizeof(real) && count == LANES) {
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++)
+            x[j] = vec_load(rows[j] + offset);
+    } else {
+        for (int j = 0; j < LANES; j++)
+            x[j] = load_elements(rows[j] + offset, step, count, dtype);
+    }
+    vec_transpose(x);
 }
 
 FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dtype, vec x)
@@ -193,6 +240,21 @@ FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dty
     vec_store(elements, x);
     for (int i = 0; i < count; i++)
         store_element(dst + i * step, dtype, elements[i]);
+}
+
+/* The transpose of load_square, for `num_rows` <= LANES rows. */
+FA_INLINE void store_square(char *const *rows, int num_rows, ptrdiff_t offset, ptrdiff_t step, int count,
+                            fa_dtype dtype, vec x[LANES])
+{
+    vec_transpose(x);
+    if (dtype == FA_REAL_DTYPE && step == (ptrdiff_t)sizeof(real) && count == LANES && num_rows == LANES) {
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++)
+            vec_store(rows[j] + offset, x[j]);
+    } else {
+        for (int j = 0; j < num_rows; j++)
+            store_elements(rows[j] + offset, step, count, dtype, x[j]);
+    }
 }
 
 #endif

@@ -22,7 +22,7 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
             a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                c[i][m] = out[i * vectors + m];
+                c[i][m] = t->fresh ? vec_splat(0) : out[i * vectors + m];
         }
         product(a, value->row, probabilities, length, vectors, visible_only, c);
 #pragma GCC unroll 8
@@ -46,27 +46,31 @@ FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 
 /* Adds a key block to the running softmax of a tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, int vectors, bool visible_only, vec *scores)
+                            const operand_block *value, const lookahead *next, int vectors, bool visible_only,
+                            vec *scores)
 {
-    if (!compute_scores(p, t, range, key, vectors, scores))
+    if (!compute_scores(p, t, range, key, next, vectors, scores))
         return;
     const real to_log2 = score_to_log2(p);
     vec rescale[MAX_VECTORS];
     if (raise_row_max(t, scores, num_keys(range), to_log2, vectors, rescale)) {
         for (int m = 0; m < vectors; m++)
             t->row_sum[m] *= rescale[m];
-        rescale_out(t, p->head_dim_v, vectors, rescale);
+        if (!t->fresh)
+            rescale_out(t, p->head_dim_v, vectors, rescale);
     }
     exponentiate(t, scores, num_keys(range), to_log2, vectors, visible_only);
     const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
     multiply_value(p, t, range, value, probabilities, vectors, visible_only);
+    t->fresh = false;
 }
 
 /* Writes the weights of a key block, from the finished row_max and row_sum. */
 FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
                              int vectors, char *const *weights, vec *scores)
 {
-    if (!compute_scores(p, t, range, key, vectors, scores))
+    const lookahead nothing = {0};
+    if (!compute_scores(p, t, range, key, &nothing, vectors, scores))
         return;
     const real to_log2 = score_to_log2(p);
     for (int m = 0; m < vectors; m++) {
@@ -79,30 +83,28 @@ FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *rang
             vec x[LANES];
             for (int j = 0; j < LANES; j++)
                 x[j] = scores[(min_i64(n + j, range->key_hi - 1) - range->first) * vectors + m];
-            vec_transpose(x);
-            for (int j = 0; j < LANES && m * LANES + j < t->rows; j++)
-                store_elements(weights[m * LANES + j] + n * p->weights.col, p->weights.col, count,
-                               p->weights.dtype, x[j]);
+            store_square(weights + m * LANES, rows_of_vector(t, m), n * p->weights.col, p->weights.col, count,
+                         p->weights.dtype, x);
         }
     }
 }
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, bool visible_only, vec *scores)
+                             const operand_block *value, const lookahead *next, bool visible_only, vec *scores)
 {
     if (visible_only && t->vectors == 1)
-        attend_block(p, t, range, key, value, 1, true, scores);
+        attend_block(p, t, range, key, value, next, 1, true, scores);
     else if (visible_only && t->vectors == 2)
-        attend_block(p, t, range, key, value, 2, true, scores);
+        attend_block(p, t, range, key, value, next, 2, true, scores);
     else if (visible_only)
-        attend_block(p, t, range, key, value, 3, true, scores);
+        attend_block(p, t, range, key, value, next, 3, true, scores);
     else if (t->vectors == 1)
-        attend_block(p, t, range, key, value, 1, false, scores);
+        attend_block(p, t, range, key, value, next, 1, false, scores);
     else if (t->vectors == 2)
-        attend_block(p, t, range, key, value, 2, false, scores);
+        attend_block(p, t, range, key, value, next, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, 3, false, scores);
+        attend_block(p, t, range, key, value, next, 3, false, scores);
 }
 
 static void write_weights_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
@@ -130,12 +132,21 @@ static const char *at_batch(const fa_array *array, const fa_problem *p, const fa
     return array->data ? array->data + batch_offset(array, p, item->batch_index) : NULL;
 }
 
+static void locate_keys(const fa_problem *p, const fa_item *item, item_arrays *a)
+{
+    const char *length = at_batch(&p->key_lengths, p, item);
+    a->num_keys = length ? *(const int64_t *)length : p->seqlen_k;
+    a->key = at_batch(&p->key, p, item) + item->kv_head * p->key.head;
+    a->value = at_batch(&p->value, p, item) + item->kv_head * p->value.head;
+    a->query = at_batch(&p->query, p, item);
+    a->group = p->num_heads / p->num_kv_heads;
+    a->first_head = item->kv_head * a->group;
+}
+
 static item_arrays locate(const fa_problem *p, const fa_item *item)
 {
     item_arrays a;
-    a.query = at_batch(&p->query, p, item);
-    a.key = at_batch(&p->key, p, item) + item->kv_head * p->key.head;
-    a.value = at_batch(&p->value, p, item) + item->kv_head * p->value.head;
+    locate_keys(p, item, &a);
     a.mask = at_batch(&p->mask, p, item);
     a.bias = at_batch(&p->bias, p, item);
     a.out = (char *)at_batch(&p->out, p, item);
@@ -143,48 +154,80 @@ static item_arrays locate(const fa_problem *p, const fa_item *item)
     a.weights = (char *)at_batch(&p->weights, p, item);
     a.alibi_slopes = at_batch(&p->alibi_slopes, p, item);
     a.sinks = at_batch(&p->sinks, p, item);
-    const char *length = at_batch(&p->key_lengths, p, item);
     const char *offset = at_batch(&p->query_offset, p, item);
-    a.num_keys = length ? *(const int64_t *)length : p->seqlen_k;
     a.query_offset = offset ? *(const int64_t *)offset : a.num_keys - p->seqlen_q;
-    a.group = p->num_heads / p->num_kv_heads;
-    a.first_head = item->kv_head * a.group;
     return a;
 }
 
-/* Which row each lane is, what its interval lets it see, and its packed query. */
-static void begin_tile(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
+/* Position and head of each lane's row. */
+static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
-    const char *query[TILE_ROWS];
-    t->hides = false;
-    t->key_lo = INT64_MAX;
-    t->key_hi = 0;
-    t->inner_lo = 0;
-    t->inner_hi = INT64_MAX;
     for (int j = 0; j < t->vectors * LANES; j++) {
         int64_t flat = row_begin + (j < t->rows ? j : t->rows - 1);
-        int64_t row = a->group == 1 ? flat : flat / a->group;
-        int64_t head = a->first_head + flat - row * a->group;
-        t->row[j] = row;
-        t->head[j] = head;
-        t->position[j] = row + a->query_offset;
-        visible_interval(p, t->position[j], a->num_keys, &t->lo[j], &t->hi[j]);
-        if (t->lo[j] < t->hi[j]) {
-            t->key_lo = min_i64(t->key_lo, t->lo[j]);
-            t->key_hi = max_i64(t->key_hi, t->hi[j]);
-        }
-        t->inner_lo = max_i64(t->inner_lo, t->lo[j]);
-        t->inner_hi = min_i64(t->inner_hi, t->hi[j]);
-        query[j] = a->query + head * p->query.head + row * p->query.row;
-        if (a->mask)
-            t->mask[j] = a->mask + head * p->mask.head + row * p->mask.row;
-        if (a->bias)
-            t->bias[j] = a->bias + head * p->bias.head + row * p->bias.row;
-        if (a->alibi_slopes)
-            t->slope[j / LANES][j % LANES] = (real)load_element(a->alibi_slopes + head * p->alibi_slopes.head, FA_FLOAT64);
+        t->row[j] = a->group == 1 ? flat : flat / a->group;
+        t->head[j] = a->first_head + flat - t->row[j] * a->group;
     }
-    const real sign = (real)fabs(p->scale) == 0 ? 0 : p->scale < 0 ? -1 : 1;
-    pack_query(query, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
+}
+
+/* Keys that the row at `position` may see of `num_keys`: an interval, whatever hides the others. */
+static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
+{
+    const int64_t num_keys = a->num_keys;
+    t->key_lo = t->inner_lo = 0;
+    t->key_hi = t->inner_hi = num_keys;
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        t->lo[j] = 0;
+        t->hi[j] = num_keys;
+    }
+    if (p->left == FA_UNBOUNDED && p->right == FA_UNBOUNDED)
+        return;
+    t->key_lo = INT64_MAX;
+    t->key_hi = 0;
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        int64_t position = t->row[j] + a->query_offset;
+        int64_t lo = p->left == FA_UNBOUNDED ? 0 : min_i64(max_i64(position - p->left, 0), num_keys);
+        int64_t hi = p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
+        t->lo[j] = lo;
+        t->hi[j] = hi;
+        t->inner_lo = max_i64(t->inner_lo, lo);
+        t->inner_hi = min_i64(t->inner_hi, hi);
+        if (lo < hi) {
+            t->key_lo = min_i64(t->key_lo, lo);
+            t->key_hi = max_i64(t->key_hi, hi);
+        }
+    }
+}
+
+/* Where each lane's row starts in an array of (head, row, col). */
+FA_INLINE void point_at_rows(const tile *t, const char *base, const fa_array *array, const char **rows)
+{
+    for (int j = 0; j < t->vectors * LANES; j++)
+        rows[j] = base + t->head[j] * array->head + t->row[j] * array->row;
+}
+
+static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
+{
+    t->hides = false;
+    number_rows(a, row_begin, t);
+    find_intervals(p, a, t);
+    point_at_rows(t, a->query, &p->query, t->query_row);
+    if (a->mask)
+        point_at_rows(t, a->mask, &p->mask, t->mask);
+    if (a->bias)
+        point_at_rows(t, a->bias, &p->bias, t->bias);
+    if (a->alibi_slopes) {
+        for (int j = 0; j < t->vectors * LANES; j++) {
+            const char *slope = a->alibi_slopes + t->head[j] * p->alibi_slopes.head;
+            t->slope[j / LANES][j % LANES] = (real)load_element(slope, FA_FLOAT64);
+            t->position[j] = t->row[j] + a->query_offset;
+        }
+    }
+}
+
+static void pack_tile(const fa_problem *p, tile *t)
+{
+    const real sign = p->scale == 0 ? 0 : p->scale < 0 ? -1 : 1;
+    pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
 }
 
 /* The running softmax of no keys; a sink is a score that is there from the start and adds no value. */
@@ -201,7 +244,18 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, tile *t)
             t->row_sum[j / LANES][j % LANES] = sink == -INFINITY ? 0 : 1;
         }
     }
-    memset(t->out, 0, (size_t)p->head_dim_v * t->vectors * sizeof(vec));
+    t->fresh = true;
+}
+
+static char *out_row(const fa_problem *p, const item_arrays *a, const tile *t, int j)
+{
+    return a->out + t->head[j] * p->out.head + t->row[j] * p->out.row;
+}
+
+static void prefetch_out(const fa_problem *p, const item_arrays *a, const tile *t)
+{
+    for (int j = 0; j < t->rows; j++)
+        prefetch_for_write(out_row(p, a, t, j), prefetch_span(p->out.col, p->head_dim_v));
 }
 
 /* Normalises and stores; false if some result is not finite. */
@@ -209,21 +263,22 @@ static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t
 {
     char *out[TILE_ROWS];
     for (int j = 0; j < t->rows; j++)
-        out[j] = a->out + t->head[j] * p->out.head + t->row[j] * p->out.row;
+        out[j] = out_row(p, a, t, j);
     vec suspect = {0}; /* x - x is 0 for every finite x */
+    if (t->fresh)
+        memset(t->out, 0, (size_t)p->head_dim_v * t->vectors * sizeof(vec));
     for (int m = 0; m < t->vectors; m++) {
         vec sum = t->row_sum[m];
         vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
         for (int e = 0; e < p->head_dim_v; e += LANES) {
             int count = (int)min_i64(LANES, p->head_dim_v - e);
             vec x[LANES];
+#pragma GCC unroll 16
             for (int j = 0; j < LANES; j++) {
                 x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
                 suspect += x[j] - x[j];
             }
-            vec_transpose(x);
-            for (int j = 0; j < LANES && m * LANES + j < t->rows; j++)
-                store_elements(out[m * LANES + j] + e * p->out.col, p->out.col, count, p->out.dtype, x[j]);
+            store_square(out + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count, p->out.dtype, x);
         }
     }
     real total = 0;
@@ -247,7 +302,7 @@ static operand_block load_key_block(const fa_problem *p, const item_arrays *a, i
 {
     const char *src = a->key + begin * p->key.row;
     if (key_is_operand(&p->key, p->head_dim))
-        return (operand_block){src, begin, p->key.row, sizeof(operand)};
+        return (operand_block){src, begin, p->key.row, operand_step(&p->key)};
     stage_key(src, &p->key, (int)(end - begin), (int)p->head_dim, stage);
     return (operand_block){stage, begin, staged_row_bytes(p->head_dim), sizeof(operand)};
 }
@@ -257,7 +312,7 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
 {
     const char *src = a->value + begin * p->value.row;
     if (value_is_operand(&p->value))
-        return (operand_block){src, begin, p->value.row, sizeof(operand)};
+        return (operand_block){src, begin, p->value.row, operand_step(&p->value)};
     int lead = (int)(begin % REDUCTION);
     stage_value(src, &p->value, lead, (int)(end - begin), (int)p->head_dim_v, stage);
     return (operand_block){stage, begin / REDUCTION, staged_row_bytes(p->head_dim_v), sizeof(operand)};
@@ -265,6 +320,7 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
 
 typedef struct {
     const fa_problem *problem;
+    const fa_item *next;
     item_arrays arrays;
     workspace w;
     int num_tiles;
@@ -275,9 +331,28 @@ typedef struct {
 
 /* Key blocks begin at multiples of KEY_BLOCK, so that a row's sums are grouped the same way whatever
  * else its tile and its item see. */
-static int64_t block_end(const item_state *s, int64_t begin)
+static int64_t block_end(int64_t begin, int64_t key_hi)
 {
-    return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, s->key_hi);
+    return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, key_hi);
+}
+
+static lookahead look_ahead(const item_state *s, int64_t begin)
+{
+    const fa_problem *p = s->problem;
+    if (begin < s->key_hi)
+        return (lookahead){.key = s->arrays.key + begin * p->key.row,
+                           .value = s->arrays.value + begin * p->value.row,
+                           .key_rows = (int)(block_end(begin, s->key_hi) - begin)};
+    if (!s->next)
+        return (lookahead){0};
+    item_arrays a;
+    locate_keys(p, s->next, &a);
+    return (lookahead){.key = a.key,
+                       .value = a.value,
+                       .query = a.query + a.first_head * p->query.head + s->next->row_begin / a.group * p->query.row,
+                       .key_rows = (int)min_i64(a.num_keys, KEY_BLOCK),
+                       .query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, KEY_BLOCK),
+                       .group = a.group};
 }
 
 /* Every tile over every key block; false if a masked NaN or infinity may have reached a result. */
@@ -289,13 +364,19 @@ static bool attend_keys(item_state *s, bool visible_only)
     for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return true;
-        end = block_end(s, begin);
+        end = block_end(begin, s->key_hi);
         operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
         operand_block value = load_value_block(p, &s->arrays, begin, end, s->w.value_stage);
+        lookahead next = look_ahead(s, end);
         for (int i = 0; i < s->num_tiles; i++) {
-            key_range range = tile_range(&s->w.tiles[i], begin, end);
-            if (range.key_lo < range.key_hi)
-                attend_block_any(p, &s->w.tiles[i], &range, &key, &value, visible_only, s->w.scores);
+            tile *t = &s->w.tiles[i];
+            key_range range = tile_range(t, begin, end);
+            if (end == s->key_hi)
+                prefetch_out(p, &s->arrays, t);
+            if (range.key_lo >= range.key_hi)
+                continue;
+            attend_block_any(p, t, &range, &key, &value, &next, visible_only, s->w.scores);
+            next = (lookahead){0}; /* one tile has asked for all of it */
         }
     }
     bool clean = true;
@@ -311,7 +392,7 @@ static void attend_weights(item_state *s)
     for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return;
-        end = block_end(s, begin);
+        end = block_end(begin, s->key_hi);
         operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
@@ -326,7 +407,7 @@ static void attend_weights(item_state *s)
 }
 
 /* Spreads the item's rows evenly over as few tiles as hold them. */
-static void begin_tiles(item_state *s, const fa_item *item)
+static void locate_tiles(item_state *s, const fa_item *item)
 {
     int64_t rows = item->row_end - item->row_begin;
     int vectors = (int)((rows + LANES - 1) / LANES);
@@ -338,19 +419,42 @@ static void begin_tiles(item_state *s, const fa_item *item)
         tile *t = &s->w.tiles[i];
         t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
         t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
-        begin_tile(s->problem, &s->arrays, row, t);
+        locate_rows(s->problem, &s->arrays, row, t);
         s->key_lo = min_i64(s->key_lo, t->key_lo);
         s->key_hi = max_i64(s->key_hi, t->key_hi);
         row += t->rows;
     }
 }
 
-static void forward_item(const fa_problem *p, const fa_item *item, void *scratch, fa_run *run, bool is_caller)
+static void prefetch_queries(const fa_problem *p, const tile *t)
 {
-    item_state s = {.problem = p, .arrays = locate(p, item), .run = run, .is_caller = is_caller};
+    for (int j = 0; j < t->rows; j++)
+        prefetch(t->query_row[j], prefetch_span(p->query.col, p->head_dim));
+}
+
+/* Packs the queries of every tile, while those of the next one and the first keys are on their way. */
+static void pack_tiles(const item_state *s)
+{
+    const fa_problem *p = s->problem;
+    lookahead first = look_ahead(s, s->key_lo);
+    prefetch_queries(p, &s->w.tiles[0]);
+    if (s->key_lo < s->key_hi)
+        prefetch_rows(p, &first, 0, KEY_BLOCK);
+    for (int i = 0; i < s->num_tiles; i++) {
+        if (i + 1 < s->num_tiles)
+            prefetch_queries(p, &s->w.tiles[i + 1]);
+        pack_tile(p, &s->w.tiles[i]);
+    }
+}
+
+static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch, fa_run *run,
+                         bool is_caller)
+{
+    item_state s = {.problem = p, .next = next, .arrays = locate(p, item), .run = run, .is_caller = is_caller};
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
-    begin_tiles(&s, item);
+    locate_tiles(&s, item);
+    pack_tiles(&s);
     if (!attend_keys(&s, false))
         attend_keys(&s, true);
     if (p->lse.data)

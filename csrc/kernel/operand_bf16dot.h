@@ -81,6 +81,12 @@ FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
     return key->col == 2 && head_dim % 2 == 0;
 }
 
+FA_INLINE ptrdiff_t operand_step(const fa_array *array)
+{
+    (void)array;
+    return sizeof(operand);
+}
+
 FA_INLINE bool value_is_operand(const fa_array *value)
 {
     (void)value;

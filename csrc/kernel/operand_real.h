@@ -30,9 +30,7 @@ FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype
         for (int d = 0; d < head_dim; d += LANES) {
             int count = head_dim - d < LANES ? head_dim - d : LANES;
             vec x[LANES];
-            for (int j = 0; j < LANES; j++)
-                x[j] = load_elements(rows[m * LANES + j] + d * col, col, count, dtype);
-            vec_transpose(x);
+            load_square(rows + m * LANES, d * col, col, count, dtype, x);
             for (int j = 0; j < count; j++)
                 query[(d + j) * vectors + m] = x[j] * sign;
         }
@@ -46,11 +44,17 @@ FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors
     return scores;
 }
 
-/* Whether keys (and values) can be broadcast from where they lie. */
+/* Whether keys (and values) can be broadcast from where they lie: always, if they need no conversion.
+ * The stride matters only to the cache. */
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {
     (void)head_dim;
-    return key->dtype == FA_REAL_DTYPE && key->col == sizeof(real);
+    return key->dtype == FA_REAL_DTYPE;
+}
+
+FA_INLINE ptrdiff_t operand_step(const fa_array *array)
+{
+    return array->col;
 }
 
 FA_INLINE bool value_is_operand(const fa_array *value)

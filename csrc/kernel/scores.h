@@ -19,10 +19,39 @@ FA_INLINE int num_keys(const key_range *range)
     return (int)(range->last - range->first);
 }
 
+/* Rows that will be needed soon, asked for while the present ones are worked on: of the next key block,
+ * or of the next item's first block and of its queries. */
+typedef struct {
+    const char *key, *value, *query;
+    int key_rows, query_rows; /* 0: nothing to ask for */
+    int64_t group;            /* query rows are numbered position by position, `group` heads each */
+} lookahead;
+
+FA_INLINE void prefetch_query_row(const fa_problem *p, const char *query, int64_t group, int64_t row)
+{
+    int64_t position = group == 1 ? row : row / group;
+    prefetch(query + position * p->query.row + (row - position * group) * p->query.head,
+             prefetch_span(p->query.col, p->head_dim));
+}
+
+FA_INLINE void prefetch_rows(const fa_problem *p, const lookahead *next, int begin, int count)
+{
+    ptrdiff_t key_bytes = prefetch_span(p->key.col, p->head_dim);
+    ptrdiff_t value_bytes = prefetch_span(p->value.col, p->head_dim_v);
+    for (int r = begin; r < begin + count; r++) {
+        if (r < next->key_rows) {
+            prefetch(next->key + r * p->key.row, key_bytes);
+            prefetch(next->value + r * p->value.row, value_bytes);
+        }
+        if (r < next->query_rows)
+            prefetch_query_row(p, next->query, next->group, r);
+    }
+}
+
 /* scores[r][m] = Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
  * the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, int vectors, vec *scores)
+                                  const operand_block *key, const lookahead *next, int vectors, vec *scores)
 {
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const int rows = MICRO_ROWS(vectors);
@@ -33,6 +62,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
             int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
             a[i] = key->data + (n - key->first) * key->row;
         }
+        prefetch_rows(p, next, r, rows);
         product(a, key->col, t->query, length, vectors, false, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -65,10 +95,7 @@ FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *ran
         vec *rows = scores + (n - range->first) * vectors;
         for (int m = 0; m < vectors; m++) {
             vec x[LANES];
-            for (int j = 0; j < LANES; j++)
-                x[j] = load_elements(t->bias[m * LANES + j] + n * p->bias.col, p->bias.col, count,
-                                     p->bias.dtype);
-            vec_transpose(x);
+            load_square(t->bias + m * LANES, n * p->bias.col, p->bias.col, count, p->bias.dtype, x);
             for (int j = 0; j < count; j++) {
                 vec s = rows[j * vectors + m];
                 /* not NaN + -inf: -inf in a bias masks whatever the key holds */
@@ -81,7 +108,7 @@ FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *ran
 /* -slope · |position - key| */
 FA_INLINE void add_alibi(const tile *t, const key_range *range, int vectors, vec *scores)
 {
-    vec ahead[MAX_VECTORS];
+    vec ahead[MAX_VECTORS] = {0};
     for (int m = 0; m < vectors; m++)
         for (int j = 0; j < LANES; j++)
             ahead[m][j] = (real)(t->position[m * LANES + j] - range->first);
@@ -90,7 +117,8 @@ FA_INLINE void add_alibi(const tile *t, const key_range *range, int vectors, vec
             scores[r * vectors + m] -= t->slope[m] * vec_abs(ahead[m] - (real)r);
 }
 
-/* `count` <= KEY_BLOCK booleans `step` bytes apart, as bits. */
+/* `count` <= 64 booleans `step` bytes apart, as bits. */
+#ifndef load_mask_bits
 FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 {
     uint64_t bits = 0;
@@ -111,6 +139,7 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
         bits |= (uint64_t)(mask[n * step] != 0) << n;
     return bits;
 }
+#endif
 
 typedef enum { SEES_NONE, SEES_SOME, SEES_ALL } visibility;
 
@@ -183,12 +212,12 @@ FA_INLINE real score_to_log2(const fa_problem *p)
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
 FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range,
-                              const operand_block *key, int vectors, vec *scores)
+                              const operand_block *key, const lookahead *next, int vectors, vec *scores)
 {
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
-    multiply_query_key(p, t, range, key, vectors, scores);
+    multiply_query_key(p, t, range, key, next, vectors, scores);
     if (has_modifier(p))
         scale_and_cap(p, num_keys(range) * vectors, scores);
     if (p->bias.data)

@@ -20,16 +20,24 @@ typedef struct {
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int rows;    /* in use; the lanes beyond repeat the last row, and are not stored */
     int vectors; /* of LANES rows */
+    bool fresh;  /* no key block yet: `out` is not there, and stands for 0 */
     bool hides;  /* some score was masked: a NaN in the result may be one that must not be there */
     int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t inner_lo, inner_hi; /* keys that no row's interval hides: [inner_lo, inner_hi) */
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
     int64_t position[TILE_ROWS];
     int64_t head[TILE_ROWS], row[TILE_ROWS];
+    const char *query_row[TILE_ROWS];
     const char *mask[TILE_ROWS], *bias[TILE_ROWS]; /* of key 0 */
     panel *query; /* [head_dim / REDUCTION][vectors] */
     vec *out;     /* [head_dim_v][vectors], unnormalised */
 } tile;
+
+/* Rows in use of a tile's vector m. */
+FA_INLINE int rows_of_vector(const tile *t, int m)
+{
+    return t->rows - m * LANES < LANES ? t->rows - m * LANES : LANES;
+}
 
 /* A block of K or V as operands: row r (a key, or REDUCTION of them for V) starts at
  * data + (r - first) * row. */
@@ -93,14 +101,6 @@ FA_INLINE ptrdiff_t batch_offset(const fa_array *array, const fa_problem *p, con
     for (int axis = 0; axis < p->batch_ndim; axis++)
         offset += index[axis] * array->batch[axis];
     return offset;
-}
-
-/* Keys that the row at `position` may see of `num_keys`: an interval, whatever hides the others. */
-FA_INLINE void visible_interval(const fa_problem *p, int64_t position, int64_t num_keys, int64_t *lo,
-                                int64_t *hi)
-{
-    *lo = p->left == FA_UNBOUNDED ? 0 : min_i64(max_i64(position - p->left, 0), num_keys);
-    *hi = p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
 }
 
 #endif

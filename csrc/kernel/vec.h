@@ -108,6 +108,7 @@ FA_INLINE vec vec_copysign(vec y, vec x)
 /* Transposes LANES vectors in place: log2(LANES) perfect shuffles of the whole matrix. */
 FA_INLINE void vec_transpose(vec x[LANES])
 {
+#pragma GCC unroll 4
     for (int stride = 1; stride < LANES; stride *= 2) {
         vec y[LANES];
 #pragma GCC unroll 16
