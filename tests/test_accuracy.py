@@ -39,6 +39,27 @@ def test_error_at_most_twice_that_of_numpy(shape, dtypes):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lse_error_at_most_twice_that_of_numpy(shape, dtypes):
+    """The lse of half types is float32, and so is NumPy's here; it rounds to half a unit in the last place."""
+    query, key, value = qkv(make_rng(*shape), shape, dtypes)
+    lse_dtype, wide = (F64, np.longdouble) if dtypes[0] == F64 else (F32, F64)
+    group = shape[1] // shape[2]
+
+    def lse_in(dtype):
+        q, k = query.astype(dtype), np.repeat(key, group, axis=1).astype(dtype)
+        scores = (q @ k.swapaxes(-1, -2)) * np.array(1 / np.sqrt(np.longdouble(shape[5])), dtype)
+        largest = scores.max(axis=-1, keepdims=True)
+        return (largest + np.log(np.exp(scores - largest).sum(axis=-1, keepdims=True)))[..., 0]
+
+    truth = lse_in(wide)
+    _, lse = fastattn.attention(query, key, value, return_lse=True)
+    bound = 2 * largest_error(lse_in(lse_dtype), truth) + UNIT[lse_dtype] * float(np.max(np.abs(truth)))
+    assert largest_error(lse, truth) <= bound
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float64_is_good_to_about_1e_15(shape):
     """Relative to Σ w|v|: the mean itself may cancel to nothing."""

@@ -104,6 +104,20 @@ def test_same_bits_for_a_causal_row_and_its_own_slice(dtypes):
         assert_same_bits(causal, sliced)
 
 
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize(
+    "keywords", [{}, {"causal": True}, {"window": (40, 3)}, {"window": (90, 0), "softcap": 4.0}], ids=str
+)
+def test_same_bits_for_some_of_the_rows(dtypes, keywords):
+    """Rows in other company lie in other tiles, which begin at other keys."""
+    query, key, value = qkv(make_rng(), (1, 4, 2, 200, 200, 32), dtypes)
+    together = call(query, key, value, query_offset=0, **keywords)
+    for begin, end in ((0, 150), (30, 130), (77, 200), (101, 160)):
+        some = call(query[:, :, begin:end], key, value, query_offset=begin, **keywords)
+        assert_same_results(some, [x[:, :, begin:end] for x in together])
+
+
 @each_dtype
 def test_several_python_threads(dtypes):
     jobs = [qkv(make_rng(i), shape, dtypes) for i, shape in enumerate(SHAPES * 4)]
