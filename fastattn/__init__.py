@@ -2,12 +2,12 @@
 
 from fastattn import reference
 from fastattn._core import measure_bandwidth, measure_peak
-from fastattn.api import Plan, attention, get_num_threads, plan, set_num_threads, show_config
+from fastattn.api import Plan, __version__, attention, get_num_threads, plan, set_num_threads, show_config
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Plan",
+    "__version__",
     "attention",
     "get_num_threads",
     "measure_bandwidth",

@@ -13,6 +13,12 @@ from cpython.ref cimport Py_INCREF
 
 from fastattn._core cimport *
 
+from fastattn._visible import count_visible
+
+
+cdef extern from *:
+    const char *COMPILER "__VERSION__"
+
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_Empty(int ndim, const cnp.npy_intp *dims, cnp.dtype dtype, int fortran)
@@ -507,7 +513,8 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
          key_lengths, bint return_weights, num_threads):
     cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
                              sinks, key_lengths, num_threads)
-    cdef fa_plan chosen = fa_plan_forward(&call.problem)
+    cdef fa_problem *p = &call.problem
+    cdef fa_plan chosen = fa_plan_forward(p)
     return {
         "isa": chosen.isa.decode(),
         "path": chosen.kernel.decode(),
@@ -515,10 +522,21 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
         "items": chosen.num_items,
         "threads": chosen.num_threads,
         "scratch_bytes": chosen.scratch_bytes,
+        "flops": 2 * (p.head_dim + p.head_dim_v) * count_visible(
+            score_shape(p, False),
+            None if p.left == FA_UNBOUNDED else p.left,
+            None if p.right == FA_UNBOUNDED else p.right,
+            call.inputs.get("key_lengths"),
+            call.inputs.get("query_offset"),
+            call.inputs.get("mask"),
+        ),
     }
 
 
 # --- the process ----------------------------------------------------------------------------------
+
+
+compiler_version = COMPILER.decode()
 
 
 def selected_isa():

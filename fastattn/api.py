@@ -1,8 +1,366 @@
+"""The public functions: signatures, defaults and what they mean. `fastattn._core` does the work."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from fastattn import _core
 
+Array = NDArray[Any]
+Window = tuple[int | None, int | None]
 
-def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
-    alibi_slopes=None, softcap=None, sinks=None, key_lengths=None, out=None, return_lse=False, return_weights=False, num_threads=None):
-    return _core.attention(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
-                           sinks, key_lengths, out, return_lse, return_weights, num_threads)
-Plan=plan=get_num_threads=set_num_threads=show_config=None
+__version__ = "0.1.0"
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `attention` that do not change what it returns."""
+
+    scale: float | None
+    causal: bool
+    query_offset: ArrayLike | None
+    window: Window | None
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    key_lengths: ArrayLike | None
+    out: Array | None
+    num_threads: int | None
+
+
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array, Array]: ...
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: Window | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
+
+    Scores are computed in the order: ``q·k * scale``, softcap, bias, ALiBi, then whatever hides a key
+    (``mask``, ``causal``, ``window``, ``key_lengths``), then the softmax, which a sink joins. All
+    keywords compose. A key that is hidden contributes nothing, not even if it or its value is NaN.
+    The score matrix is never stored; memory beyond the results is at most 1 MiB a thread.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., H, Sq, D)
+        float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. ``D`` is at most 512.
+        Axis -3 is heads; those left of it are batch axes, which broadcast. 2-D arrays are one head.
+        Arrays in the order (batch, seq, heads, dim) are passed as ``x.swapaxes(1, 2)``.
+    key : array_like, shape (..., Hkv, Sk, D)
+        ``H`` must be a multiple of ``Hkv``; query head ``h`` reads key head ``h // (H // Hkv)``. In
+        query's dtype, or float16 or bfloat16 under a float32 query.
+    value : array_like, shape (..., Hkv, Sk, Dv)
+        In key's dtype. ``Dv`` is at most 512.
+    scale : float, optional
+        Any finite number, 0 and negative ones included; default ``1 / sqrt(D)``.
+    causal : bool
+        Whether the query at position ``p`` sees key ``j`` only if ``j <= p``.
+    query_offset : int or array_like of int, optional
+        Position of query row 0, or one for each batch item; row ``i`` is at ``i + query_offset``.
+        Default ``Sk - Sq`` (``key_lengths - Sq``): the last query sees the last key. 0 is the
+        alignment of PyTorch and ONNX.
+    window : (left, right), optional
+        The query at ``p`` sees key ``j`` only if ``p - left <= j <= p + right``; None is unbounded.
+    mask : array_like of bool, broadcastable to (..., H, Sq, Sk), optional
+        True where a query may see a key.
+    bias : array_like of floats, broadcastable to (..., H, Sq, Sk), optional
+        Added to the scores. -inf hides the key.
+    alibi_slopes : array_like, shape (H,) or (..., H), optional
+        ``-slope * abs(p - j)`` is added to the scores [3]_.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``. Must be greater than 0.
+    sinks : array_like, shape (H,), optional
+        One more logit a head, neither scaled nor capped, which takes part in the softmax but has no
+        value: weights then sum to less than 1.
+    key_lengths : int or array_like of int, broadcastable to the batch shape, optional
+        Keys from there on do not exist, and are not read.
+    out : ndarray, shape (..., H, Sq, Dv), optional
+        Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
+    return_lse, return_weights : bool
+        Whether to return the log-sum-exp of each row's scores, and the attention weights, too. Weights
+        take memory and a second pass.
+    num_threads : int, optional
+        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, Sq, Dv)
+        In query's dtype. 0 for a query that sees no key. float16 and bfloat16 are accumulated in
+        float32, and rounded at the end; bfloat16 probabilities are rounded before they meet the values
+        where the CPU multiplies bfloat16 by itself.
+    lse : ndarray, shape (..., H, Sq)
+        Natural logarithm; float64 for float64, else float32. -inf for a query that sees no key, or its
+        sink. Returned with ``return_lse``.
+    weights : ndarray, shape (..., H, Sq, Sk)
+        In query's dtype. Returned with ``return_weights``.
+
+    Raises
+    ------
+    TypeError
+        A dtype or kind that is not accepted.
+    ValueError
+        A shape or a value that is not accepted, or `out` that overlaps an input.
+    MemoryError
+        No memory for a result or for scratch.
+        In each of these cases nothing has been written.
+    KeyboardInterrupt
+        After Ctrl-C, within a fraction of a second; `out` is then partly written.
+
+    Notes
+    -----
+    The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
+    queries in the lanes of vector registers.
+
+    References
+    ----------
+    .. [1] Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    .. [2] Dao, Fu, Ermon, Rudra and Ré, "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
+    .. [3] Press, Smith and Lewis, "Train Short, Test Long", 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> query, key, value = rng.standard_normal((3, 2, 8, 100, 64), dtype=np.float32)
+    >>> fastattn.attention(query, key, value, causal=True).shape
+    (2, 8, 100, 64)
+    >>> out, weights = fastattn.attention(query, key, value, window=(2, 0), return_weights=True)
+    >>> int(np.count_nonzero(weights[0, 0, 50]))
+    3
+    """
+    return _core.attention(
+        query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
+        out, return_lse, return_weights, num_threads,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a call of `attention` would do.
+
+    Attributes
+    ----------
+    isa : str
+        Instruction set of the kernel.
+    path : str
+        What the kernel computes in: "float32", "float64" or "bf16dot".
+    tile : (int, int)
+        Query rows that are worked on together, and keys between two updates of the softmax.
+    items : int
+        Units of work that threads share.
+    threads : int
+        Threads that would take part.
+    scratch_bytes : int
+        Memory that each of them uses, and keeps for its next call.
+    flops : int
+        Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
+        leave.
+    """
+
+    isa: str
+    path: str
+    tile: tuple[int, int]
+    items: int
+    threads: int
+    scratch_bytes: int
+    flops: int
+
+
+def plan(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: Window | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_weights: bool = False,
+    num_threads: int | None = None,
+) -> Plan:
+    """Say what `attention` would do with the same arguments, without doing it.
+
+    Parameters
+    ----------
+    query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, \
+key_lengths, return_weights, num_threads
+        As for `attention`. Arrays are checked, but neither read nor written, except for the mask and the
+        small arrays.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` would.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> x = np.zeros((1, 12, 1024, 64), np.float32)
+    >>> fastattn.plan(x, x, x, causal=True).flops == 4 * 64 * 12 * 1024 * 1025 // 2
+    True
+    """
+    chosen = _core.plan(
+        query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
+        return_weights, num_threads,
+    )  # fmt: skip
+    return Plan(**chosen)
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call may use if it does not say.
+
+    At first FASTATTN_NUM_THREADS, else OMP_NUM_THREADS, else the CPUs that affinity and control group
+    leave to this process.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.get_num_threads() >= 1
+    True
+    """
+    return _core.get_num_threads()
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Set how many threads a call may use if it does not say.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1. For the whole process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not an int, or less than 1.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> before = fastattn.get_num_threads()
+    >>> fastattn.set_num_threads(1)
+    >>> fastattn.get_num_threads()
+    1
+    >>> fastattn.set_num_threads(before)
+    """
+    _core.set_num_threads(num_threads)
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Show the version, instruction sets, threads, NumPy and compiler.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Whether to print, or to return a dict.
+
+    Returns
+    -------
+    dict or None
+
+    Raises
+    ------
+    ValueError
+        Another mode.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> sorted(fastattn.show_config(mode="dicts"))
+    ['compiler', 'isa', 'isas', 'numpy', 'threads', 'version']
+    """
+    config = {
+        "version": __version__,
+        "isa": _core.selected_isa(),
+        "isas": _core.available_isas(),
+        "threads": get_num_threads(),
+        "numpy": np.__version__,
+        "compiler": _core.compiler_version,
+    }
+    if mode == "dicts":
+        return config
+    if mode != "stdout":
+        raise ValueError(f'mode must be "stdout" or "dicts", not {mode!r}')
+    for name, setting in config.items():
+        print(f"{name:<9} {' '.join(setting) if isinstance(setting, list) else setting}")
+    return None
