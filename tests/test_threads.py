@@ -184,7 +184,7 @@ def test_ctrl_c(threads):
         time.sleep(0.7)
         sent = time.monotonic()
         child.send_signal(signal.SIGINT)
-        printed, _ = child.communicate(timeout=60)
+        printed, _ = child.communicate(timeout=10)
     finally:
         child.kill()
     lines = [line.split() for line in printed.splitlines()]
