@@ -7,8 +7,8 @@ FASTATTN_SANITIZE=address,undefined builds with those sanitizers.
 """
 
 import os
-import sys
 import sysconfig
+from glob import glob
 
 import numpy
 from Cython.Build import cythonize
@@ -49,8 +49,16 @@ def target_machine():
     return sysconfig.get_platform().rsplit("-", 1)[-1]
 
 
+HEADERS = glob("csrc/**/*.h", recursive=True)
+
+
 def library(name, sources, flags):
-    return (f"fastattn_{name}", {"sources": [f"csrc/{source}" for source in sources], "cflags": [*CFLAGS, *flags]})
+    build_info = {
+        "sources": [f"csrc/{source}" for source in sources],
+        "obj_deps": {"": HEADERS},
+        "cflags": [*CFLAGS, *flags],
+    }
+    return (f"fastattn_{name}", build_info)
 
 
 def kernel_libraries():
@@ -83,6 +91,7 @@ setup(
         Extension(
             "fastattn._core",
             ["fastattn/_core.pyx"],
+            depends=[*HEADERS, *glob("csrc/**/*.c", recursive=True)],
             include_dirs=["csrc", numpy.get_include()],
             define_macros=macros,
             extra_compile_args=["-O2", "-fvisibility=hidden", *(CFLAGS[-3:] if SANITIZE else [])],

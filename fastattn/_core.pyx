@@ -8,12 +8,16 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 
 from fastattn._core cimport *
 
 from fastattn._visible import count_visible
+
+
+cdef extern from "Python.h":
+    # Not Cython's declaration of it: the exception must stay set when `interrupted` returns.
+    int PyErr_CheckSignals() noexcept
 
 
 cdef extern from *:
@@ -355,6 +359,7 @@ cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) exce
     if overlaps_itself(out):
         raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
     for name, array in inputs.items():
+        array = np.asarray(array)
         if np.may_share_memory(out, array) and share_memory(out, array):
             raise ValueError(f"out overlaps {name} in memory")
     return 0
@@ -388,7 +393,8 @@ cdef class Call:
     cdef fa_problem problem
     cdef bint single_head
     cdef cnp.ndarray query
-    cdef dict inputs  # by name
+    cdef dict inputs  # as they came, by name
+    cdef cnp.ndarray slopes, sinks, lengths, offsets
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
         cdef fa_problem *p = &self.problem
@@ -420,15 +426,19 @@ cdef class Call:
                 self.inputs["mask"] = set_mask(p, mask, target)
             if bias is not None:
                 self.inputs["bias"] = set_bias(p, bias, target)
+        # The small arrays are read once, into copies.
         if alibi_slopes is not None:
-            self.inputs["alibi_slopes"] = set_alibi_slopes(p, alibi_slopes, self.single_head)
+            self.inputs["alibi_slopes"] = alibi_slopes
+            self.slopes = set_alibi_slopes(p, alibi_slopes, self.single_head)
         if sinks is not None:
-            self.inputs["sinks"] = set_sinks(p, sinks)
+            self.inputs["sinks"] = sinks
+            self.sinks = set_sinks(p, sinks)
         if key_lengths is not None:
-            self.inputs["key_lengths"] = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
+            self.inputs["key_lengths"] = key_lengths
+            self.lengths = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
         if query_offset is not None:
-            self.inputs["query_offset"] = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST,
-                                                       FARTHEST)
+            self.inputs["query_offset"] = query_offset
+            self.offsets = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST, FARTHEST)
         return 0
 
     cdef tuple result_shape(self, int64_t columns):
@@ -526,8 +536,8 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,
             None if p.right == FA_UNBOUNDED else p.right,
-            call.inputs.get("key_lengths"),
-            call.inputs.get("query_offset"),
+            call.lengths,
+            call.offsets,
             call.inputs.get("mask"),
         ),
     }
@@ -562,6 +572,34 @@ def set_num_threads(num_threads):
 
 
 def measure_peak(dtype, num_threads=None):
+    """Measure the rate of multiply-adds in registers: what no kernel can exceed.
+
+    About 20 ms; the best of some slices, because other work on the machine only ever slows a slice.
+
+    Parameters
+    ----------
+    dtype : dtype_like
+        float32 and float16: float32 multiply-adds. float64: its own. bfloat16: its dot product where
+        the instruction set in use has one, else float32 multiply-adds.
+    num_threads : int, optional
+        Default `get_num_threads`.
+
+    Returns
+    -------
+    float
+        FLOP/s; a multiply-add is two.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype that `attention` does not take, or not a number of threads.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.measure_peak("float32") > 1e8
+    True
+    """
     cdef cnp.ndarray example = np.empty(0, dtype)
     cdef fa_dtype code = <fa_dtype>float_dtype(example, "dtype")
     cdef int threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
@@ -572,6 +610,31 @@ def measure_peak(dtype, num_threads=None):
 
 
 def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
+    """Measure the rate at which that many bytes are read, again and again, where they then lie.
+
+    Parameters
+    ----------
+    nbytes : int
+        At least 1. More than the last cache holds: memory; less: the cache.
+    num_threads : int, optional
+        Default `get_num_threads`.
+
+    Returns
+    -------
+    float
+        Bytes/s, the best of four passes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a number of bytes or of threads.
+
+    Examples
+    --------
+    >>> import fastattn
+    >>> fastattn.measure_bandwidth(1 << 24) > 1e8
+    True
+    """
     if nbytes < 1:
         raise ValueError(f"nbytes must be at least 1, but is {nbytes}")
     cdef cnp.ndarray data = np.ones(nbytes, np.uint8)

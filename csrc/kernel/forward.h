@@ -5,7 +5,8 @@
 
 #include "softmax.h"
 
-/* out[e][m] += Σ_r V[first + r][e] p[r][m] */
+/* out[e][m] += Σ_r V[first + r][e] p[r][m]. The sum over the block is formed apart and then added: of
+ * many keys, rounding errors grow with the blocks and not with the keys. */
 FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
                               const operand_block *value, const panel *probabilities, int vectors,
                               bool visible_only)
@@ -15,21 +16,16 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const int rows = MICRO_ROWS(vectors);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         const char *a[MAX_MICRO_ROWS];
-        vec c[MAX_MICRO_ROWS][MAX_VECTORS];
+        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
+        for (int i = 0; i < rows; i++)
             a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
-#pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                c[i][m] = t->fresh ? vec_splat(0) : out[i * vectors + m];
-        }
         product(a, value->row, probabilities, length, vectors, visible_only, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                out[i * vectors + m] = c[i][m];
+                out[i * vectors + m] = t->fresh ? c[i][m] : out[i * vectors + m] + c[i][m];
     }
 }
 
@@ -73,11 +69,16 @@ FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *rang
     if (!compute_scores(p, t, range, key, &nothing, vectors, scores))
         return;
     const real to_log2 = score_to_log2(p);
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int m = 0; m < vectors; m++) {
         vec reference = finite_row_max(t, m);
         vec inverse_sum = vec_select(vec_equal(t->row_sum[m], vec_splat(0)), vec_splat(0), 1 / t->row_sum[m]);
-        for (int r = 0; r < num_keys(range); r++)
-            scores[r * vectors + m] = vec_exp2(scores[r * vectors + m] * to_log2 - reference) * inverse_sum;
+        for (int r = 0; r < num_keys(range); r++) {
+            vec s = scores[r * vectors + m];
+            vec weight = vec_exp2(s * to_log2 - reference) * inverse_sum;
+            /* 0 even in a row whose sum is NaN */
+            scores[r * vectors + m] = vec_select(vec_equal(s, minus_infinity), vec_splat(0), weight);
+        }
         for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
             int count = (int)min_i64(LANES, range->key_hi - n);
             vec x[LANES];
@@ -207,7 +208,6 @@ FA_INLINE void point_at_rows(const tile *t, const char *base, const fa_array *ar
 
 static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
 {
-    t->hides = false;
     number_rows(a, row_begin, t);
     find_intervals(p, a, t);
     point_at_rows(t, a->query, &p->query, t->query_row);
@@ -355,7 +355,7 @@ static lookahead look_ahead(const item_state *s, int64_t begin)
                        .group = a.group};
 }
 
-/* Every tile over every key block; false if a masked NaN or infinity may have reached a result. */
+/* Every tile over every key block; false if some result is not finite. */
 static bool attend_keys(item_state *s, bool visible_only)
 {
     const fa_problem *p = s->problem;
@@ -381,7 +381,7 @@ static bool attend_keys(item_state *s, bool visible_only)
     }
     bool clean = true;
     for (int i = 0; i < s->num_tiles; i++)
-        clean &= finish_tile(p, &s->arrays, &s->w.tiles[i]) || !s->w.tiles[i].hides;
+        clean &= finish_tile(p, &s->arrays, &s->w.tiles[i]);
     return clean;
 }
 
@@ -455,6 +455,8 @@ static void forward_item(const fa_problem *p, const fa_item *item, const fa_item
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);
     pack_tiles(&s);
+    /* 0 · NaN is NaN: a value that is not finite, under a key that some rows see and others do not, has
+     * reached all of them. That shows in the results, and only then are hidden values kept apart. */
     if (!attend_keys(&s, false))
         attend_keys(&s, true);
     if (p->lse.data)

@@ -229,8 +229,6 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     bool edges = range->first < t->inner_lo || range->last > t->inner_hi;
     if (edges)
         apply_intervals(t, range, vectors, scores);
-    if (edges || seen == SEES_SOME || p->bias.data)
-        t->hides = true;
     return true;
 }
 

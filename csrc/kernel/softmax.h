@@ -43,13 +43,13 @@ FA_INLINE vec finite_row_max(const tile *t, int m)
     return vec_select(vec_greater(t->row_max[m], minus_infinity), t->row_max[m], vec_splat(0));
 }
 
-/* scores -> p, summed into row_sum. mark_hidden: p of a masked score is -0. */
+/* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0. */
 FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, int vectors, bool mark_hidden)
 {
     vec reference[MAX_VECTORS], sum[MAX_VECTORS];
     for (int m = 0; m < vectors; m++) {
         reference[m] = finite_row_max(t, m);
-        sum[m] = t->row_sum[m];
+        sum[m] = vec_splat(0);
     }
     for (int r = 0; r < num_keys; r++) {
 #pragma GCC unroll 3
@@ -63,7 +63,7 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, in
         }
     }
     for (int m = 0; m < vectors; m++)
-        t->row_sum[m] = sum[m];
+        t->row_sum[m] += sum[m];
 }
 
 FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const vec rescale[MAX_VECTORS])

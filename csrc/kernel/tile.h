@@ -21,7 +21,6 @@ typedef struct {
     int rows;    /* in use; the lanes beyond repeat the last row, and are not stored */
     int vectors; /* of LANES rows */
     bool fresh;  /* no key block yet: `out` is not there, and stands for 0 */
-    bool hides;  /* some score was masked: a NaN in the result may be one that must not be there */
     int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t inner_lo, inner_hi; /* keys that no row's interval hides: [inner_lo, inner_hi) */
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
