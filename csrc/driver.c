@@ -40,6 +40,15 @@ bool fa_should_stop(fa_run *run, bool is_caller)
     return atomic_load_explicit(&run->stop, memory_order_relaxed);
 }
 
+static bool claim_item(forward_job *job, fa_item *item)
+{
+    int64_t index = atomic_fetch_add_explicit(&job->next_item, 1, memory_order_relaxed);
+    if (index >= job->num_items)
+        return false;
+    *item = fa_item_at(job->run.problem, job->partition, index);
+    return true;
+}
+
 static void forward_items(void *argument, int member)
 {
     forward_job *job = argument;
@@ -47,23 +56,14 @@ static void forward_items(void *argument, int member)
     void *scratch = is_caller ? job->caller_scratch : fa_thread_scratch(job->partition->scratch_bytes);
     if (!scratch)
         return; /* the others do this member's share */
-    const int64_t chunk = job->partition->items_per_claim;
-    for (;;) {
-        int64_t index = atomic_fetch_add_explicit(&job->next_item, chunk, memory_order_relaxed);
-        int64_t end = index + chunk < job->num_items ? index + chunk : job->num_items;
-        if (index >= end)
-            return;
-        fa_item items[2];
-        items[index % 2] = fa_item_at(job->run.problem, job->partition, index);
-        for (; index < end; index++) {
-            const fa_item *item = &items[index % 2];
-            fa_item *next = index + 1 < end ? &items[(index + 1) % 2] : NULL;
-            if (next)
-                *next = fa_item_at(job->run.problem, job->partition, index + 1);
-            job->kernel->forward(job->run.problem, item, next, scratch, &job->run, is_caller);
-            if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
-                return;
-        }
+    /* A thread claims an item before it works on the one it has, so that it can start the next one's
+     * reads. */
+    fa_item items[2];
+    bool has_item = claim_item(job, &items[0]);
+    for (int current = 0; has_item && !atomic_load_explicit(&job->run.stop, memory_order_relaxed); current ^= 1) {
+        fa_item *next = &items[current ^ 1];
+        has_item = claim_item(job, next);
+        job->kernel->forward(job->run.problem, &items[current], has_item ? next : NULL, scratch, &job->run, is_caller);
     }
 }
 

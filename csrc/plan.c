@@ -10,10 +10,6 @@
 /* Enough items that the last ones, which some threads wait for, are a small share. */
 #define ITEMS_PER_THREAD 16
 
-/* A thread takes several small items at once, so that it knows the next one while it works: but so few
- * that the last claims still even out. */
-#define CLAIMS_PER_THREAD 16
-
 /* A region costs some microseconds to start on another thread; this much work takes about that long. */
 #define MULTIPLY_ADDS_PER_THREAD 200000.0
 
@@ -65,9 +61,6 @@ fa_partition fa_partition_problem(const fa_problem *p, const fa_kernel *kernel)
     int64_t num_items = part.num_groups * part.items_per_group;
     if (part.num_threads > num_items)
         part.num_threads = (int)num_items;
-    part.items_per_claim = num_items / ((int64_t)part.num_threads * CLAIMS_PER_THREAD);
-    if (part.items_per_claim < 1)
-        part.items_per_claim = 1;
     return part;
 }
 

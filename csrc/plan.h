@@ -9,7 +9,6 @@ typedef struct {
     int64_t rows_per_item;
     int64_t items_per_group;
     int64_t num_groups;      /* batch items × kv heads */
-    int64_t items_per_claim; /* consecutive items that a thread takes at once */
     int tiles_per_item;
     int num_threads;
     size_t scratch_bytes;

@@ -56,6 +56,11 @@ FA_INLINE vec vec_load_float16(const void *src)
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(src));
 }
 
+FA_INLINE void vec_store_float16(void *dst, vec x)
+{
+    _mm256_storeu_si256(dst, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
 #else
 #define vmask __mmask8
 

@@ -142,6 +142,12 @@ FA_INLINE vec vec_load_float16(const void *src)
         x[i] = load_element((const char *)src + 2 * i, FA_FLOAT16);
     return x;
 }
+
+FA_INLINE void vec_store_float16(void *dst, vec x)
+{
+    for (int i = 0; i < LANES; i++)
+        store_element((char *)dst + 2 * i, FA_FLOAT16, x[i]);
+}
 #endif
 #endif
 
@@ -207,53 +213,90 @@ FA_INLINE vec load_elements(const char *src, ptrdiff_t step, int count, fa_dtype
     return load_contiguous(elements, dtype);
 }
 
-/* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. */
-FA_INLINE void load_square(const char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count,
-                           fa_dtype dtype, vec x[LANES])
+FA_INLINE void store_contiguous(char *dst, fa_dtype dtype, vec x)
 {
-    if (dtype == FA_REAL_DTYPE && step == (ptrdiff_t)sizeof(real) && count == LANES) {
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++)
-            x[j] = vec_load(rows[j] + offset);
-    } else {
-        for (int j = 0; j < LANES; j++)
-            x[j] = load_elements(rows[j] + offset, step, count, dtype);
+    if (dtype == FA_REAL_DTYPE) {
+        vec_store(dst, x);
+        return;
     }
+#if FA_REAL_BYTES == 4
+    if (dtype == FA_FLOAT16) {
+        vec_store_float16(dst, x);
+        return;
+    }
+    if (dtype == FA_BFLOAT16) {
+        vec_store_bfloat16(dst, x);
+        return;
+    }
+#endif
+    for (int i = 0; i < LANES; i++)
+        store_element(dst + i * element_size(dtype), dtype, x[i]);
+}
+
+/* The first `count` <= LANES lanes to elements `step` bytes apart; nothing else is written. */
+FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dtype, vec x)
+{
+    const int size = element_size(dtype);
+    if (step == size && count == LANES) {
+        store_contiguous(dst, dtype, x);
+        return;
+    }
+    char elements[8 * LANES];
+    store_contiguous(elements, dtype, x);
+    for (int i = 0; i < count; i++)
+        memcpy(dst + i * step, elements + i * size, (size_t)size);
+}
+
+FA_INLINE void load_whole_square(const char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
+{
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+        x[j] = load_contiguous(rows[j] + offset, dtype);
     vec_transpose(x);
 }
 
-FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dtype, vec x)
+FA_INLINE void store_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
 {
-    if (step == element_size(dtype) && count == LANES) {
-        if (dtype == FA_REAL_DTYPE) {
-            vec_store(dst, x);
-            return;
-        }
-#if FA_REAL_BYTES == 4
-        if (dtype == FA_BFLOAT16) {
-            vec_store_bfloat16(dst, x);
-            return;
-        }
-#endif
+    vec_transpose(x);
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+        store_contiguous(rows[j] + offset, dtype, x[j]);
+}
+
+/* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole squares
+ * of the usual dtypes stay in registers. */
+FA_INLINE void load_square(const char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count,
+                           fa_dtype dtype, vec x[LANES])
+{
+    bool whole = step == element_size(dtype) && count == LANES;
+    if (whole && dtype == FA_REAL_DTYPE) {
+        load_whole_square(rows, offset, FA_REAL_DTYPE, x);
+    } else if (whole && dtype == FA_FLOAT16) {
+        load_whole_square(rows, offset, FA_FLOAT16, x);
+    } else {
+        for (int j = 0; j < LANES; j++)
+            x[j] = load_elements(rows[j] + offset, step, count, dtype);
+        vec_transpose(x);
     }
-    real elements[LANES];
-    vec_store(elements, x);
-    for (int i = 0; i < count; i++)
-        store_element(dst + i * step, dtype, elements[i]);
 }
 
 /* The transpose of load_square, for `num_rows` <= LANES rows. */
 FA_INLINE void store_square(char *const *rows, int num_rows, ptrdiff_t offset, ptrdiff_t step, int count,
                             fa_dtype dtype, vec x[LANES])
 {
-    vec_transpose(x);
-    if (dtype == FA_REAL_DTYPE && step == (ptrdiff_t)sizeof(real) && count == LANES && num_rows == LANES) {
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++)
-            vec_store(rows[j] + offset, x[j]);
+    bool whole = step == element_size(dtype) && count == LANES && num_rows == LANES;
+    if (whole && dtype == FA_REAL_DTYPE) {
+        store_whole_square(rows, offset, FA_REAL_DTYPE, x);
+    } else if (whole && dtype == FA_FLOAT16) {
+        store_whole_square(rows, offset, FA_FLOAT16, x);
+    } else if (whole && dtype == FA_BFLOAT16) {
+        store_whole_square(rows, offset, FA_BFLOAT16, x);
     } else {
+        vec y[LANES]; /* apart from x, which can then stay in registers above */
+        memcpy(y, x, sizeof y);
+        vec_transpose(y);
         for (int j = 0; j < num_rows; j++)
-            store_elements(rows[j] + offset, step, count, dtype, x[j]);
+            store_elements(rows[j] + offset, step, count, dtype, y[j]);
     }
 }
 

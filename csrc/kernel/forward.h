@@ -208,6 +208,7 @@ FA_INLINE void point_at_rows(const tile *t, const char *base, const fa_array *ar
 
 static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
 {
+    t->row_begin = row_begin;
     number_rows(a, row_begin, t);
     find_intervals(p, a, t);
     point_at_rows(t, a->query, &p->query, t->query_row);
@@ -336,23 +337,38 @@ static int64_t block_end(int64_t begin, int64_t key_hi)
     return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, key_hi);
 }
 
+/* The keys from `begin` on; after the last, the next item's first keys and queries. */
 static lookahead look_ahead(const item_state *s, int64_t begin)
 {
     const fa_problem *p = s->problem;
-    if (begin < s->key_hi)
-        return (lookahead){.key = s->arrays.key + begin * p->key.row,
-                           .value = s->arrays.value + begin * p->value.row,
-                           .key_rows = (int)(block_end(begin, s->key_hi) - begin)};
-    if (!s->next)
-        return (lookahead){0};
-    item_arrays a;
-    locate_keys(p, s->next, &a);
-    return (lookahead){.key = a.key,
-                       .value = a.value,
-                       .query = a.query + a.first_head * p->query.head + s->next->row_begin / a.group * p->query.row,
-                       .key_rows = (int)min_i64(a.num_keys, KEY_BLOCK),
-                       .query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, KEY_BLOCK),
-                       .group = a.group};
+    lookahead ahead = {0};
+    if (begin < s->key_hi) {
+        ahead.key = s->arrays.key + begin * p->key.row;
+        ahead.value = s->arrays.value + begin * p->value.row;
+        ahead.key_rows = (int)(block_end(begin, s->key_hi) - begin);
+    } else if (s->next) {
+        item_arrays a;
+        locate_keys(p, s->next, &a);
+        ahead.key = a.key;
+        ahead.value = a.value;
+        ahead.key_rows = (int)min_i64(a.num_keys, KEY_BLOCK);
+        ahead.query = a.query + a.first_head * p->query.head;
+        ahead.query_begin = s->next->row_begin;
+        ahead.query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+    }
+    return ahead;
+}
+
+/* The queries of tile i, which are packed when it meets its first block. */
+static lookahead look_ahead_to_tile(const item_state *s, int i)
+{
+    lookahead ahead = {0};
+    if (i < s->num_tiles) {
+        ahead.query = s->arrays.query + s->arrays.first_head * s->problem->query.head;
+        ahead.query_begin = s->w.tiles[i].row_begin;
+        ahead.query_rows = s->w.tiles[i].rows;
+    }
+    return ahead;
 }
 
 /* Every tile over every key block; false if some result is not finite. */
@@ -367,7 +383,7 @@ static bool attend_keys(item_state *s, bool visible_only)
         end = block_end(begin, s->key_hi);
         operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
         operand_block value = load_value_block(p, &s->arrays, begin, end, s->w.value_stage);
-        lookahead next = look_ahead(s, end);
+        lookahead ahead = look_ahead(s, end);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);
@@ -375,8 +391,12 @@ static bool attend_keys(item_state *s, bool visible_only)
                 prefetch_out(p, &s->arrays, t);
             if (range.key_lo >= range.key_hi)
                 continue;
-            attend_block_any(p, t, &range, &key, &value, &next, visible_only, s->w.scores);
-            next = (lookahead){0}; /* one tile has asked for all of it */
+            bool first = t->fresh;
+            if (first)
+                pack_tile(p, t);
+            attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
+            /* One tile has asked for all of it; the next may wait for its queries. */
+            ahead = first ? look_ahead_to_tile(s, i + 1) : (lookahead){0};
         }
     }
     bool clean = true;
@@ -426,27 +446,6 @@ static void locate_tiles(item_state *s, const fa_item *item)
     }
 }
 
-static void prefetch_queries(const fa_problem *p, const tile *t)
-{
-    for (int j = 0; j < t->rows; j++)
-        prefetch(t->query_row[j], prefetch_span(p->query.col, p->head_dim));
-}
-
-/* Packs the queries of every tile, while those of the next one and the first keys are on their way. */
-static void pack_tiles(const item_state *s)
-{
-    const fa_problem *p = s->problem;
-    lookahead first = look_ahead(s, s->key_lo);
-    prefetch_queries(p, &s->w.tiles[0]);
-    if (s->key_lo < s->key_hi)
-        prefetch_rows(p, &first, 0, KEY_BLOCK);
-    for (int i = 0; i < s->num_tiles; i++) {
-        if (i + 1 < s->num_tiles)
-            prefetch_queries(p, &s->w.tiles[i + 1]);
-        pack_tile(p, &s->w.tiles[i]);
-    }
-}
-
 static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch, fa_run *run,
                          bool is_caller)
 {
@@ -454,7 +453,6 @@ static void forward_item(const fa_problem *p, const fa_item *item, const fa_item
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);
-    pack_tiles(&s);
     /* 0 · NaN is NaN: a value that is not finite, under a key that some rows see and others do not, has
      * reached all of them. That shows in the results, and only then are hidden values kept apart. */
     if (!attend_keys(&s, false))

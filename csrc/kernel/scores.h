@@ -19,32 +19,26 @@ FA_INLINE int num_keys(const key_range *range)
     return (int)(range->last - range->first);
 }
 
-/* Rows that will be needed soon, asked for while the present ones are worked on: of the next key block,
- * or of the next item's first block and of its queries. */
+/* Rows that will be needed soon, asked for while the present ones are worked on. */
 typedef struct {
-    const char *key, *value, *query;
-    int key_rows, query_rows; /* 0: nothing to ask for */
-    int64_t group;            /* query rows are numbered position by position, `group` heads each */
+    const char *key, *value;
+    int key_rows;
+    const char *query; /* of the kv head's first query head */
+    int64_t query_begin;
+    int query_rows;
 } lookahead;
-
-FA_INLINE void prefetch_query_row(const fa_problem *p, const char *query, int64_t group, int64_t row)
-{
-    int64_t position = group == 1 ? row : row / group;
-    prefetch(query + position * p->query.row + (row - position * group) * p->query.head,
-             prefetch_span(p->query.col, p->head_dim));
-}
 
 FA_INLINE void prefetch_rows(const fa_problem *p, const lookahead *next, int begin, int count)
 {
-    ptrdiff_t key_bytes = prefetch_span(p->key.col, p->head_dim);
-    ptrdiff_t value_bytes = prefetch_span(p->value.col, p->head_dim_v);
-    for (int r = begin; r < begin + count; r++) {
-        if (r < next->key_rows) {
-            prefetch(next->key + r * p->key.row, key_bytes);
-            prefetch(next->value + r * p->value.row, value_bytes);
-        }
-        if (r < next->query_rows)
-            prefetch_query_row(p, next->query, next->group, r);
+    const int64_t group = p->num_heads / p->num_kv_heads;
+    for (int r = begin; r < begin + count && r < next->key_rows; r++) {
+        prefetch(next->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
+        prefetch(next->value + r * p->value.row, prefetch_span(p->value.col, p->head_dim_v));
+    }
+    for (int r = begin; r < begin + count && r < next->query_rows; r++) {
+        int64_t flat = next->query_begin + r, row = group == 1 ? flat : flat / group;
+        prefetch(next->query + row * p->query.row + (flat - row * group) * p->query.head,
+                 prefetch_span(p->query.col, p->head_dim));
     }
 }
 

@@ -18,6 +18,7 @@ typedef struct {
     vec row_sum[MAX_VECTORS];
     vec slope[MAX_VECTORS];
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
+    int64_t row_begin;
     int rows;    /* in use; the lanes beyond repeat the last row, and are not stored */
     int vectors; /* of LANES rows */
     bool fresh;  /* no key block yet: `out` is not there, and stands for 0 */
