@@ -1,7 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Validates a call, describes it to the C library, allocates its results, and raises."""
 
-import math
 import os
 
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.ref cimport Py_INCREF
+from libc.math cimport isfinite, sqrt
 
 from fastattn._core cimport *
 
@@ -96,21 +96,18 @@ cdef tuple batch_shape_of(const fa_problem *p):
     return tuple([p.batch_shape[axis] for axis in range(p.batch_ndim)])
 
 
-cdef int check_ndim(cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+cdef int check_ndim(cnp.ndarray array, str name, bint single_head) except -1:
     """All 2-D (one head), or all with an axis of heads."""
-    cdef int ndim
-    cdef bint single_head = cnp.PyArray_NDIM(query) == 2
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        ndim = cnp.PyArray_NDIM(array)
-        if ndim < 2:
-            raise ValueError(f"{name} has shape {shape_of(array)}; accepted are (..., heads, seqlen, head_dim) and "
-                             "(seqlen, head_dim)")
-        if (ndim == 2) != single_head:
-            raise ValueError(f"query has {cnp.PyArray_NDIM(query)} axes but {name} has {ndim}: either all of query, "
-                             "key and value are 2-D (one head), or all have an axis of heads")
-        if ndim > MAX_AXES:
-            raise ValueError(f"{name} has {ndim} axes; at most {MAX_AXES} are accepted")
-    return 0
+    cdef int ndim = cnp.PyArray_NDIM(array)
+    if 2 < ndim <= MAX_AXES and not single_head or ndim == 2 and single_head:
+        return 0
+    if ndim < 2:
+        raise ValueError(f"{name} has shape {shape_of(array)}; accepted are (..., heads, seqlen, head_dim) and "
+                         "(seqlen, head_dim)")
+    if ndim > MAX_AXES:
+        raise ValueError(f"{name} has {ndim} axes; at most {MAX_AXES} are accepted")
+    raise ValueError(f"{name} has {ndim} axes, but query has {'2' if single_head else 'more than 2'}: either all of "
+                     "query, key and value are 2-D (one head), or all have an axis of heads")
 
 
 cdef int broadcast_batch(fa_problem *p, cnp.ndarray array, str name) except -1:
@@ -177,9 +174,10 @@ cdef int check_shapes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.nda
     if p.num_heads != 0 and (p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads != 0):
         raise ValueError(f"the number of query heads must be a multiple of the number of key heads, but query has "
                          f"{p.num_heads} and key {p.num_kv_heads}")
-    for name, size in (("query and key", p.head_dim), ("value", p.head_dim_v)):
-        if size > FA_MAX_HEAD_DIM:
-            raise ValueError(f"{name} have head_dim {size}; at most {FA_MAX_HEAD_DIM} is accepted")
+    if p.head_dim > FA_MAX_HEAD_DIM:
+        raise ValueError(f"query and key have head_dim {p.head_dim}; at most {FA_MAX_HEAD_DIM} is accepted")
+    if p.head_dim_v > FA_MAX_HEAD_DIM:
+        raise ValueError(f"value has head_dim {p.head_dim_v}; at most {FA_MAX_HEAD_DIM} is accepted")
     return 0
 
 
@@ -228,7 +226,7 @@ cdef int64_t window_bound(object value, str name) except? -2:
 
 
 cdef int set_window(fa_problem *p, object window, object causal) except -1:
-    if not isinstance(causal, (bool, np.bool_)):
+    if causal is not False and causal is not True and not isinstance(causal, np.bool_):
         raise TypeError(f"causal must be a bool, not {causal!r}")
     p.left = p.right = FA_UNBOUNDED
     if window is not None:
@@ -243,14 +241,14 @@ cdef int set_window(fa_problem *p, object window, object causal) except -1:
 
 cdef int set_scalars(fa_problem *p, object scale, object softcap, object num_threads) except -1:
     if scale is None:
-        p.scale = 1.0 / math.sqrt(max(p.head_dim, 1))
+        p.scale = 1.0 / sqrt(<double>max(p.head_dim, 1))
     else:
         p.scale = real_number(scale, "scale")
-        if not math.isfinite(p.scale):
+        if not isfinite(p.scale):
             raise ValueError(f"scale must be finite, but is {scale}")
     if softcap is not None:
         p.softcap = real_number(softcap, "softcap")
-        if not (math.isfinite(p.softcap) and p.softcap > 0):
+        if not (isfinite(p.softcap) and p.softcap > 0):
             raise ValueError(f"softcap must be finite and greater than 0, but is {softcap}")
     p.num_threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
     return 0
@@ -359,6 +357,8 @@ cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) exce
     if overlaps_itself(out):
         raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
     for name, array in inputs.items():
+        if array is None:
+            continue
         array = np.asarray(array)
         if np.may_share_memory(out, array) and share_memory(out, array):
             raise ValueError(f"out overlaps {name} in memory")
@@ -372,17 +372,6 @@ cdef bint share_memory(object out, object array):
         return True  # not proved to be apart
 
 
-cdef cnp.ndarray new_array(tuple shape, cnp.dtype dtype, bint zeros):
-    cdef cnp.npy_intp dims[MAX_AXES]
-    cdef int axis
-    for axis in range(len(shape)):
-        dims[axis] = shape[axis]
-    Py_INCREF(dtype)  # the new array takes it over
-    if zeros:
-        return PyArray_Zeros(len(shape), dims, dtype, 0)
-    return PyArray_Empty(len(shape), dims, dtype, 0)
-
-
 # --- the call -------------------------------------------------------------------------------------
 
 
@@ -392,9 +381,8 @@ cdef class Call:
 
     cdef fa_problem problem
     cdef bint single_head
-    cdef cnp.ndarray query
-    cdef dict inputs  # as they came, by name
-    cdef cnp.ndarray slopes, sinks, lengths, offsets
+    cdef cnp.ndarray query, key, value, mask, bias
+    cdef cnp.ndarray slopes, sinks, lengths, offsets  # copies
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
         cdef fa_problem *p = &self.problem
@@ -403,7 +391,10 @@ cdef class Call:
         p.key.dtype = <fa_dtype>float_dtype(k, "key")
         p.value.dtype = <fa_dtype>float_dtype(v, "value")
         check_dtypes(p, q, k, v)
-        check_ndim(q, k, v)
+        self.single_head = cnp.PyArray_NDIM(q) == 2
+        check_ndim(q, "query", self.single_head)
+        check_ndim(k, "key", self.single_head)
+        check_ndim(v, "value", self.single_head)
         broadcast_batch(p, q, "query")
         broadcast_batch(p, k, "key")
         broadcast_batch(p, v, "value")
@@ -412,8 +403,8 @@ cdef class Call:
         describe(&p.key, p, k, 3)
         describe(&p.value, p, v, 3)
         self.query = q
-        self.single_head = cnp.PyArray_NDIM(q) == 2
-        self.inputs = {"query": q, "key": k, "value": v}
+        self.key = k
+        self.value = v
         return 0
 
     cdef int set_optional_arrays(self, object query_offset, object mask, object bias, object alibi_slopes,
@@ -423,38 +414,48 @@ cdef class Call:
         if mask is not None or bias is not None:
             target = score_shape(p, self.single_head)
             if mask is not None:
-                self.inputs["mask"] = set_mask(p, mask, target)
+                self.mask = set_mask(p, mask, target)
             if bias is not None:
-                self.inputs["bias"] = set_bias(p, bias, target)
-        # The small arrays are read once, into copies.
+                self.bias = set_bias(p, bias, target)
         if alibi_slopes is not None:
-            self.inputs["alibi_slopes"] = alibi_slopes
             self.slopes = set_alibi_slopes(p, alibi_slopes, self.single_head)
         if sinks is not None:
-            self.inputs["sinks"] = sinks
             self.sinks = set_sinks(p, sinks)
         if key_lengths is not None:
-            self.inputs["key_lengths"] = key_lengths
             self.lengths = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
         if query_offset is not None:
-            self.inputs["query_offset"] = query_offset
             self.offsets = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST, FARTHEST)
         return 0
 
-    cdef tuple result_shape(self, int64_t columns):
-        """(..., H, Sq, columns)"""
-        if self.single_head:
-            return (self.problem.seqlen_q, columns)
-        return (*batch_shape_of(&self.problem), self.problem.num_heads, self.problem.seqlen_q, columns)
+    cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, bint zeros=False):
+        """(..., H, Sq, columns); without the last axis if columns is -1."""
+        cdef const fa_problem *p = &self.problem
+        cdef cnp.npy_intp dims[MAX_AXES]
+        cdef int ndim, axis
+        for axis in range(p.batch_ndim):
+            dims[axis] = p.batch_shape[axis]
+        ndim = p.batch_ndim
+        if not self.single_head:
+            dims[ndim] = p.num_heads
+            ndim += 1
+        dims[ndim] = p.seqlen_q
+        ndim += 1
+        if columns >= 0:
+            dims[ndim] = columns
+            ndim += 1
+        Py_INCREF(dtype)  # the new array takes it over
+        if zeros:
+            return PyArray_Zeros(ndim, dims, dtype, 0)
+        return PyArray_Empty(ndim, dims, dtype, 0)
 
-    cdef cnp.ndarray set_out(self, object out):
+    cdef cnp.ndarray set_out(self, object out, dict inputs):
         cdef fa_problem *p = &self.problem
-        cdef tuple shape = self.result_shape(p.head_dim_v)
         cdef cnp.ndarray array
         if out is None:
-            array = new_array(shape, self.query.dtype, False)
+            array = self.new_array(self.query.descr, p.head_dim_v)
         else:
-            check_out(out, shape, self.query, self.inputs)
+            *rows, _ = score_shape(p, self.single_head)
+            check_out(out, (*rows, p.head_dim_v), self.query, inputs)
             array = out
         describe(&p.out, p, array, 3)
         p.out.dtype = p.query.dtype
@@ -462,17 +463,15 @@ cdef class Call:
 
     cdef cnp.ndarray set_lse(self):
         cdef fa_problem *p = &self.problem
-        cdef tuple shape = self.result_shape(0)
         cdef bint double_precision = p.query.dtype == FA_FLOAT64
-        cdef cnp.ndarray array = new_array(shape[:len(shape) - 1],
-                                           np.dtype(np.float64 if double_precision else np.float32), False)
+        cdef cnp.ndarray array = self.new_array(np.dtype(np.float64 if double_precision else np.float32), -1)
         describe(&p.lse, p, array, 2)
         p.lse.dtype = FA_FLOAT64 if double_precision else FA_FLOAT32
         return array
 
     cdef cnp.ndarray set_weights(self):
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray array = new_array(self.result_shape(p.seqlen_k), self.query.dtype, True)
+        cdef cnp.ndarray array = self.new_array(self.query.descr, p.seqlen_k, zeros=True)
         describe(&p.weights, p, array, 3)
         p.weights.dtype = p.query.dtype
         return array
@@ -503,12 +502,13 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
     cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
                              sinks, key_lengths, num_threads)
     cdef fa_status status
-    cdef cnp.ndarray result = call.set_out(out)
-    cdef tuple results = (result,)
-    if return_lse:
-        results += (call.set_lse(),)
-    if return_weights:
-        results += (call.set_weights(),)
+    cdef dict inputs = None
+    if out is not None:
+        inputs = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
+                  "sinks": sinks, "key_lengths": key_lengths, "query_offset": query_offset}
+    cdef cnp.ndarray result = call.set_out(out, inputs)
+    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
+    cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     call.problem.interrupted = interrupted
     with nogil:
         status = fa_forward(&call.problem)
@@ -516,7 +516,9 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
         raise MemoryError("no memory for the scratch of a thread")
     if status == FA_INTERRUPTED:
         raise_pending()
-    return results if len(results) > 1 else result
+    if not return_lse and not return_weights:
+        return result
+    return (result, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
 
 
 def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
@@ -538,7 +540,7 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
             None if p.right == FA_UNBOUNDED else p.right,
             call.lengths,
             call.offsets,
-            call.inputs.get("mask"),
+            call.mask,
         ),
     }
 

@@ -42,10 +42,11 @@ FA_INLINE void prefetch_rows(const fa_problem *p, const lookahead *next, int beg
     }
 }
 
-/* scores[r][m] = Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
  * the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, const lookahead *next, int vectors, vec *scores)
+                                  const operand_block *key, const lookahead *next, real scale, int vectors,
+                                  vec *scores)
 {
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const int rows = MICRO_ROWS(vectors);
@@ -62,21 +63,15 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                scores[(r + i) * vectors + m] = c[i][m];
+                scores[(r + i) * vectors + m] = scale == 1 ? c[i][m] : c[i][m] * scale;
     }
 }
 
-FA_INLINE void scale_and_cap(const fa_problem *p, int count, vec *scores)
+FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
 {
-    const real scale = (real)fabs(p->scale);
-    if (p->softcap == 0) {
-        for (int i = 0; i < count; i++)
-            scores[i] *= scale;
-        return;
-    }
-    const real cap = (real)p->softcap, to_tanh = (real)(fabs(p->scale) / p->softcap);
+    const real softcap = (real)p->softcap, inverse = (real)(1 / p->softcap);
     for (int i = 0; i < count; i++)
-        scores[i] = cap * vec_tanh(scores[i] * to_tanh);
+        scores[i] = softcap * vec_tanh(scores[i] * inverse);
 }
 
 /* Bias lies with keys along its rows; a lane is a query, so LANES × LANES squares are transposed. */
@@ -84,6 +79,8 @@ FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *ran
                         vec *scores)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY);
+    for (int j = 0; j < t->rows; j++) /* the next block's: rows are too far apart for the CPU to guess */
+        prefetch(t->bias[j] + range->key_hi * p->bias.col, prefetch_span(p->bias.col, KEY_BLOCK));
     for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
         int count = (int)min_i64(LANES, range->key_hi - n);
         vec *rows = scores + (n - range->first) * vectors;
@@ -195,7 +192,7 @@ FA_INLINE bool has_modifier(const fa_problem *p)
 }
 
 /* What scores are multiplied by, in units of log2, before the exponential. Modifiers need scores in
- * natural units, so scale_and_cap then has scaled them. */
+ * natural units, so then multiply_query_key has scaled them. */
 FA_INLINE real score_to_log2(const fa_problem *p)
 {
     const double log2e = 1.4426950408889634074;
@@ -211,9 +208,10 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
-    multiply_query_key(p, t, range, key, next, vectors, scores);
-    if (has_modifier(p))
-        scale_and_cap(p, num_keys(range) * vectors, scores);
+    const real scale = has_modifier(p) && p->scale != 0 ? (real)fabs(p->scale) : 1;
+    multiply_query_key(p, t, range, key, next, scale, vectors, scores);
+    if (p->softcap != 0)
+        cap(p, num_keys(range) * vectors, scores);
     if (p->bias.data)
         add_bias(p, t, range, vectors, scores);
     if (p->alibi_slopes.data)
