@@ -18,9 +18,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
 
-# No -ffast-math: it would break NaN and infinity here, and flush denormals in the whole process.
+# -fno-wrapv: Python's own flags may make signed overflow wrap, which keeps compilers from simplifying
+# the index arithmetic of loops. No -ffast-math: it would break NaN and infinity here, and flush denormals in the whole process.
 # Contraction into fused multiply-adds is what the kernels are about; GCC's default, but not clang's.
-CFLAGS = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread"]
+CFLAGS = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra", "-pthread"]
 LINK_FLAGS = ["-pthread"]
 if SANITIZE:
     CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]

@@ -66,8 +66,9 @@ const char *fa_selected_isa(void);
 /* Restricts dispatch to an instruction set and those below it; false if this CPU lacks it. */
 bool fa_select_isa(const char *name);
 
-int fa_get_num_threads(void);
-void fa_set_num_threads(int num_threads);
+/* Visible in the built module: threadpoolctl recognises it by them. */
+__attribute__((visibility("default"))) int fa_get_num_threads(void);
+__attribute__((visibility("default"))) void fa_set_num_threads(int num_threads);
 /* CPUs this process may use, by affinity and control group. */
 int fa_available_cpus(void);
 

@@ -96,18 +96,18 @@ cdef tuple batch_shape_of(const fa_problem *p):
     return tuple([p.batch_shape[axis] for axis in range(p.batch_ndim)])
 
 
-cdef int check_ndim(cnp.ndarray array, str name, bint single_head) except -1:
+cdef int check_ndim(cnp.ndarray array, str name, int query_ndim) except -1:
     """All 2-D (one head), or all with an axis of heads."""
     cdef int ndim = cnp.PyArray_NDIM(array)
-    if 2 < ndim <= MAX_AXES and not single_head or ndim == 2 and single_head:
+    if (ndim == 2 and query_ndim == 2) or (2 < ndim <= MAX_AXES and query_ndim > 2):
         return 0
     if ndim < 2:
         raise ValueError(f"{name} has shape {shape_of(array)}; accepted are (..., heads, seqlen, head_dim) and "
                          "(seqlen, head_dim)")
     if ndim > MAX_AXES:
         raise ValueError(f"{name} has {ndim} axes; at most {MAX_AXES} are accepted")
-    raise ValueError(f"{name} has {ndim} axes, but query has {'2' if single_head else 'more than 2'}: either all of "
-                     "query, key and value are 2-D (one head), or all have an axis of heads")
+    raise ValueError(f"{name} has {ndim} axes but query has {query_ndim}: either all of query, key and value are 2-D "
+                     "(one head), or all have an axis of heads")
 
 
 cdef int broadcast_batch(fa_problem *p, cnp.ndarray array, str name) except -1:
@@ -391,10 +391,10 @@ cdef class Call:
         p.key.dtype = <fa_dtype>float_dtype(k, "key")
         p.value.dtype = <fa_dtype>float_dtype(v, "value")
         check_dtypes(p, q, k, v)
+        check_ndim(q, "query", cnp.PyArray_NDIM(q))
+        check_ndim(k, "key", cnp.PyArray_NDIM(q))
+        check_ndim(v, "value", cnp.PyArray_NDIM(q))
         self.single_head = cnp.PyArray_NDIM(q) == 2
-        check_ndim(q, "query", self.single_head)
-        check_ndim(k, "key", self.single_head)
-        check_ndim(v, "value", self.single_head)
         broadcast_batch(p, q, "query")
         broadcast_batch(p, k, "key")
         broadcast_batch(p, v, "value")

@@ -11,15 +11,16 @@ FA_INLINE void product(const char *const *a, ptrdiff_t step, const panel *b, int
                        bool visible_only, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
 {
     const int rows = MICRO_ROWS(vectors);
-    for (int k = 0; k < length; k++) {
+    const panel *end = b + (ptrdiff_t)length * vectors;
+    for (ptrdiff_t offset = 0; b != end; b += vectors, offset += step) {
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             operand x;
-            memcpy(&x, a[i] + k * step, sizeof x);
+            memcpy(&x, a[i] + offset, sizeof x);
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                c[i][m] = visible_only ? multiply_add_visible(x, b[k * vectors + m], c[i][m])
-                                       : multiply_add(x, b[k * vectors + m], c[i][m]);
+                c[i][m] = visible_only ? multiply_add_visible(x, b[m], c[i][m])
+                                       : multiply_add(x, b[m], c[i][m]);
         }
     }
 }
