@@ -18,13 +18,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
 
-# -fno-wrapv: Python's own flags may make signed overflow wrap, which keeps compilers from simplifying
-# the index arithmetic of loops. No -ffast-math: it would break NaN and infinity here, and flush denormals in the whole process.
-# Contraction into fused multiply-adds is what the kernels are about; GCC's default, but not clang's.
-CFLAGS = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra", "-pthread"]
-LINK_FLAGS = ["-pthread"]
+# These come after Python's own flags, and win. -fno-wrapv: where signed overflow wraps, compilers cannot
+# simplify the index arithmetic of loops. -ffp-contract=fast: fused multiply-adds, GCC's default but not
+# clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
+CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
+CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+MODULE_FLAGS = ["-O2", "-g0", "-fvisibility=hidden"]
+LINK_FLAGS = ["-lm", "-pthread"]
 if SANITIZE:
-    CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
+    SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-O1", "-fno-omit-frame-pointer"]
+    CFLAGS += SANITIZER_FLAGS
+    MODULE_FLAGS += SANITIZER_FLAGS
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -95,8 +99,8 @@ setup(
             depends=[*HEADERS, *glob("csrc/**/*.c", recursive=True)],
             include_dirs=["csrc", numpy.get_include()],
             define_macros=macros,
-            extra_compile_args=["-O2", "-fvisibility=hidden", *(CFLAGS[-3:] if SANITIZE else [])],
-            extra_link_args=["-lm", *LINK_FLAGS],
+            extra_compile_args=MODULE_FLAGS,
+            extra_link_args=LINK_FLAGS,
             py_limited_api=not FREE_THREADED,
         ),
     ),

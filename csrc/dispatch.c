@@ -37,8 +37,7 @@ static bool has_avx512(void)
 {
     unsigned a, b, c, d;
     const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    return has_avx2() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & needed) == needed &&
-           os_saves(0xe6);
+    return has_avx2() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & needed) == needed && os_saves(0xe6);
 }
 
 static bool has_avx512bf16(void)

@@ -60,10 +60,12 @@ static void forward_items(void *argument, int member)
      * reads. */
     fa_item items[2];
     bool has_item = claim_item(job, &items[0]);
-    for (int current = 0; has_item && !atomic_load_explicit(&job->run.stop, memory_order_relaxed); current ^= 1) {
+    for (int current = 0; has_item && !atomic_load_explicit(&job->run.stop, memory_order_relaxed);
+         current ^= 1) {
         fa_item *next = &items[current ^ 1];
         has_item = claim_item(job, next);
-        job->kernel->forward(job->run.problem, &items[current], has_item ? next : NULL, scratch, &job->run, is_caller);
+        job->kernel->forward(job->run.problem, &items[current], has_item ? next : NULL, scratch, &job->run,
+                             is_caller);
     }
 }
 

@@ -39,20 +39,20 @@ typedef struct {
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
 
     double scale;
-    double softcap;               /* 0: none */
-    int64_t left, right;          /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
-    int num_threads;              /* at most this many */
-    bool (*interrupted)(void);    /* asked now and then, by the calling thread only; may be NULL */
+    double softcap;            /* 0: none */
+    int64_t left, right;       /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
+    int num_threads;           /* at most this many */
+    bool (*interrupted)(void); /* asked now and then, by the calling thread only; may be NULL */
 } fa_problem;
 
 /* What fa_forward does with a problem. */
 typedef struct {
     const char *isa;
     const char *kernel;
-    int tile_rows;       /* query rows of a full tile */
-    int key_block;       /* keys between two updates of the running softmax */
-    int tiles_per_item;  /* tiles that share a key block */
-    int64_t num_items;   /* units of work handed to threads */
+    int tile_rows;      /* query rows of a full tile */
+    int key_block;      /* keys between two updates of the running softmax */
+    int tiles_per_item; /* tiles that share a key block */
+    int64_t num_items;  /* units of work handed to threads */
     int num_threads;
     size_t scratch_bytes; /* per thread */
 } fa_plan;

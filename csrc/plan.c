@@ -36,8 +36,8 @@ fa_partition fa_partition_problem(const fa_problem *p, const fa_kernel *kernel)
     double keys = p->left != FA_UNBOUNDED && p->right != FA_UNBOUNDED && p->left + p->right < p->seqlen_k
                       ? (double)(p->left + p->right + 1)
                       : (double)p->seqlen_k;
-    double multiply_adds = (double)part.num_groups * (double)part.rows_per_group * keys *
-                           (double)(p->head_dim + p->head_dim_v);
+    double multiply_adds =
+        (double)part.num_groups * (double)part.rows_per_group * keys * (double)(p->head_dim + p->head_dim_v);
     double useful = multiply_adds / MULTIPLY_ADDS_PER_THREAD;
     part.num_threads = useful < p->num_threads ? (int)useful : p->num_threads;
     if (part.num_threads < 1)
@@ -46,9 +46,9 @@ fa_partition fa_partition_problem(const fa_problem *p, const fa_kernel *kernel)
     const int64_t tile_rows = (int64_t)kernel->lanes * kernel->max_vectors;
     const int64_t tiles = ceil_div(part.rows_per_group, tile_rows);
     int tiles_per_item = MAX_TILES_PER_ITEM;
-    while (tiles_per_item > 1 && (kernel->scratch_bytes(p, tiles_per_item) > MAX_SCRATCH_BYTES ||
-                                  part.num_groups * ceil_div(tiles, tiles_per_item) <
-                                      ITEMS_PER_THREAD * (int64_t)part.num_threads))
+    while (tiles_per_item > 1 &&
+           (kernel->scratch_bytes(p, tiles_per_item) > MAX_SCRATCH_BYTES ||
+            part.num_groups * ceil_div(tiles, tiles_per_item) < ITEMS_PER_THREAD * (int64_t)part.num_threads))
         tiles_per_item--;
 
     /* Items of whole vectors, as even as they can be. */

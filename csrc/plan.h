@@ -5,10 +5,10 @@
 #include "dispatch.h"
 
 typedef struct {
-    int64_t rows_per_group;  /* query rows of one batch item and kv head */
+    int64_t rows_per_group; /* query rows of one batch item and kv head */
     int64_t rows_per_item;
     int64_t items_per_group;
-    int64_t num_groups;      /* batch items × kv heads */
+    int64_t num_groups; /* batch items × kv heads */
     int tiles_per_item;
     int num_threads;
     size_t scratch_bytes;

@@ -33,10 +33,10 @@ static struct {
     pthread_cond_t announced, finished;
     atomic_bool busy;
     _Atomic uint64_t ticket;
-    atomic_int sleepers;      /* workers waiting for `announced` */
-    atomic_int unfinished;    /* workers still in the task */
+    atomic_int sleepers;       /* workers waiting for `announced` */
+    atomic_int unfinished;     /* workers still in the task */
     atomic_bool caller_sleeps; /* the caller waits for `finished` */
-    int num_workers;          /* touched only by the thread that holds `busy` */
+    int num_workers;           /* touched only by the thread that holds `busy` */
     void (*task)(void *argument, int member);
     void *argument;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER,

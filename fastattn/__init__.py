@@ -5,7 +5,6 @@ from fastattn import reference
 from fastattn._core import measure_bandwidth, measure_peak
 from fastattn.api import Plan, __version__, attention, get_num_threads, plan, set_num_threads, show_config
 
-
 __all__ = [
     "Plan",
     "__version__",

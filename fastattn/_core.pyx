@@ -286,7 +286,8 @@ cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
 cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
     cdef cnp.ndarray array = as_array(bias)
     if cnp.PyArray_TYPE(array) == cnp.NPY_BOOL:
-        raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use mask=")
+        raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use "
+                        "mask=")
     p.bias.dtype = <fa_dtype>float_dtype(array, "bias")
     check_broadcast(p, array, "bias", target)
     describe(&p.bias, p, array, 3)
@@ -338,7 +339,8 @@ cdef bint overlaps_itself(object array):
     cdef Py_ssize_t extent = array.itemsize
     if array.size <= 1:
         return False
-    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True) if size > 1):
+    axes = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((abs(stride), size) for stride, size in axes if size > 1):
         if stride < extent:
             return True
         extent += stride * (size - 1)

@@ -7,7 +7,7 @@ from fastattn import _core
 with contextlib.suppress(ImportError):
     import threadpoolctl
 
-    class FastattnController(threadpoolctl.LibController):  # type: ignore[misc, no-any-unimported]
+    class FastattnController(threadpoolctl.LibController):  # type: ignore[misc]
         """The pool of `fastattn._core`."""
 
         user_api = "fastattn"

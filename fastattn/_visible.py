@@ -19,7 +19,7 @@ def sum_of_clipped(start: int, count: int, highest: int) -> int:
 
 
 def count_in_intervals(seqlen_q: int, left: int | None, right: int | None, length: int, offset: int) -> int:
-    """Return the number of (row, key) pairs with offset + row - left <= key <= offset + row + right, 0 <= key < length."""
+    """Return how many keys below `length` lie within left and right of the rows' positions, summed over rows."""
     below = 0 if left is None else sum_of_clipped(offset - left, seqlen_q, length)
     up_to = seqlen_q * length if right is None else sum_of_clipped(offset + right + 1, seqlen_q, length)
     return up_to - below
@@ -64,5 +64,5 @@ def count_visible(
     return heads_alike * sum(
         count_in_mask(head_mask, seqlen_q, left, right, int(lengths[index]), int(offsets[index]))
         for index in np.ndindex(*batch)
-        for head_mask in per_batch[index][: num_heads]
+        for head_mask in per_batch[index][:num_heads]
     )

@@ -16,8 +16,8 @@ FA_INLINE uvec round_pairs(vec low, vec high)
 {
     typedef uint16_t halves __attribute__((vector_size(64)));
     halves x = (halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (uvec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8,
-                                         24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return (uvec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24,
+                                         9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 #endif

@@ -92,7 +92,8 @@ FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *rang
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const lookahead *next, bool visible_only, vec *scores)
+                             const operand_block *value, const lookahead *next, bool visible_only,
+                             vec *scores)
 {
     if (visible_only && t->vectors == 1)
         attend_block(p, t, range, key, value, next, 1, true, scores);
@@ -187,7 +188,8 @@ static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
     for (int j = 0; j < t->vectors * LANES; j++) {
         int64_t position = t->row[j] + a->query_offset;
         int64_t lo = p->left == FA_UNBOUNDED ? 0 : min_i64(max_i64(position - p->left, 0), num_keys);
-        int64_t hi = p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
+        int64_t hi =
+            p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
         t->lo[j] = lo;
         t->hi[j] = hi;
         t->inner_lo = max_i64(t->inner_lo, lo);
@@ -279,7 +281,8 @@ static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t
                 x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
                 suspect += x[j] - x[j];
             }
-            store_square(out + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count, p->out.dtype, x);
+            store_square(out + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
+                         p->out.dtype, x);
         }
     }
     real total = 0;
@@ -446,10 +449,11 @@ static void locate_tiles(item_state *s, const fa_item *item)
     }
 }
 
-static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch, fa_run *run,
-                         bool is_caller)
+static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch,
+                         fa_run *run, bool is_caller)
 {
-    item_state s = {.problem = p, .next = next, .arrays = locate(p, item), .run = run, .is_caller = is_caller};
+    item_state s = {
+        .problem = p, .next = next, .arrays = locate(p, item), .run = run, .is_caller = is_caller};
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);

@@ -9,7 +9,7 @@
 FA_INLINE vec vec_exp2m1_over_r(vec r)
 {
 #if FA_REAL_BYTES == 4
-    static const real c[] = {0x1.62e431p-1f,  0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
+    static const real c[] = {0x1.62e431p-1f, 0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
                              0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
 #else
     static const real c[] = {0x1.62e42fefa39f3p-1,  0x1.ebfbdff82c598p-3,  0x1.c6b08d7048f31p-5,

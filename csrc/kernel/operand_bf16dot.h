@@ -47,8 +47,8 @@ FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
 }
 
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). */
-FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim,
-                          int vectors, real sign, panel *query)
+FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+                          real sign, panel *query)
 {
     (void)dtype;
     const uint32_t flip = sign < 0 ? 0x80008000 : 0;
@@ -104,7 +104,8 @@ FA_INLINE void stage_key(const char *src, const fa_array *key, int num_keys, int
     for (int n = 0; n < num_keys; n++) {
         char *dst = stage + n * staged_row_bytes(head_dim);
         for (int d = 0; d < head_dim; d += 2 * LANES)
-            vec_store(dst + 2 * d, (vec)load_pairs(src + n * key->row + d * key->col, key->col, head_dim - d));
+            vec_store(dst + 2 * d,
+                      (vec)load_pairs(src + n * key->row + d * key->col, key->col, head_dim - d));
     }
 }
 

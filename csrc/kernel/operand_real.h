@@ -23,8 +23,8 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
 }
 
 /* Row j of the tile at rows[j], as panel[d][m] lanes, times `sign` (1, -1 or 0: exact). */
-FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim,
-                          int vectors, real sign, panel *query)
+FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+                          real sign, panel *query)
 {
     for (int m = 0; m < vectors; m++) {
         for (int d = 0; d < head_dim; d += LANES) {
@@ -68,8 +68,7 @@ FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
 }
 
 /* Widens `num_keys` rows into [n][d]. */
-FA_INLINE void stage_rows(const char *src, const fa_array *array, int num_keys, int head_dim,
-                          char *stage)
+FA_INLINE void stage_rows(const char *src, const fa_array *array, int num_keys, int head_dim, char *stage)
 {
     for (int n = 0; n < num_keys; n++) {
         const char *row = src + n * array->row;

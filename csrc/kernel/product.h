@@ -19,8 +19,8 @@ FA_INLINE void product(const char *const *a, ptrdiff_t step, const panel *b, int
             memcpy(&x, a[i] + offset, sizeof x);
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                c[i][m] = visible_only ? multiply_add_visible(x, b[m], c[i][m])
-                                       : multiply_add(x, b[m], c[i][m]);
+                c[i][m] =
+                    visible_only ? multiply_add_visible(x, b[m], c[i][m]) : multiply_add(x, b[m], c[i][m]);
         }
     }
 }

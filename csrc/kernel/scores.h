@@ -75,8 +75,7 @@ FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
 }
 
 /* Bias lies with keys along its rows; a lane is a query, so LANES × LANES squares are transposed. */
-FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *range, int vectors,
-                        vec *scores)
+FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *range, int vectors, vec *scores)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int j = 0; j < t->rows; j++) /* the next block's: rows are too far apart for the CPU to guess */
@@ -202,8 +201,8 @@ FA_INLINE real score_to_log2(const fa_problem *p)
 }
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
-FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range,
-                              const operand_block *key, const lookahead *next, int vectors, vec *scores)
+FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
+                              const lookahead *next, int vectors, vec *scores)
 {
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)

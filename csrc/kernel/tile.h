@@ -19,9 +19,9 @@ typedef struct {
     vec slope[MAX_VECTORS];
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int64_t row_begin;
-    int rows;    /* in use; the lanes beyond repeat the last row, and are not stored */
-    int vectors; /* of LANES rows */
-    bool fresh;  /* no key block yet: `out` is not there, and stands for 0 */
+    int rows;                   /* in use; the lanes beyond repeat the last row, and are not stored */
+    int vectors;                /* of LANES rows */
+    bool fresh;                 /* no key block yet: `out` is not there, and stands for 0 */
     int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t inner_lo, inner_hi; /* keys that no row's interval hides: [inner_lo, inner_hi) */
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
@@ -29,8 +29,8 @@ typedef struct {
     int64_t head[TILE_ROWS], row[TILE_ROWS];
     const char *query_row[TILE_ROWS];
     const char *mask[TILE_ROWS], *bias[TILE_ROWS]; /* of key 0 */
-    panel *query; /* [head_dim / REDUCTION][vectors] */
-    vec *out;     /* [head_dim_v][vectors], unnormalised */
+    panel *query;                                  /* [head_dim / REDUCTION][vectors] */
+    vec *out;                                      /* [head_dim_v][vectors], unnormalised */
 } tile;
 
 /* Rows in use of a tile's vector m. */
