@@ -49,24 +49,33 @@ static bool claim_item(forward_job *job, fa_item *item)
     return true;
 }
 
-static void forward_items(void *argument, int member)
+/* A thread claims an item before it works on the one it has, so that it can start the next one's reads. */
+static void work_through_items(forward_job *job, void *scratch, bool is_caller)
 {
-    forward_job *job = argument;
-    bool is_caller = member == 0;
-    void *scratch = is_caller ? job->caller_scratch : fa_thread_scratch(job->partition->scratch_bytes);
-    if (!scratch)
-        return; /* the others do this member's share */
-    /* A thread claims an item before it works on the one it has, so that it can start the next one's
-     * reads. */
     fa_item items[2];
     bool has_item = claim_item(job, &items[0]);
-    for (int current = 0; has_item && !atomic_load_explicit(&job->run.stop, memory_order_relaxed);
-         current ^= 1) {
+    for (int current = 0; has_item; current ^= 1) {
         fa_item *next = &items[current ^ 1];
         has_item = claim_item(job, next);
         job->kernel->forward(job->run.problem, &items[current], has_item ? next : NULL, scratch, &job->run,
                              is_caller);
+        if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
+            return;
     }
+}
+
+static void forward_items(void *argument, int member)
+{
+    forward_job *job = argument;
+    if (member == 0) {
+        work_through_items(job, job->caller_scratch, true);
+        return;
+    }
+    void *scratch = fa_take_scratch(job->partition->scratch_bytes);
+    if (!scratch)
+        return; /* the others do this member's share */
+    work_through_items(job, scratch, false);
+    fa_give_back_scratch(scratch);
 }
 
 fa_status fa_forward(const fa_problem *problem)
@@ -81,11 +90,12 @@ fa_status fa_forward(const fa_problem *problem)
     };
     if (job.num_items == 0)
         return FA_OK;
-    job.caller_scratch = fa_thread_scratch(partition.scratch_bytes);
+    job.caller_scratch = fa_take_scratch(partition.scratch_bytes);
     if (!job.caller_scratch)
         return FA_NO_MEMORY;
     if (problem->interrupted)
         job.next_poll = nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
     fa_parallel(partition.num_threads, forward_items, &job);
+    fa_give_back_scratch(job.caller_scratch);
     return atomic_load(&job.run.stop) ? FA_INTERRUPTED : FA_OK;
 }

@@ -218,10 +218,11 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int member), void
 
 /* --- scratch ------------------------------------------------------------------------------------ */
 
-static pthread_key_t scratch_key;
+static pthread_key_t scratch_key; /* its only use is to free the buffer with its thread */
 static _Thread_local struct {
     void *data;
     size_t bytes;
+    bool taken;
 } scratch;
 
 static void create_scratch_key(void)
@@ -229,20 +230,33 @@ static void create_scratch_key(void)
     pthread_key_create(&scratch_key, free);
 }
 
-void *fa_thread_scratch(size_t bytes)
+void *fa_take_scratch(size_t bytes)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, create_scratch_key);
-    if (bytes > scratch.bytes) {
-        void *data;
-        if (posix_memalign(&data, 64, bytes) != 0)
-            return NULL;
+    if (!scratch.taken && bytes <= scratch.bytes) {
+        scratch.taken = true;
+        return scratch.data;
+    }
+    void *data;
+    if (posix_memalign(&data, 64, bytes) != 0)
+        return NULL;
+    if (!scratch.taken) {
         free(scratch.data);
         pthread_setspecific(scratch_key, data);
         scratch.data = data;
         scratch.bytes = bytes;
+        scratch.taken = true;
     }
-    return scratch.data;
+    return data;
+}
+
+void fa_give_back_scratch(void *data)
+{
+    if (data == scratch.data)
+        scratch.taken = false;
+    else
+        free(data);
 }
 
 /* --- how many ----------------------------------------------------------------------------------- */

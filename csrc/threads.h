@@ -11,8 +11,10 @@
  * alone. So the members must share the work out among themselves. */
 void fa_parallel(int num_threads, void (*task)(void *argument, int member), void *argument);
 
-/* The calling thread's own buffer of at least `bytes`, 64-byte aligned, kept for its next call and freed
- * with the thread; NULL if there is no memory. */
-void *fa_thread_scratch(size_t bytes);
+/* At least `bytes`, 64-byte aligned, until it is given back; NULL if there is no memory. A thread keeps one
+ * buffer for its next call. A second one, taken by a call within a call (a signal handler of Python's may
+ * make one), lives until it is given back. */
+void *fa_take_scratch(size_t bytes);
+void fa_give_back_scratch(void *data);
 
 #endif

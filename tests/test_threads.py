@@ -305,3 +305,30 @@ def test_more_threads_than_work():
     assert_same_bits(
         fastattn.attention(query, key, value, num_threads=10_000), fastattn.attention(query, key, value, num_threads=1)
     )
+
+
+NESTED_CALLS = """
+import signal
+import numpy as np
+import fastattn
+
+long = np.random.default_rng(0).standard_normal((1, 4, 4096, 64), dtype=np.float32)
+wide = np.random.default_rng(1).standard_normal((1, 2, 100, 512), dtype=np.float32)  # more scratch
+expected_long, expected_wide = (fastattn.attention(x, x, x) for x in (long, wide))
+calls = []
+
+def handler(*_):
+    calls.append(np.array_equal(fastattn.attention(wide, wide, wide), expected_wide))
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+while len(calls) < 5:
+    assert np.array_equal(fastattn.attention(long, long, long), expected_long)
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert all(calls)
+"""
+
+
+def test_a_signal_handler_may_call_within_a_call():
+    """Handlers run while a long call polls for signals, on its thread, whose scratch is in use."""
+    run_script(NESTED_CALLS)

@@ -106,13 +106,19 @@ static void run_simultaneous_callers(void)
 static void use_scratch(void *argument, int member)
 {
     size_t bytes = *(size_t *)argument;
-    unsigned char *scratch = fa_thread_scratch(bytes);
+    unsigned char *scratch = fa_take_scratch(bytes);
     REQUIRE(scratch && (uintptr_t)scratch % 64 == 0);
     memset(scratch, member + 1, bytes);
+    unsigned char *second = fa_take_scratch(2 * bytes); /* a call within the call */
+    REQUIRE(second && (uintptr_t)second % 64 == 0);
+    memset(second, 0, 2 * bytes);
     usleep(200);
+    fa_give_back_scratch(second);
     for (size_t i = 0; i < bytes; i++)
         REQUIRE(scratch[i] == member + 1);
-    REQUIRE(fa_thread_scratch(bytes / 2) == (void *)scratch);
+    fa_give_back_scratch(scratch);
+    REQUIRE(fa_take_scratch(bytes / 2) == (void *)scratch);
+    fa_give_back_scratch(scratch);
 }
 
 static void run_in_forked_child(void)
