@@ -179,7 +179,8 @@ class Torch(Contender):
     def context(self) -> AbstractContextManager[Any]:
         import torch
 
-        return torch.inference_mode()
+        context: AbstractContextManager[Any] = torch.inference_mode()
+        return context
 
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         import torch
