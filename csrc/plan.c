@@ -8,7 +8,7 @@
 #define MAX_TILES_PER_ITEM 4
 
 /* Enough items that the last ones, which some threads wait for, are a small share. */
-#define ITEMS_PER_THREAD 16
+#define ITEMS_PER_THREAD 24
 
 /* A region costs some microseconds to start on another thread; this much work takes about that long. */
 #define MULTIPLY_ADDS_PER_THREAD 200000.0

@@ -157,10 +157,11 @@ FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
         __builtin_prefetch(data + i, 0, 2);
 }
 
-FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
+/* `locality` 2 is L2, 3 is L1. */
+FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes, const int locality)
 {
     for (ptrdiff_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(data + i, 1, 2);
+        __builtin_prefetch(data + i, 1, locality);
 }
 
 /* Bytes that `count` elements span, if they lie densely enough to be prefetched as a range, else 0. */

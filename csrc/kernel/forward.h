@@ -258,7 +258,7 @@ static char *out_row(const fa_problem *p, const item_arrays *a, const tile *t, i
 static void prefetch_out(const fa_problem *p, const item_arrays *a, const tile *t)
 {
     for (int j = 0; j < t->rows; j++)
-        prefetch_for_write(out_row(p, a, t, j), prefetch_span(p->out.col, p->head_dim_v));
+        prefetch_for_write(out_row(p, a, t, j), prefetch_span(p->out.col, p->head_dim_v), 2);
 }
 
 /* Normalises and stores; false if some result is not finite. */
@@ -273,6 +273,8 @@ static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t
     for (int m = 0; m < t->vectors; m++) {
         vec sum = t->row_sum[m];
         vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
+        for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
+            prefetch_for_write(out[j], prefetch_span(p->out.col, p->head_dim_v), 3);
         for (int e = 0; e < p->head_dim_v; e += LANES) {
             int count = (int)min_i64(LANES, p->head_dim_v - e);
             vec x[LANES];
@@ -340,38 +342,39 @@ static int64_t block_end(int64_t begin, int64_t key_hi)
     return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, key_hi);
 }
 
-/* The keys from `begin` on; after the last, the next item's first keys and queries. */
-static lookahead look_ahead(const item_state *s, int64_t begin)
+/* The keys from `begin` on; after the last, the next item's first ones. */
+static void look_ahead_to_keys(const item_state *s, int64_t begin, lookahead *ahead)
 {
     const fa_problem *p = s->problem;
-    lookahead ahead = {0};
     if (begin < s->key_hi) {
-        ahead.key = s->arrays.key + begin * p->key.row;
-        ahead.value = s->arrays.value + begin * p->value.row;
-        ahead.key_rows = (int)(block_end(begin, s->key_hi) - begin);
+        ahead->key = s->arrays.key + begin * p->key.row;
+        ahead->value = s->arrays.value + begin * p->value.row;
+        ahead->key_rows = (int)(block_end(begin, s->key_hi) - begin);
     } else if (s->next) {
         item_arrays a;
         locate_keys(p, s->next, &a);
-        ahead.key = a.key;
-        ahead.value = a.value;
-        ahead.key_rows = (int)min_i64(a.num_keys, KEY_BLOCK);
-        ahead.query = a.query + a.first_head * p->query.head;
-        ahead.query_begin = s->next->row_begin;
-        ahead.query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+        ahead->key = a.key;
+        ahead->value = a.value;
+        ahead->key_rows = (int)min_i64(a.num_keys, KEY_BLOCK);
     }
-    return ahead;
 }
 
-/* The queries of tile i, which are packed when it meets its first block. */
-static lookahead look_ahead_to_tile(const item_state *s, int i)
+/* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
+ * item's first ones. */
+static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
 {
-    lookahead ahead = {0};
+    const fa_problem *p = s->problem;
     if (i < s->num_tiles) {
-        ahead.query = s->arrays.query + s->arrays.first_head * s->problem->query.head;
-        ahead.query_begin = s->w.tiles[i].row_begin;
-        ahead.query_rows = s->w.tiles[i].rows;
+        ahead->query = s->arrays.query + s->arrays.first_head * p->query.head;
+        ahead->query_begin = s->w.tiles[i].row_begin;
+        ahead->query_rows = s->w.tiles[i].rows;
+    } else if (s->next) {
+        item_arrays a;
+        locate_keys(p, s->next, &a);
+        ahead->query = a.query + a.first_head * p->query.head;
+        ahead->query_begin = s->next->row_begin;
+        ahead->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
     }
-    return ahead;
 }
 
 /* Every tile over every key block; false if some result is not finite. */
@@ -386,20 +389,24 @@ static bool attend_keys(item_state *s, bool visible_only)
         end = block_end(begin, s->key_hi);
         operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
         operand_block value = load_value_block(p, &s->arrays, begin, end, s->w.value_stage);
-        lookahead ahead = look_ahead(s, end);
+        bool asked_for_keys = false; /* by one of the tiles */
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);
-            if (end == s->key_hi)
+            bool last_block = end == s->key_hi;
+            if (last_block)
                 prefetch_out(p, &s->arrays, t);
             if (range.key_lo >= range.key_hi)
                 continue;
-            bool first = t->fresh;
-            if (first)
+            lookahead ahead = {0};
+            if (!asked_for_keys)
+                look_ahead_to_keys(s, end, &ahead);
+            if (t->fresh ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
+                look_ahead_to_queries(s, i + 1, &ahead);
+            if (t->fresh)
                 pack_tile(p, t);
             attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
-            /* One tile has asked for all of it; the next may wait for its queries. */
-            ahead = first ? look_ahead_to_tile(s, i + 1) : (lookahead){0};
+            asked_for_keys = true;
         }
     }
     bool clean = true;
