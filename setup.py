@@ -31,7 +31,7 @@ if SANITIZE:
     MODULE_FLAGS += SANITIZER_FLAGS
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "x86_64": {
