@@ -5,10 +5,13 @@
 #include "vec.h"
 
 /* (2^r - 1) / r on [-1/2, 1/2]: minimax in the relative error of 2^r, which is 2.6e-9 for float
- * (degree 6 in all) and 1.8e-17 for double (degree 11). 2^0 is exact. */
+ * (degree 6 in all) and 1.8e-17 for double (degree 11). Where probabilities become bfloat16 (2^-9), 3.6e-6
+ * is enough (degree 4). 2^0 is exact. */
 FA_INLINE vec vec_exp2m1_over_r(vec r)
 {
-#if FA_REAL_BYTES == 4
+#if REDUCTION == 2
+    static const real c[] = {0x1.62dfcap-1f, 0x1.ebf1b4p-3f, 0x1.ca9008p-5f, 0x1.409104p-7f};
+#elif FA_REAL_BYTES == 4
     static const real c[] = {0x1.62e431p-1f, 0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
                              0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
 #else
