@@ -165,6 +165,16 @@ def test_scale_zero_and_negative(dtypes):
     assert_close(negative, exact(query, (-key).astype(key.dtype), value, scale=0.3), out_tol)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("scale", [1e-60, -1e-320])
+def test_scale_below_the_precision(dtypes, scale):
+    """It vanishes in float32, where it must become 0, and a masked score must stay masked."""
+    query, key, value = qkv(make_rng(), (1, 2, 2, 5, 70, 16), dtypes)
+    keywords = {"scale": scale, "causal": True}
+    out_tol, _, _ = tolerances(query, key, value, **keywords)
+    assert_close(fastattn.attention(query, key, value, **keywords), exact(query, key, value, **keywords), out_tol)
+
+
 def test_half_output_overflows_to_infinity_only_past_its_range():
     """The sum that is not yet divided by the weights' sum passes float16's range, but it is held in float32."""
     largest = float(ml_dtypes.finfo(F16).max)

@@ -190,14 +190,20 @@ FA_INLINE bool has_modifier(const fa_problem *p)
     return p->softcap != 0 || p->bias.data || p->alibi_slopes.data;
 }
 
+#define LOG2E 1.4426950408889634074
+
+/* The scale's sign, which goes into the packed queries; 0 if the scale is 0 to the precision of `real`. */
+FA_INLINE int scale_sign(const fa_problem *p)
+{
+    return (real)(p->scale * LOG2E) == 0 ? 0 : p->scale < 0 ? -1 : 1;
+}
+
 /* What scores are multiplied by, in units of log2, before the exponential. Modifiers need scores in
- * natural units, so then multiply_query_key has scaled them. */
+ * natural units, so then multiply_query_key has scaled them. At scale 0 the queries are 0, and masked
+ * scores must stay -inf. */
 FA_INLINE real score_to_log2(const fa_problem *p)
 {
-    const double log2e = 1.4426950408889634074;
-    double factor = has_modifier(p) ? log2e : fabs(p->scale) * log2e;
-    /* At scale 0 the packed queries are 0, and masked scores must stay -inf. */
-    return (real)factor == 0 ? (real)log2e : (real)factor;
+    return (real)(has_modifier(p) || scale_sign(p) == 0 ? LOG2E : fabs(p->scale) * LOG2E);
 }
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
@@ -207,7 +213,7 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
-    const real scale = has_modifier(p) && p->scale != 0 ? (real)fabs(p->scale) : 1;
+    const real scale = has_modifier(p) ? (real)fabs(p->scale) : 1;
     multiply_query_key(p, t, range, key, next, scale, vectors, scores);
     if (p->softcap != 0)
         cap(p, num_keys(range) * vectors, scores);

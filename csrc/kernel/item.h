@@ -1,0 +1,190 @@
+/* An item's arrays, and the beginning and end of its tiles: which row a lane is, what it may see, where its
+ * results go. */
+#ifndef FA_KERNEL_ITEM_H
+#define FA_KERNEL_ITEM_H
+
+#include "scores.h"
+
+/* The arrays of one batch item and kv head. Those with query heads start at query head 0. */
+typedef struct {
+    const char *query, *key, *value, *mask, *bias;
+    char *out, *lse, *weights;
+    const char *alibi_slopes, *sinks;
+    int64_t num_keys, query_offset;
+    int64_t group, first_head;
+} item_arrays;
+
+static const char *at_batch(const fa_array *array, const fa_problem *p, const fa_item *item)
+{
+    return array->data ? array->data + batch_offset(array, p, item->batch_index) : NULL;
+}
+
+static void locate_keys(const fa_problem *p, const fa_item *item, item_arrays *a)
+{
+    const char *length = at_batch(&p->key_lengths, p, item);
+    a->num_keys = length ? *(const int64_t *)length : p->seqlen_k;
+    a->key = at_batch(&p->key, p, item) + item->kv_head * p->key.head;
+    a->value = at_batch(&p->value, p, item) + item->kv_head * p->value.head;
+    a->query = at_batch(&p->query, p, item);
+    a->group = p->num_heads / p->num_kv_heads;
+    a->first_head = item->kv_head * a->group;
+}
+
+static item_arrays locate(const fa_problem *p, const fa_item *item)
+{
+    item_arrays a;
+    locate_keys(p, item, &a);
+    a.mask = at_batch(&p->mask, p, item);
+    a.bias = at_batch(&p->bias, p, item);
+    a.out = (char *)at_batch(&p->out, p, item);
+    a.lse = (char *)at_batch(&p->lse, p, item);
+    a.weights = (char *)at_batch(&p->weights, p, item);
+    a.alibi_slopes = at_batch(&p->alibi_slopes, p, item);
+    a.sinks = at_batch(&p->sinks, p, item);
+    const char *offset = at_batch(&p->query_offset, p, item);
+    a.query_offset = offset ? *(const int64_t *)offset : a.num_keys - p->seqlen_q;
+    return a;
+}
+
+/* Position and head of each lane's row. */
+static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
+{
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        int64_t flat = row_begin + (j < t->rows ? j : t->rows - 1);
+        t->row[j] = a->group == 1 ? flat : flat / a->group;
+        t->head[j] = a->first_head + flat - t->row[j] * a->group;
+    }
+}
+
+/* Keys that the row at `position` may see of `num_keys`: an interval, whatever hides the others. */
+static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
+{
+    const int64_t num_keys = a->num_keys;
+    t->key_lo = t->inner_lo = 0;
+    t->key_hi = t->inner_hi = num_keys;
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        t->lo[j] = 0;
+        t->hi[j] = num_keys;
+    }
+    if (p->left == FA_UNBOUNDED && p->right == FA_UNBOUNDED)
+        return;
+    t->key_lo = INT64_MAX;
+    t->key_hi = 0;
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        int64_t position = t->row[j] + a->query_offset;
+        int64_t lo = p->left == FA_UNBOUNDED ? 0 : min_i64(max_i64(position - p->left, 0), num_keys);
+        int64_t hi =
+            p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
+        t->lo[j] = lo;
+        t->hi[j] = hi;
+        t->inner_lo = max_i64(t->inner_lo, lo);
+        t->inner_hi = min_i64(t->inner_hi, hi);
+        if (lo < hi) {
+            t->key_lo = min_i64(t->key_lo, lo);
+            t->key_hi = max_i64(t->key_hi, hi);
+        }
+    }
+}
+
+/* Where each lane's row starts in an array of (head, row, col). */
+FA_INLINE void point_at_rows(const tile *t, const char *base, const fa_array *array, const char **rows)
+{
+    for (int j = 0; j < t->vectors * LANES; j++)
+        rows[j] = base + t->head[j] * array->head + t->row[j] * array->row;
+}
+
+static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
+{
+    t->row_begin = row_begin;
+    number_rows(a, row_begin, t);
+    find_intervals(p, a, t);
+    point_at_rows(t, a->query, &p->query, t->query_row);
+    if (a->mask)
+        point_at_rows(t, a->mask, &p->mask, t->mask);
+    if (a->bias)
+        point_at_rows(t, a->bias, &p->bias, t->bias);
+    if (a->alibi_slopes) {
+        for (int j = 0; j < t->vectors * LANES; j++) {
+            const char *slope = a->alibi_slopes + t->head[j] * p->alibi_slopes.head;
+            t->slope[j / LANES][j % LANES] = (real)load_element(slope, FA_FLOAT64);
+            t->position[j] = t->row[j] + a->query_offset;
+        }
+    }
+}
+
+static void pack_tile(const fa_problem *p, tile *t)
+{
+    pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, (real)scale_sign(p),
+               t->query);
+}
+
+/* The running softmax of no keys; a sink is a score that is there from the start and adds no value. */
+static void reset_tile(const fa_problem *p, const item_arrays *a, tile *t)
+{
+    for (int m = 0; m < t->vectors; m++) {
+        t->row_max[m] = vec_splat(-(real)INFINITY);
+        t->row_sum[m] = vec_splat(0);
+    }
+    if (a->sinks) {
+        for (int j = 0; j < t->vectors * LANES; j++) {
+            double sink = load_element(a->sinks + t->head[j] * p->sinks.head, FA_FLOAT64);
+            t->row_max[j / LANES][j % LANES] = (real)(sink * LOG2E);
+            t->row_sum[j / LANES][j % LANES] = sink == -INFINITY ? 0 : 1;
+        }
+    }
+    t->fresh = true;
+}
+
+static char *out_row(const fa_problem *p, const item_arrays *a, const tile *t, int j)
+{
+    return a->out + t->head[j] * p->out.head + t->row[j] * p->out.row;
+}
+
+static void prefetch_out(const fa_problem *p, const item_arrays *a, const tile *t)
+{
+    for (int j = 0; j < t->rows; j++)
+        prefetch_for_write(out_row(p, a, t, j), prefetch_span(p->out.col, p->head_dim_v), 2);
+}
+
+/* Normalises and stores; false if some result is not finite. */
+static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t)
+{
+    char *out[TILE_ROWS];
+    for (int j = 0; j < t->rows; j++)
+        out[j] = out_row(p, a, t, j);
+    vec suspect = {0}; /* x - x is 0 for every finite x */
+    if (t->fresh)
+        memset(t->out, 0, (size_t)p->head_dim_v * t->vectors * sizeof(vec));
+    for (int m = 0; m < t->vectors; m++) {
+        vec sum = t->row_sum[m];
+        vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
+        for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
+            prefetch_for_write(out[j], prefetch_span(p->out.col, p->head_dim_v), 3);
+        for (int e = 0; e < p->head_dim_v; e += LANES) {
+            int count = (int)min_i64(LANES, p->head_dim_v - e);
+            vec x[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) {
+                x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
+                suspect += x[j] - x[j];
+            }
+            store_square(out + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
+                         p->out.dtype, x);
+        }
+    }
+    real total = 0;
+    for (int j = 0; j < LANES; j++)
+        total += suspect[j];
+    return total == 0;
+}
+
+static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
+{
+    for (int j = 0; j < t->rows; j++) {
+        double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->row_sum[j / LANES][j % LANES];
+        char *lse = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
+        store_element(lse, p->lse.dtype, (real)((row_max + log2(row_sum)) * 0.69314718055994530942));
+    }
+}
+
+#endif
