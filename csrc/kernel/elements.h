@@ -247,7 +247,7 @@ FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dty
         memcpy(dst + i * step, elements + i * size, (size_t)size);
 }
 
-FA_INLINE void load_whole_square(const char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
+FA_INLINE void load_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
 {
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
@@ -265,8 +265,8 @@ FA_INLINE void store_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype 
 
 /* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole squares
  * of the usual dtypes stay in registers. */
-FA_INLINE void load_square(const char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count,
-                           fa_dtype dtype, vec x[LANES])
+FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count, fa_dtype dtype,
+                           vec x[LANES])
 {
     bool whole = step == element_size(dtype) && count == LANES;
     if (whole && dtype == FA_REAL_DTYPE) {

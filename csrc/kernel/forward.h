@@ -9,8 +9,8 @@
 /* out[e][m] += Σ_r V[first + r][e] p[r][m]. The sum over the block is formed apart and then added: of
  * many keys, rounding errors grow with the blocks and not with the keys. */
 FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
-                              const operand_block *value, const panel *probabilities, int vectors,
-                              bool visible_only)
+                              const operand_block *value, const panel *probabilities, const lookahead *ahead,
+                              int vectors, bool visible_only)
 {
     const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
     const int length = num_keys(range) / REDUCTION;
@@ -21,6 +21,7 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
         vec *out = t->out + e * vectors;
         for (int i = 0; i < rows; i++)
             a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
+        prefetch_values_and_out(p, t, ahead, e, rows);
         product(a, value->row, probabilities, length, vectors, visible_only, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -43,10 +44,10 @@ FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 
 /* Adds a key block to the running softmax of a tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const lookahead *next, int vectors, bool visible_only,
-                            vec *scores)
+                            const operand_block *value, const lookahead *ahead, int vectors,
+                            bool visible_only, vec *scores)
 {
-    if (!compute_scores(p, t, range, key, next, vectors, scores))
+    if (!compute_scores(p, t, range, key, ahead, vectors, scores))
         return;
     const real to_log2 = score_to_log2(p);
     vec rescale[MAX_VECTORS];
@@ -58,7 +59,7 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
     }
     exponentiate(t, scores, num_keys(range), to_log2, vectors, visible_only);
     const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, vectors, visible_only);
+    multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
     t->fresh = false;
 }
 
@@ -93,21 +94,21 @@ FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *rang
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const lookahead *next, bool visible_only,
+                             const operand_block *value, const lookahead *ahead, bool visible_only,
                              vec *scores)
 {
     if (visible_only && t->vectors == 1)
-        attend_block(p, t, range, key, value, next, 1, true, scores);
+        attend_block(p, t, range, key, value, ahead, 1, true, scores);
     else if (visible_only && t->vectors == 2)
-        attend_block(p, t, range, key, value, next, 2, true, scores);
+        attend_block(p, t, range, key, value, ahead, 2, true, scores);
     else if (visible_only)
-        attend_block(p, t, range, key, value, next, 3, true, scores);
+        attend_block(p, t, range, key, value, ahead, 3, true, scores);
     else if (t->vectors == 1)
-        attend_block(p, t, range, key, value, next, 1, false, scores);
+        attend_block(p, t, range, key, value, ahead, 1, false, scores);
     else if (t->vectors == 2)
-        attend_block(p, t, range, key, value, next, 2, false, scores);
+        attend_block(p, t, range, key, value, ahead, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, next, 3, false, scores);
+        attend_block(p, t, range, key, value, ahead, 3, false, scores);
 }
 
 static void write_weights_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
@@ -213,11 +214,11 @@ static bool attend_keys(item_state *s, bool visible_only)
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);
             bool last_block = end == s->key_hi;
-            if (last_block)
-                prefetch_out(p, &s->arrays, t);
             if (range.key_lo >= range.key_hi)
                 continue;
             lookahead ahead = {0};
+            if (last_block)
+                ahead.out_rows = t->rows;
             if (!asked_for_keys)
                 look_ahead_to_keys(s, end, &ahead);
             if (t->fresh ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
@@ -230,7 +231,7 @@ static bool attend_keys(item_state *s, bool visible_only)
     }
     bool clean = true;
     for (int i = 0; i < s->num_tiles; i++)
-        clean &= finish_tile(p, &s->arrays, &s->w.tiles[i]);
+        clean &= finish_tile(p, &s->w.tiles[i]);
     return clean;
 }
 

@@ -7,14 +7,12 @@
 
 /* The arrays of one batch item and kv head. Those with query heads start at query head 0. */
 typedef struct {
-    const char *query, *key, *value, *mask, *bias;
-    char *out, *lse, *weights;
-    const char *alibi_slopes, *sinks;
+    char *query, *key, *value, *mask, *bias, *out, *lse, *weights, *alibi_slopes, *sinks;
     int64_t num_keys, query_offset;
     int64_t group, first_head;
 } item_arrays;
 
-static const char *at_batch(const fa_array *array, const fa_problem *p, const fa_item *item)
+static char *at_batch(const fa_array *array, const fa_problem *p, const fa_item *item)
 {
     return array->data ? array->data + batch_offset(array, p, item->batch_index) : NULL;
 }
@@ -36,9 +34,9 @@ static item_arrays locate(const fa_problem *p, const fa_item *item)
     locate_keys(p, item, &a);
     a.mask = at_batch(&p->mask, p, item);
     a.bias = at_batch(&p->bias, p, item);
-    a.out = (char *)at_batch(&p->out, p, item);
-    a.lse = (char *)at_batch(&p->lse, p, item);
-    a.weights = (char *)at_batch(&p->weights, p, item);
+    a.out = at_batch(&p->out, p, item);
+    a.lse = at_batch(&p->lse, p, item);
+    a.weights = at_batch(&p->weights, p, item);
     a.alibi_slopes = at_batch(&p->alibi_slopes, p, item);
     a.sinks = at_batch(&p->sinks, p, item);
     const char *offset = at_batch(&p->query_offset, p, item);
@@ -87,7 +85,7 @@ static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
 }
 
 /* Where each lane's row starts in an array of (head, row, col). */
-FA_INLINE void point_at_rows(const tile *t, const char *base, const fa_array *array, const char **rows)
+FA_INLINE void point_at_rows(const tile *t, char *base, const fa_array *array, char **rows)
 {
     for (int j = 0; j < t->vectors * LANES; j++)
         rows[j] = base + t->head[j] * array->head + t->row[j] * array->row;
@@ -99,6 +97,7 @@ static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_b
     number_rows(a, row_begin, t);
     find_intervals(p, a, t);
     point_at_rows(t, a->query, &p->query, t->query_row);
+    point_at_rows(t, a->out, &p->out, t->out_row);
     if (a->mask)
         point_at_rows(t, a->mask, &p->mask, t->mask);
     if (a->bias)
@@ -135,23 +134,9 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, tile *t)
     t->fresh = true;
 }
 
-static char *out_row(const fa_problem *p, const item_arrays *a, const tile *t, int j)
-{
-    return a->out + t->head[j] * p->out.head + t->row[j] * p->out.row;
-}
-
-static void prefetch_out(const fa_problem *p, const item_arrays *a, const tile *t)
-{
-    for (int j = 0; j < t->rows; j++)
-        prefetch_for_write(out_row(p, a, t, j), prefetch_span(p->out.col, p->head_dim_v), 2);
-}
-
 /* Normalises and stores; false if some result is not finite. */
-static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t)
+static bool finish_tile(const fa_problem *p, const tile *t)
 {
-    char *out[TILE_ROWS];
-    for (int j = 0; j < t->rows; j++)
-        out[j] = out_row(p, a, t, j);
     vec suspect = {0}; /* x - x is 0 for every finite x */
     if (t->fresh)
         memset(t->out, 0, (size_t)p->head_dim_v * t->vectors * sizeof(vec));
@@ -159,7 +144,7 @@ static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t
         vec sum = t->row_sum[m];
         vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
         for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
-            prefetch_for_write(out[j], prefetch_span(p->out.col, p->head_dim_v), 3);
+            prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v), 3);
         for (int e = 0; e < p->head_dim_v; e += LANES) {
             int count = (int)min_i64(LANES, p->head_dim_v - e);
             vec x[LANES];
@@ -168,7 +153,7 @@ static bool finish_tile(const fa_problem *p, const item_arrays *a, const tile *t
                 x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
                 suspect += x[j] - x[j];
             }
-            store_square(out + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
+            store_square(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
                          p->out.dtype, x);
         }
     }

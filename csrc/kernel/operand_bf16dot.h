@@ -47,7 +47,7 @@ FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
 }
 
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). */
-FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
                           real sign, panel *query)
 {
     (void)dtype;

@@ -23,7 +23,7 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
 }
 
 /* Row j of the tile at rows[j], as panel[d][m] lanes, times `sign` (1, -1 or 0: exact). */
-FA_INLINE void pack_query(const char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
                           real sign, panel *query)
 {
     for (int m = 0; m < vectors; m++) {

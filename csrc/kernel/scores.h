@@ -19,33 +19,46 @@ FA_INLINE int num_keys(const key_range *range)
     return (int)(range->last - range->first);
 }
 
-/* Rows that will be needed soon, asked for while the present ones are worked on. */
+/* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
+ * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
+ * over the rows of the first product, values and results over those of the second: memory serves one line
+ * every 20 cycles or so, and in one burst the work would wait for them. */
 typedef struct {
     const char *key, *value;
     int key_rows;
     const char *query; /* of the kv head's first query head */
     int64_t query_begin;
     int query_rows;
+    int out_rows; /* of the tile itself */
 } lookahead;
 
-FA_INLINE void prefetch_rows(const fa_problem *p, const lookahead *next, int begin, int count)
+FA_INLINE void prefetch_keys_and_queries(const fa_problem *p, const lookahead *ahead, int begin, int count)
 {
     const int64_t group = p->num_heads / p->num_kv_heads;
-    for (int r = begin; r < begin + count && r < next->key_rows; r++) {
-        prefetch(next->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
-        prefetch(next->value + r * p->value.row, prefetch_span(p->value.col, p->head_dim_v));
-    }
-    for (int r = begin; r < begin + count && r < next->query_rows; r++) {
-        int64_t flat = next->query_begin + r, row = group == 1 ? flat : flat / group;
-        prefetch(next->query + row * p->query.row + (flat - row * group) * p->query.head,
+    for (int r = begin; r < begin + count && r < ahead->key_rows; r++)
+        prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
+    for (int r = begin; r < begin + count && r < ahead->query_rows; r++) {
+        int64_t flat = ahead->query_begin + r, row = group == 1 ? flat : flat / group;
+        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head,
                  prefetch_span(p->query.col, p->head_dim));
     }
+}
+
+/* The share that falls to columns [e, e + count) of the head_dim_v ones. */
+FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int e,
+                                       int count)
+{
+    const int columns = (int)p->head_dim_v, end = e + count < columns ? e + count : columns;
+    for (int r = e * ahead->key_rows / columns; r < end * ahead->key_rows / columns; r++)
+        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, columns));
+    for (int j = e * ahead->out_rows / columns; j < end * ahead->out_rows / columns; j++)
+        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns), 2);
 }
 
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
  * the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, const lookahead *next, real scale, int vectors,
+                                  const operand_block *key, const lookahead *ahead, real scale, int vectors,
                                   vec *scores)
 {
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
@@ -57,7 +70,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
             int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
             a[i] = key->data + (n - key->first) * key->row;
         }
-        prefetch_rows(p, next, r, rows);
+        prefetch_keys_and_queries(p, ahead, r, rows);
         product(a, key->col, t->query, length, vectors, false, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -208,13 +221,13 @@ FA_INLINE real score_to_log2(const fa_problem *p)
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
 FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              const lookahead *next, int vectors, vec *scores)
+                              const lookahead *ahead, int vectors, vec *scores)
 {
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
     const real scale = has_modifier(p) ? (real)fabs(p->scale) : 1;
-    multiply_query_key(p, t, range, key, next, scale, vectors, scores);
+    multiply_query_key(p, t, range, key, ahead, scale, vectors, scores);
     if (p->softcap != 0)
         cap(p, num_keys(range) * vectors, scores);
     if (p->bias.data)

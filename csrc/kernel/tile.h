@@ -27,10 +27,10 @@ typedef struct {
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
     int64_t position[TILE_ROWS];
     int64_t head[TILE_ROWS], row[TILE_ROWS];
-    const char *query_row[TILE_ROWS];
-    const char *mask[TILE_ROWS], *bias[TILE_ROWS]; /* of key 0 */
-    panel *query;                                  /* [head_dim / REDUCTION][vectors] */
-    vec *out;                                      /* [head_dim_v][vectors], unnormalised */
+    char *query_row[TILE_ROWS], *out_row[TILE_ROWS];
+    char *mask[TILE_ROWS], *bias[TILE_ROWS]; /* of key 0 */
+    panel *query;                            /* [head_dim / REDUCTION][vectors] */
+    vec *out;                                /* [head_dim_v][vectors], unnormalised */
 } tile;
 
 /* Rows in use of a tile's vector m. */
