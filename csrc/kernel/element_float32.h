@@ -6,6 +6,7 @@
 
 typedef float real;
 typedef int32_t lane;
+typedef uint32_t ulane;
 #define FA_REAL_BYTES 4
 #define FA_REAL_DTYPE FA_FLOAT32
 

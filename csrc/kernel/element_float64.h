@@ -6,6 +6,7 @@
 
 typedef double real;
 typedef int64_t lane;
+typedef uint64_t ulane;
 #define FA_REAL_BYTES 8
 #define FA_REAL_DTYPE FA_FLOAT64
 

@@ -110,7 +110,6 @@ FA_INLINE void store_element(char *dst, fa_dtype dtype, real x)
 
 #if FA_REAL_BYTES == 4
 typedef uint16_t half_vec __attribute__((vector_size(FA_VECTOR_BYTES / 2)));
-typedef uint32_t uvec __attribute__((vector_size(FA_VECTOR_BYTES)));
 typedef uint16_t half_vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES / 2), aligned(1), may_alias));
 
 FA_INLINE uvec uvec_load_halves(const void *src)

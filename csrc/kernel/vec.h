@@ -8,7 +8,8 @@
 /* All ones where x is not 0. Without a comparison: SSE2 has none for 64-bit integers. */
 FA_INLINE ivec ivec_nonzero(ivec x)
 {
-    return (x | -x) >> (LANE_BITS - 1);
+    uvec u = (uvec)x;
+    return (ivec)(u | -u) >> (LANE_BITS - 1);
 }
 
 /* A predicate over lanes; a vector of 0 and -1 unless the instruction set has its own. */
@@ -63,7 +64,7 @@ FA_INLINE vec vec_scale_exponent(vec x, vec n)
     const real bias = FA_REAL_BYTES == 4 ? 127 : 1023;
     const real magic = FA_REAL_BYTES == 4 ? 0x1.8p23 : 0x1.8p52; /* n + magic ends in n's bits */
     const int mantissa_bits = FA_REAL_BYTES == 4 ? 23 : 52;
-    vec power = (vec)((ivec)(n + (magic + bias)) << mantissa_bits);
+    vec power = (vec)((uvec)(n + (magic + bias)) << mantissa_bits);
     return vec_select(vec_greater(vec_splat(lowest), n), vec_splat(0), x * power);
 }
 #endif

@@ -1,4 +1,4 @@
-/* The vector of `real` of an instruction set, and its integer twin.
+/* The vector of `real` of an instruction set, and its integer twins.
  *
  * Included by the instruction set's file, after element_*.h and FA_VECTOR_BYTES. */
 #ifndef FA_KERNEL_VEC_TYPES_H
@@ -15,6 +15,7 @@
 
 typedef real vec __attribute__((vector_size(FA_VECTOR_BYTES)));
 typedef lane ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
+typedef ulane uvec __attribute__((vector_size(FA_VECTOR_BYTES)));
 typedef real vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
 
 FA_INLINE vec vec_splat(real x)
