@@ -29,6 +29,8 @@ typedef struct {
 bool fa_should_stop(fa_run *run, bool is_caller)
 {
     forward_job *job = (forward_job *)run; /* `run` is its first member */
+    if (atomic_load_explicit(&run->stop, memory_order_relaxed))
+        return true;
     if (is_caller && run->problem->interrupted) {
         int64_t now = nanoseconds();
         if (now >= job->next_poll) {
@@ -49,19 +51,34 @@ static bool claim_item(forward_job *job, fa_item *item)
     return true;
 }
 
-/* A thread claims an item before it works on the one it has, so that it can start the next one's reads. */
+/* While there is plenty, a thread claims an item before it works on the one it has, so that it can start
+ * the next one's reads; the last ones go to whoever is free. */
+static bool claim_ahead(forward_job *job, fa_item *item)
+{
+    int64_t claimed = atomic_load_explicit(&job->next_item, memory_order_relaxed);
+    return claimed + 2 * job->partition->num_threads <= job->num_items && claim_item(job, item);
+}
+
 static void work_through_items(forward_job *job, void *scratch, bool is_caller)
 {
     fa_item items[2];
     bool has_item = claim_item(job, &items[0]);
     for (int current = 0; has_item; current ^= 1) {
         fa_item *next = &items[current ^ 1];
-        has_item = claim_item(job, next);
-        job->kernel->forward(job->run.problem, &items[current], has_item ? next : NULL, scratch, &job->run,
+        bool has_next = claim_ahead(job, next);
+        job->kernel->forward(job->run.problem, &items[current], has_next ? next : NULL, scratch, &job->run,
                              is_caller);
         if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
             return;
+        has_item = has_next || claim_item(job, next);
     }
+}
+
+/* The caller has run out of items, and waits. */
+static void poll_while_waiting(void *argument)
+{
+    forward_job *job = argument;
+    fa_should_stop(&job->run, true);
 }
 
 static void forward_items(void *argument, int member)
@@ -95,7 +112,7 @@ fa_status fa_forward(const fa_problem *problem)
         return FA_NO_MEMORY;
     if (problem->interrupted)
         job.next_poll = nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
-    fa_parallel(partition.num_threads, forward_items, &job);
+    fa_parallel(partition.num_threads, forward_items, poll_while_waiting, &job);
     fa_give_back_scratch(job.caller_scratch);
     return atomic_load(&job.run.stop) ? FA_INTERRUPTED : FA_OK;
 }

@@ -49,7 +49,7 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
     for (int slice = 0; slice < NUM_SLICES; slice++) {
         job.flops = 0;
         double start = seconds();
-        fa_parallel(num_threads, run_peak, &job);
+        fa_parallel(num_threads, run_peak, NULL, &job);
         double rate = (double)job.flops / (seconds() - start);
         if (rate > best)
             best = rate;
@@ -91,7 +91,7 @@ double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
     for (int repeat = 0; repeat < 4; repeat++) {
         read_job job = {.data = data, .bytes = bytes};
         double start = seconds();
-        fa_parallel(num_threads, run_read, &job);
+        fa_parallel(num_threads, run_read, NULL, &job);
         double rate = (double)bytes / (seconds() - start);
         if (rate > best)
             best = rate;

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "threads.h"
 
+#include <errno.h>
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -22,6 +24,9 @@
  * a row come closer together than this, and a longer spin would take the CPU from others. */
 #define SPIN_NANOSECONDS 30000
 
+/* How often a caller that waits looks around. */
+#define IDLE_NANOSECONDS 50000000
+
 /* A region is announced by `ticket`: its number above, its members in the low bits. Only members read
  * task and argument, and the next region is not announced before all of them have finished, so a slow
  * bystander cannot see a region half-written. */
@@ -39,6 +44,7 @@ static struct {
     int num_workers;           /* touched only by the thread that holds `busy` */
     void (*task)(void *argument, int member);
     void *argument;
+    fenv_t environment;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER,
           .announced = PTHREAD_COND_INITIALIZER,
           .finished = PTHREAD_COND_INITIALIZER};
@@ -114,6 +120,7 @@ static void *work(void *argument)
         ticket = wait_for_ticket(ticket);
         if (mine.member >= (int)(ticket & MEMBER_MASK))
             continue;
+        fesetenv(&pool.environment);
         pool.task(pool.argument, mine.member);
         if (atomic_fetch_sub(&pool.unfinished, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
             pthread_mutex_lock(&pool.lock);
@@ -142,7 +149,7 @@ static void watch_forks(void)
     pthread_atfork(NULL, NULL, reset_in_child);
 }
 
-/* Workers block every signal: signals are the main thread's, where Python handles them. */
+/* Workers block signals: those are the main thread's, where Python handles them. Faults are their own. */
 static bool create_worker(int member)
 {
     birth *argument = malloc(sizeof *argument);
@@ -151,6 +158,9 @@ static bool create_worker(int member)
     *argument = (birth){member, atomic_load(&pool.ticket)};
     sigset_t all, previous;
     sigfillset(&all);
+    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    for (int i = 0; i < 4; i++)
+        sigdelset(&all, faults[i]);
     pthread_sigmask(SIG_SETMASK, &all, &previous);
     pthread_t thread;
     bool created = pthread_create(&thread, NULL, work, argument) == 0;
@@ -185,19 +195,32 @@ static void announce(int members)
     }
 }
 
-static void wait_for_workers(void)
+static void wait_for_workers(void (*idle)(void *argument), void *argument)
 {
     if (spin_while(some_unfinished, 0))
         return;
     pthread_mutex_lock(&pool.lock);
     atomic_store(&pool.caller_sleeps, true);
-    while (some_unfinished(0))
-        pthread_cond_wait(&pool.finished, &pool.lock);
+    while (some_unfinished(0)) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += IDLE_NANOSECONDS;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+        if (pthread_cond_timedwait(&pool.finished, &pool.lock, &until) == ETIMEDOUT && idle) {
+            pthread_mutex_unlock(&pool.lock); /* it may call us */
+            idle(argument);
+            pthread_mutex_lock(&pool.lock);
+        }
+    }
     atomic_store(&pool.caller_sleeps, false);
     pthread_mutex_unlock(&pool.lock);
 }
 
-void fa_parallel(int num_threads, void (*task)(void *argument, int member), void *argument)
+void fa_parallel(int num_threads, void (*task)(void *argument, int member), void (*idle)(void *argument),
+                 void *argument)
 {
     if (num_threads <= 1 || inside_task || atomic_exchange(&pool.busy, true)) {
         task(argument, 0);
@@ -206,13 +229,14 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int member), void
     int workers = grow_pool(num_threads - 1);
     pool.task = task;
     pool.argument = argument;
+    fegetenv(&pool.environment);
     if (workers > 0)
         announce(workers + 1);
     inside_task = true;
     task(argument, 0);
-    inside_task = false;
     if (workers > 0)
-        wait_for_workers();
+        wait_for_workers(idle, argument);
+    inside_task = false;
     atomic_store(&pool.busy, false);
 }
 
@@ -225,9 +249,11 @@ static _Thread_local struct {
     bool taken;
 } scratch;
 
+static bool has_scratch_key;
+
 static void create_scratch_key(void)
 {
-    pthread_key_create(&scratch_key, free);
+    has_scratch_key = pthread_key_create(&scratch_key, free) == 0;
 }
 
 void *fa_take_scratch(size_t bytes)
@@ -243,7 +269,8 @@ void *fa_take_scratch(size_t bytes)
         return NULL;
     if (!scratch.taken) {
         free(scratch.data);
-        pthread_setspecific(scratch_key, data);
+        if (has_scratch_key)
+            pthread_setspecific(scratch_key, data);
         scratch.data = data;
         scratch.bytes = bytes;
         scratch.taken = true;
@@ -302,7 +329,9 @@ static int positive_from_environment(const char *name)
 {
     const char *text = getenv(name);
     long value = text ? strtol(text, NULL, 10) : 0;
-    return value > 0 && value <= MAX_WORKERS + 1 ? (int)value : 0;
+    if (value > MAX_WORKERS + 1)
+        value = MAX_WORKERS + 1;
+    return value > 0 ? (int)value : 0;
 }
 
 int fa_get_num_threads(void)

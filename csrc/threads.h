@@ -8,8 +8,11 @@
 /* Calls task(argument, member) once on each of at most `num_threads` threads, for members 0 (the
  * caller), 1, ...; returns when all calls have returned. There may be fewer members than asked for:
  * inside a task, while another thread uses the pool, or where threads cannot be created, the caller is
- * alone. So the members must share the work out among themselves. */
-void fa_parallel(int num_threads, void (*task)(void *argument, int member), void *argument);
+ * alone. So the members must share the work out among themselves. While the caller waits for the others it
+ * calls idle(argument), if there is one, some times a second. Members compute in the caller's
+ * floating-point environment. */
+void fa_parallel(int num_threads, void (*task)(void *argument, int member), void (*idle)(void *argument),
+                 void *argument);
 
 /* At least `bytes`, 64-byte aligned, until it is given back; NULL if there is no memory. A thread keeps one
  * buffer for its next call. A second one, taken by a call within a call (a signal handler of Python's may

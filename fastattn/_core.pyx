@@ -2,6 +2,7 @@
 """Validates a call, describes it to the C library, allocates its results, and raises."""
 
 import os
+import threading
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from fastattn._visible import count_visible
 cdef extern from "Python.h":
     # Not Cython's declaration of it: the exception must stay set when `interrupted` returns.
     int PyErr_CheckSignals() noexcept
+    unsigned long PyThread_get_thread_ident()
 
 
 cdef extern from *:
@@ -47,9 +49,11 @@ cdef bint is_bfloat16(cnp.ndarray array):
     """Whether the dtype is ml_dtypes' bfloat16, recognised without importing ml_dtypes."""
     global bfloat16_type_num
     cdef int type_num = cnp.PyArray_TYPE(array)
+    if type_num < 256:  # NumPy's first user-defined type
+        return False
     if type_num == bfloat16_type_num:
         return True
-    if type_num < 256 or array.dtype.name != "bfloat16":  # 256: NumPy's first user-defined type
+    if array.dtype.name != "bfloat16":
         return False
     bfloat16_type_num = type_num
     return True
@@ -212,6 +216,8 @@ cdef double real_number(object value, str name) except? -1.0:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a real number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, and {type(value).__name__} holds more than a float can") from None
 
 
 cdef int64_t window_bound(object value, str name) except? -2:
@@ -323,9 +329,10 @@ cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, object x, str name,
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are an integer, or integers for each batch item")
     check_broadcast(p, array, name, batch_shape_of(p))
+    array = array.copy()  # what is checked is what is read, whoever writes to x meanwhile
     if array.size and not (lowest <= int(array.min()) and int(array.max()) <= highest):
         raise ValueError(f"{name} must be from {lowest} to {highest}, but holds {array.min()} to {array.max()}")
-    array = array.astype(np.int64)
+    array = array.astype(np.int64, copy=False)
     describe(view, p, array, 0)
     view.dtype = FA_INT64
     return array
@@ -479,6 +486,9 @@ cdef class Call:
         return array
 
 
+cdef unsigned long main_thread_ident = threading.main_thread().ident
+
+
 cdef c_bool interrupted() noexcept with gil:
     return PyErr_CheckSignals() != 0
 
@@ -511,7 +521,8 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
     cdef cnp.ndarray result = call.set_out(out, inputs)
     cdef cnp.ndarray lse = call.set_lse() if return_lse else None
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
-    call.problem.interrupted = interrupted
+    if PyThread_get_thread_ident() == main_thread_ident:  # where Python runs signal handlers
+        call.problem.interrupted = interrupted
     with nogil:
         status = fa_forward(&call.problem)
     if status == FA_NO_MEMORY:

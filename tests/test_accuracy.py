@@ -180,3 +180,47 @@ def test_half_output_overflows_to_infinity_only_past_its_range():
     largest = float(ml_dtypes.finfo(F16).max)
     out = fastattn.attention(np.zeros((1, 4), F16), np.zeros((4, 4), F16), np.full((4, 2), largest, F16))
     np.testing.assert_array_equal(out.astype(F64), largest)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("size", [1e10, 1e15, 1e30])
+def test_scores_so_large_that_their_rounding_matters(dtype, size):
+    """The largest score wins, whatever multiplying it by log2(e) would round away."""
+    keys = make_rng().permutation(np.linspace(0.0, 1.0, 100)).astype(dtype)[:, None]
+    value = np.arange(100, dtype=dtype)[:, None]
+    out, lse = fastattn.attention(np.full((1, 1), size, dtype), keys, value, scale=1.0, return_lse=True)
+    assert out[0, 0] == np.argmax(keys)
+    assert lse[0] == dtype.type(size)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("bias_dtype", [F32, F64], ids=str)
+def test_the_least_finite_bias_hides_nothing(dtypes, bias_dtype):
+    """Padding is often written so: on a whole row it leaves the uniform mean."""
+    query, key, value = qkv(make_rng(), (1, 2, 2, 3, 40, 8), dtypes)
+    bias = np.full((3, 40), np.finfo(bias_dtype).min, bias_dtype)
+    out_tol, _, _ = tolerances(query, key, value, scale=0.0)
+    out = fastattn.attention(query, key, value, bias=bias).astype(F64)
+    assert np.all(np.abs(out - value.astype(F64).mean(axis=-2, keepdims=True)) <= out_tol)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("sink", [np.nan, np.inf])
+def test_a_sink_that_is_no_number_is_not_passed_over(dtypes, sink):
+    query, key, value = qkv(make_rng(), (1, 2, 2, 3, 40, 8), dtypes)
+    out, lse = fastattn.attention(query, key, value, sinks=[0.0, sink], return_lse=True)
+    assert np.isfinite(out[:, 0].astype(F64)).all()
+    assert np.isnan(out[:, 1].astype(F64)).all()
+    assert not np.isfinite(lse[:, 1]).any()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("softcap", [1e-50, 1e-40, 1e39, 1e300])
+def test_softcaps_beyond_the_precision(dtypes, softcap):
+    """Next to nothing: equal weights. More than any score: no cap at all."""
+    query, key, value = qkv(make_rng(), (1, 2, 2, 3, 40, 8), dtypes)
+    query[..., 0, :] = 0  # scores of 0, which times infinity would be NaN
+    same = {"scale": 0.0} if softcap < 1 else {}
+    out_tol, _, _ = tolerances(query, key, value)
+    assert_close(fastattn.attention(query, key, value, softcap=softcap), exact(query, key, value, **same), out_tol)

@@ -246,3 +246,9 @@ def test_a_failed_call_leaves_the_library_usable():
     with pytest.raises(ValueError, match="softcap"):
         fastattn.attention(**arguments, softcap=-1.0)
     assert np.isfinite(fastattn.attention(**arguments)).all()
+
+
+def test_a_number_too_large_for_a_float():
+    x = np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="scale"):
+        fastattn.attention(x, x, x, scale=10**400)

@@ -2,6 +2,7 @@
 #ifndef FA_KERNEL_ELEMENTS_H
 #define FA_KERNEL_ELEMENTS_H
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -76,6 +77,8 @@ FA_INLINE real load_element(const char *src, fa_dtype dtype)
         return (real)f;
     case FA_FLOAT64:
         memcpy(&d, src, sizeof d);
+        if (FA_REAL_BYTES == 4 && isfinite(d)) /* a huge bias hides nothing, unless it is -inf */
+            d = fmin(fmax(d, -FLT_MAX), FLT_MAX);
         return (real)d;
     case FA_FLOAT16:
         memcpy(&h, src, sizeof h);
@@ -156,11 +159,17 @@ FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
         __builtin_prefetch(data + i, 0, 2);
 }
 
-/* `locality` 2 is L2, 3 is L1. */
-FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes, const int locality)
+/* To be written: in L2 well before, in L1 just before. */
+FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
 {
     for (ptrdiff_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(data + i, 1, locality);
+        __builtin_prefetch(data + i, 1, 2);
+}
+
+FA_INLINE void prefetch_for_write_now(const char *data, ptrdiff_t bytes)
+{
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(data + i, 1, 3);
 }
 
 /* Bytes that `count` elements span, if they lie densely enough to be prefetched as a range, else 0. */

@@ -49,7 +49,7 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
 {
     if (!compute_scores(p, t, range, key, ahead, vectors, scores))
         return;
-    const real to_log2 = score_to_log2(p);
+    const real to_log2 = (real)(score_unit(p) * LOG2E);
     vec rescale[MAX_VECTORS];
     if (raise_row_max(t, scores, num_keys(range), to_log2, vectors, rescale)) {
         for (int m = 0; m < vectors; m++)
@@ -70,14 +70,14 @@ FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *rang
     const lookahead nothing = {0};
     if (!compute_scores(p, t, range, key, &nothing, vectors, scores))
         return;
-    const real to_log2 = score_to_log2(p);
+    const real to_log2 = (real)(score_unit(p) * LOG2E);
     const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int m = 0; m < vectors; m++) {
         vec reference = finite_row_max(t, m);
         vec inverse_sum = vec_select(vec_equal(t->row_sum[m], vec_splat(0)), vec_splat(0), 1 / t->row_sum[m]);
         for (int r = 0; r < num_keys(range); r++) {
             vec s = scores[r * vectors + m];
-            vec weight = vec_exp2(s * to_log2 - reference) * inverse_sum;
+            vec weight = probability((s - reference) * to_log2) * inverse_sum;
             /* 0 even in a row whose sum is NaN */
             scores[r * vectors + m] = vec_select(vec_equal(s, minus_infinity), vec_splat(0), weight);
         }
@@ -221,9 +221,9 @@ static bool attend_keys(item_state *s, bool visible_only)
                 ahead.out_rows = t->rows;
             if (!asked_for_keys)
                 look_ahead_to_keys(s, end, &ahead);
-            if (t->fresh ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
+            if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
                 look_ahead_to_queries(s, i + 1, &ahead);
-            if (t->fresh)
+            if (!t->packed)
                 pack_tile(p, t);
             attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
             asked_for_keys = true;
@@ -307,14 +307,13 @@ static double measure_peak_rounds(int64_t rounds)
     enum { CHAINS = MICRO_ROWS(1) == 8 && FA_VECTOR_BYTES == 64 ? 24 : 12 };
     volatile operand source = 0;
     operand a = source;
-    panel b = {0};
     vec c[CHAINS];
     for (int i = 0; i < CHAINS; i++)
         c[i] = vec_splat((real)source);
     for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 24
         for (int i = 0; i < CHAINS; i++)
-            c[i] = multiply_add(a, b, c[i]);
+            c[i] = multiply_add(a, (panel)c[i], c[i]); /* nothing that could be computed once for all */
     }
     real sum = 0;
     for (int i = 0; i < CHAINS; i++)

@@ -94,6 +94,7 @@ FA_INLINE void point_at_rows(const tile *t, char *base, const fa_array *array, c
 static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
 {
     t->row_begin = row_begin;
+    t->packed = false;
     number_rows(a, row_begin, t);
     find_intervals(p, a, t);
     point_at_rows(t, a->query, &p->query, t->query_row);
@@ -115,6 +116,7 @@ static void pack_tile(const fa_problem *p, tile *t)
 {
     pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, (real)scale_sign(p),
                t->query);
+    t->packed = true;
 }
 
 /* The running softmax of no keys; a sink is a score that is there from the start and adds no value. */
@@ -127,8 +129,9 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, tile *t)
     if (a->sinks) {
         for (int j = 0; j < t->vectors * LANES; j++) {
             double sink = load_element(a->sinks + t->head[j] * p->sinks.head, FA_FLOAT64);
-            t->row_max[j / LANES][j % LANES] = (real)(sink * LOG2E);
-            t->row_sum[j / LANES][j % LANES] = sink == -INFINITY ? 0 : 1;
+            t->row_max[j / LANES][j % LANES] = (real)sink;
+            /* e^(sink - row_max), which is NaN for sinks that are NaN or inf */
+            t->row_sum[j / LANES][j % LANES] = sink == -INFINITY ? 0 : (real)(1 + (sink - sink));
         }
     }
     t->fresh = true;
@@ -144,7 +147,7 @@ static bool finish_tile(const fa_problem *p, const tile *t)
         vec sum = t->row_sum[m];
         vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
         for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
-            prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v), 3);
+            prefetch_for_write_now(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
         for (int e = 0; e < p->head_dim_v; e += LANES) {
             int count = (int)min_i64(LANES, p->head_dim_v - e);
             vec x[LANES];
@@ -168,7 +171,7 @@ static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
     for (int j = 0; j < t->rows; j++) {
         double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->row_sum[j / LANES][j % LANES];
         char *lse = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
-        store_element(lse, p->lse.dtype, (real)((row_max + log2(row_sum)) * 0.69314718055994530942));
+        store_element(lse, p->lse.dtype, (real)(row_max * score_unit(p) + log(row_sum)));
     }
 }
 

@@ -4,14 +4,20 @@
 
 #include "vec.h"
 
-/* (2^r - 1) / r on [-1/2, 1/2]: minimax in the relative error of 2^r, which is 2.6e-9 for float
- * (degree 6 in all) and 1.8e-17 for double (degree 11). Where probabilities become bfloat16 (2^-9), 3.6e-6
- * is enough (degree 4). 2^0 is exact. */
+FA_INLINE vec polynomial(const real *coefficients, int degree, vec r)
+{
+    vec q = vec_splat(coefficients[degree]);
+#pragma GCC unroll 16
+    for (int i = degree - 1; i >= 0; i--)
+        q = q * r + coefficients[i];
+    return q;
+}
+
+/* (2^r - 1) / r on [-1/2, 1/2]: minimax in the relative error of 2^r, which is 2.6e-9 for float (degree 6
+ * in all) and 1.8e-17 for double (degree 11). 2^0 is exact. */
 FA_INLINE vec vec_exp2m1_over_r(vec r)
 {
-#if REDUCTION == 2
-    static const real c[] = {0x1.62dfcap-1f, 0x1.ebf1b4p-3f, 0x1.ca9008p-5f, 0x1.409104p-7f};
-#elif FA_REAL_BYTES == 4
+#if FA_REAL_BYTES == 4
     static const real c[] = {0x1.62e431p-1f, 0x1.ebfbe2p-3f,  0x1.c6ae72p-5f,
                              0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
 #else
@@ -20,12 +26,7 @@ FA_INLINE vec vec_exp2m1_over_r(vec r)
                              0x1.ffcbee3b0af8cp-17, 0x1.62bfd49ed0adfp-20, 0x1.b54167a0b9061p-24,
                              0x1.e605f979c7a5dp-28, 0x1.c0638527edf34p-32};
 #endif
-    const int degree = (int)(sizeof c / sizeof *c) - 1;
-    vec q = vec_splat(c[degree]);
-#pragma GCC unroll 16
-    for (int i = degree - 1; i >= 0; i--)
-        q = q * r + c[i];
-    return q;
+    return polynomial(c, (int)(sizeof c / sizeof *c) - 1, r);
 }
 
 /* 2^t for t up to the exponent range; 0 for t = -inf and wherever the result is below the normal
@@ -35,6 +36,16 @@ FA_INLINE vec vec_exp2(vec t)
     vec n = vec_round(t);
     vec r = t - n;
     return vec_scale_exponent(vec_exp2m1_over_r(r) * r + 1, n);
+}
+
+/* The same to a relative error of 3.6e-6 (degree 4), for what becomes bfloat16 (2^-9). */
+FA_INLINE vec vec_exp2_coarse(vec t)
+{
+    static const real c[] = {(real)0x1.62dfcap-1, (real)0x1.ebf1b4p-3, (real)0x1.ca9008p-5,
+                             (real)0x1.409104p-7};
+    vec n = vec_round(t);
+    vec r = t - n;
+    return vec_scale_exponent(polynomial(c, 3, r) * r + 1, n);
 }
 
 /* tanh|x| = u / (u + 2) with u = e^{2|x|} - 1, which keeps its relative accuracy near 0 because

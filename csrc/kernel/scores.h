@@ -52,7 +52,7 @@ FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const
     for (int r = e * ahead->key_rows / columns; r < end * ahead->key_rows / columns; r++)
         prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, columns));
     for (int j = e * ahead->out_rows / columns; j < end * ahead->out_rows / columns; j++)
-        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns), 2);
+        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns));
 }
 
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
@@ -82,7 +82,10 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
 
 FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
 {
-    const real softcap = (real)p->softcap, inverse = (real)(1 / p->softcap);
+    /* Beyond these the cap does nothing, or leaves nothing, to the precision of `real`. */
+    const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300;
+    const double clamped = fmin(fmax(p->softcap, lowest), 1 / lowest);
+    const real softcap = (real)clamped, inverse = (real)(1 / clamped);
     for (int i = 0; i < count; i++)
         scores[i] = softcap * vec_tanh(scores[i] * inverse);
 }
@@ -198,9 +201,12 @@ FA_INLINE void apply_intervals(const tile *t, const key_range *range, int vector
     }
 }
 
-FA_INLINE bool has_modifier(const fa_problem *p)
+/* Whether something besides other scores meets the scores, so that they must be in natural units: the
+ * micro-kernel's epilogue then scales them. Otherwise the scale waits for the exponential, where it is free.
+ */
+FA_INLINE bool needs_natural_scores(const fa_problem *p)
 {
-    return p->softcap != 0 || p->bias.data || p->alibi_slopes.data;
+    return p->softcap != 0 || p->bias.data || p->alibi_slopes.data || p->sinks.data;
 }
 
 #define LOG2E 1.4426950408889634074
@@ -211,12 +217,18 @@ FA_INLINE int scale_sign(const fa_problem *p)
     return (real)(p->scale * LOG2E) == 0 ? 0 : p->scale < 0 ? -1 : 1;
 }
 
-/* What scores are multiplied by, in units of log2, before the exponential. Modifiers need scores in
- * natural units, so then multiply_query_key has scaled them. At scale 0 the queries are 0, and masked
- * scores must stay -inf. */
-FA_INLINE real score_to_log2(const fa_problem *p)
+/* |scale|, finite in `real`. */
+FA_INLINE double scale_magnitude(const fa_problem *p)
 {
-    return (real)(has_modifier(p) || scale_sign(p) == 0 ? LOG2E : fabs(p->scale) * LOG2E);
+    const double largest = FA_REAL_BYTES == 4 ? 1e38 : 1e308;
+    return fmin(fabs(p->scale), largest);
+}
+
+/* What the scores of the panel are to be multiplied by to be in natural units. At scale 0 the queries are
+ * 0, and masked scores must stay -inf. */
+FA_INLINE double score_unit(const fa_problem *p)
+{
+    return needs_natural_scores(p) || scale_sign(p) == 0 ? 1 : scale_magnitude(p);
 }
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
@@ -226,7 +238,7 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
-    const real scale = has_modifier(p) ? (real)fabs(p->scale) : 1;
+    const real scale = needs_natural_scores(p) ? (real)scale_magnitude(p) : 1;
     multiply_query_key(p, t, range, key, ahead, scale, vectors, scores);
     if (p->softcap != 0)
         cap(p, num_keys(range) * vectors, scores);

@@ -1,9 +1,11 @@
 /* The running softmax, down the registers: a lane is a query row, so no step is horizontal.
  *
- * Probabilities are p = 2^(s·c - row_max), where row_max lags behind the true maximum: it is raised
- * only when a score exceeds it by more than LAG, which is rare after the first block, and then the
- * sums so far are rescaled. The quotient at the end is the same, and p <= 2^LAG cannot overflow. Each
- * lane decides for itself, so a row does not depend on the others of its tile. */
+ * Probabilities are p = 2^((s - row_max) to_log2), where row_max lags behind the true maximum: it is raised
+ * only when a score exceeds it by more than LAG in units of log2, which is rare after the first block, and
+ * then the sums so far are rescaled. The quotient at the end is the same, and p <= 2^LAG cannot overflow.
+ * Each lane decides for itself, so a row does not depend on the others of its tile.
+ *
+ * The subtraction comes first: it is exact where it matters, however large the scores are. */
 #ifndef FA_KERNEL_SOFTMAX_H
 #define FA_KERNEL_SOFTMAX_H
 
@@ -11,10 +13,18 @@
 
 #define LAG 8
 
+/* 2^t, to the precision that operands have. */
+FA_INLINE vec probability(vec t)
+{
+    return REDUCTION == 2 ? vec_exp2_coarse(t) : vec_exp2(t);
+}
+
 /* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
 FA_INLINE bool raise_row_max(tile *t, const vec *scores, int num_keys, real to_log2, int vectors,
                              vec rescale[MAX_VECTORS])
 {
+    const real largest = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
+    const real lag = LAG / to_log2 < largest ? LAG / to_log2 : largest; /* -inf + lag must be -inf */
     vec block_max[MAX_VECTORS];
     for (int m = 0; m < vectors; m++)
         block_max[m] = vec_splat(-(real)INFINITY);
@@ -24,14 +34,13 @@ FA_INLINE bool raise_row_max(tile *t, const vec *scores, int num_keys, real to_l
             block_max[m] = vec_max(scores[r * vectors + m], block_max[m]); /* NaN is passed over */
     bool raised = false;
     for (int m = 0; m < vectors; m++) {
-        vec candidate = block_max[m] * to_log2;
-        vmask higher = vec_greater(candidate, t->row_max[m] + LAG);
+        vmask higher = vec_greater(block_max[m], t->row_max[m] + lag);
         rescale[m] = vec_splat(1);
         if (!vmask_any(higher))
             continue;
         raised = true;
-        rescale[m] = vec_select(higher, vec_exp2(t->row_max[m] - candidate), rescale[m]);
-        t->row_max[m] = vec_select(higher, candidate, t->row_max[m]);
+        rescale[m] = vec_select(higher, vec_exp2((t->row_max[m] - block_max[m]) * to_log2), rescale[m]);
+        t->row_max[m] = vec_select(higher, block_max[m], t->row_max[m]);
     }
     return raised;
 }
@@ -40,7 +49,7 @@ FA_INLINE bool raise_row_max(tile *t, const vec *scores, int num_keys, real to_l
 FA_INLINE vec finite_row_max(const tile *t, int m)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY);
-    return vec_select(vec_greater(t->row_max[m], minus_infinity), t->row_max[m], vec_splat(0));
+    return vec_select(vec_equal(t->row_max[m], minus_infinity), vec_splat(0), t->row_max[m]);
 }
 
 /* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0. */
@@ -55,7 +64,7 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, in
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++) {
             vec s = scores[r * vectors + m];
-            vec p = vec_exp2(s * to_log2 - reference[m]);
+            vec p = probability((s - reference[m]) * to_log2);
             if (mark_hidden)
                 p = vec_select(vec_equal(s, vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
             scores[r * vectors + m] = p;

@@ -14,13 +14,14 @@
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
 typedef struct {
-    vec row_max[MAX_VECTORS]; /* reference of the exponentials, in units of log2; see softmax.h */
+    vec row_max[MAX_VECTORS]; /* reference of the exponentials, in units of the scores; see softmax.h */
     vec row_sum[MAX_VECTORS];
     vec slope[MAX_VECTORS];
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int64_t row_begin;
     int rows;                   /* in use; the lanes beyond repeat the last row, and are not stored */
     int vectors;                /* of LANES rows */
+    bool packed;                /* `query` is there */
     bool fresh;                 /* no key block yet: `out` is not there, and stands for 0 */
     int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t inner_lo, inner_hi; /* keys that no row's interval hides: [inner_lo, inner_hi) */

@@ -15,7 +15,8 @@
 
 typedef real vec __attribute__((vector_size(FA_VECTOR_BYTES)));
 typedef lane ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
-typedef ulane uvec __attribute__((vector_size(FA_VECTOR_BYTES)));
+/* Panels of packed pairs lie where scores lay: may_alias. */
+typedef ulane uvec __attribute__((vector_size(FA_VECTOR_BYTES), may_alias));
 typedef real vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
 
 FA_INLINE vec vec_splat(real x)

@@ -42,7 +42,7 @@ static void take_items(void *argument, int member)
 static void run_region(int num_threads, int num_items)
 {
     region r = {.num_items = num_items};
-    fa_parallel(num_threads, take_items, &r);
+    fa_parallel(num_threads, take_items, NULL, &r);
     /* The workers' writes are visible here, or this is a race. */
     for (int i = 0; i < num_items; i++)
         REQUIRE(r.done[i] == 1);
@@ -71,7 +71,7 @@ static void run_slow_workers(void)
 {
     for (int i = 0; i < 20; i++) {
         region r = {.num_items = 50};
-        fa_parallel(3, sleep_in_task, &r);
+        fa_parallel(3, sleep_in_task, NULL, &r);
         for (int n = 0; n < r.num_items; n++)
             REQUIRE(r.done[n] == 1);
     }
@@ -82,7 +82,7 @@ static void nest(void *argument, int member)
     (void)argument;
     (void)member;
     region inner = {.num_items = 10};
-    fa_parallel(4, take_items, &inner);
+    fa_parallel(4, take_items, NULL, &inner);
     REQUIRE(atomic_load(&inner.members) == 1);
     REQUIRE(inner.done[0] == 1 && inner.done[9] == 1);
 }
@@ -140,10 +140,10 @@ int main(void)
 {
     run_many_regions();
     run_slow_workers();
-    fa_parallel(4, nest, NULL);
+    fa_parallel(4, nest, NULL, NULL);
     run_simultaneous_callers();
     for (size_t bytes = 64; bytes <= 1 << 16; bytes *= 4)
-        fa_parallel(4, use_scratch, &bytes);
+        fa_parallel(4, use_scratch, NULL, &bytes);
     run_in_forked_child();
     run_many_regions();
     return 0;
