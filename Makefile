@@ -45,7 +45,7 @@ sanitize:
 	           tests/test_strides.py tests/test_errors.py tests/test_plan.py'
 	mkdir -p build
 	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c -pthread \
-	    -o build/pool_test
+	    -lm -o build/pool_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test
 
 clean:

@@ -9,6 +9,9 @@
 
 #define INTERRUPT_POLL_NANOSECONDS 50000000
 
+/* Key blocks between two looks at the clock: some 10 µs of work each at the least that is worth a thread. */
+#define BLOCKS_PER_CLOCK 16
+
 static int64_t nanoseconds(void)
 {
     struct timespec now;
@@ -24,6 +27,7 @@ typedef struct {
     _Atomic int64_t next_item;
     void *caller_scratch;
     int64_t next_poll;
+    unsigned blocks; /* that the caller has begun */
 } forward_job;
 
 bool fa_should_stop(fa_run *run, bool is_caller)
@@ -31,7 +35,7 @@ bool fa_should_stop(fa_run *run, bool is_caller)
     forward_job *job = (forward_job *)run; /* `run` is its first member */
     if (atomic_load_explicit(&run->stop, memory_order_relaxed))
         return true;
-    if (is_caller && run->problem->interrupted) {
+    if (is_caller && run->problem->interrupted && ++job->blocks % BLOCKS_PER_CLOCK == 0) {
         int64_t now = nanoseconds();
         if (now >= job->next_poll) {
             job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
@@ -78,7 +82,8 @@ static void work_through_items(forward_job *job, void *scratch, bool is_caller)
 static void poll_while_waiting(void *argument)
 {
     forward_job *job = argument;
-    fa_should_stop(&job->run, true);
+    if (job->run.problem->interrupted && job->run.problem->interrupted())
+        atomic_store(&job->run.stop, true);
 }
 
 static void forward_items(void *argument, int member)
