@@ -1,7 +1,5 @@
 /* From a problem to its kernel: select, plan, run the items on the pool. */
-#define _GNU_SOURCE
 #include <stdatomic.h>
-#include <time.h>
 
 #include "dispatch.h"
 #include "plan.h"
@@ -11,13 +9,6 @@
 
 /* Key blocks between two looks at the clock: some 10 µs of work each at the least that is worth a thread. */
 #define BLOCKS_PER_CLOCK 16
-
-static int64_t nanoseconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 typedef struct {
     fa_run run;
@@ -36,7 +27,7 @@ bool fa_should_stop(fa_run *run, bool is_caller)
     if (atomic_load_explicit(&run->stop, memory_order_relaxed))
         return true;
     if (is_caller && run->problem->interrupted && ++job->blocks % BLOCKS_PER_CLOCK == 0) {
-        int64_t now = nanoseconds();
+        int64_t now = fa_nanoseconds();
         if (now >= job->next_poll) {
             job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
             if (run->problem->interrupted())
@@ -116,7 +107,7 @@ fa_status fa_forward(const fa_problem *problem)
     if (!job.caller_scratch)
         return FA_NO_MEMORY;
     if (problem->interrupted)
-        job.next_poll = nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
+        job.next_poll = fa_nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
     fa_parallel(partition.num_threads, forward_items, poll_while_waiting, &job);
     fa_give_back_scratch(job.caller_scratch);
     return atomic_load(&job.run.stop) ? FA_INTERRUPTED : FA_OK;

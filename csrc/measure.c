@@ -1,17 +1,12 @@
 /* The machine's own limits, against which speed is told. */
-#define _GNU_SOURCE
 #include <stdatomic.h>
-#include <string.h>
-#include <time.h>
 
 #include "dispatch.h"
 #include "threads.h"
 
 static double seconds(void)
 {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    return 1e-9 * (double)fa_nanoseconds();
 }
 
 /* Long enough that the start of a region (microseconds) does not count, short enough that the best of

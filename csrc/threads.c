@@ -51,7 +51,7 @@ static struct {
 
 static _Thread_local bool inside_task;
 
-static int64_t nanoseconds(void)
+int64_t fa_nanoseconds(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -70,14 +70,14 @@ static void relax(void)
 /* Spins while `waiting(context)`; true if it ended within the spin. */
 static bool spin_while(bool (*waiting)(uint64_t context), uint64_t context)
 {
-    int64_t end = nanoseconds() + SPIN_NANOSECONDS;
+    int64_t end = fa_nanoseconds() + SPIN_NANOSECONDS;
     do {
         for (int i = 0; i < 32; i++) {
             if (!waiting(context))
                 return true;
             relax();
         }
-    } while (nanoseconds() < end);
+    } while (fa_nanoseconds() < end);
     return false;
 }
 

@@ -4,6 +4,10 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
+
+/* Of a clock that only goes forward. */
+int64_t fa_nanoseconds(void);
 
 /* Calls task(argument, member) once on each of at most `num_threads` threads, for members 0 (the
  * caller), 1, ...; returns when all calls have returned. There may be fewer members than asked for:
