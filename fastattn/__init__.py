@@ -1,5 +1,13 @@
 """Exact multi-head attention for NumPy on the CPU."""
 
+try:
+    from fastattn import _core as _core
+except ImportError as failure:
+    raise ImportError(
+        f"fastattn's compiled module cannot be imported ({failure}). In the source tree it is not built: run from "
+        "another folder, or with python -P, so that the installed fastattn is found."
+    ) from failure
+
 from fastattn import _threadpoolctl as _threadpoolctl
 from fastattn import reference
 from fastattn._core import measure_bandwidth, measure_peak

@@ -71,7 +71,7 @@ cdef int float_dtype(cnp.ndarray array, str name) except -1:
         if is_bfloat16(array):
             return FA_BFLOAT16
     raise TypeError(
-        f"{name} has dtype {array.dtype!r}; accepted are float32, float64, float16 and bfloat16 (of ml_dtypes) "
+        f"{name} has dtype {array.dtype}; accepted are float32, float64, float16 and bfloat16 (of ml_dtypes) "
         f"in native byte order: convert with {name}.astype(...)"
     )
 

@@ -25,7 +25,7 @@ CASES = {
     "query dtype int": ({"query": zeros(2, 4, 5, 8, dtype=np.int64)}, TypeError, ["query", "int64", "float32"]),
     "query dtype complex": ({"query": zeros(2, 4, 5, 8, dtype=np.complex64)}, TypeError, ["query", "complex64"]),
     "query dtype bool": ({"query": zeros(2, 4, 5, 8, dtype=bool)}, TypeError, ["query", "bool"]),
-    "query dtype object": ({"query": zeros(2, 4, 5, 8, dtype=object)}, TypeError, ["query", "dtype('O')"]),
+    "query dtype object": ({"query": zeros(2, 4, 5, 8, dtype=object)}, TypeError, ["query", "dtype object"]),
     "query dtype longdouble": (
         {"query": zeros(2, 4, 5, 8, dtype=np.longdouble)},
         TypeError,
