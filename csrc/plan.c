@@ -4,7 +4,7 @@
 #define MAX_SCRATCH_BYTES (1 << 20)
 
 /* Tiles of an item share every key block: fewer reads of K and V beyond L2, and staging, where it is
- * needed, is paid once for all. Beyond four the gain is below the noise. */
+ * needed, is paid once for all. Four are enough for that. */
 #define MAX_TILES_PER_ITEM 4
 
 /* Enough items that the last ones, which some threads wait for, are a small share. */

@@ -20,7 +20,7 @@
 
 #define MAX_WORKERS 1023
 
-/* How long a thread spins before it sleeps, on both sides. A sleep and a wake cost some 10 µs; calls in
+/* How long a thread spins before it sleeps, on both sides. A sleep and a wake cost microseconds; calls in
  * a row come closer together than this, and a longer spin would take the CPU from others. */
 #define SPIN_NANOSECONDS 30000
 

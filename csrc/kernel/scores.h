@@ -21,8 +21,8 @@ FA_INLINE int num_keys(const key_range *range)
 
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
  * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
- * over the rows of the first product, values and results over those of the second: memory serves one line
- * every 20 cycles or so, and in one burst the work would wait for them. */
+ * over the rows of the first product, values and results over those of the second: memory serves few
+ * lines at a time, and in one burst the work would wait for them. */
 typedef struct {
     const char *key, *value;
     int key_rows;
