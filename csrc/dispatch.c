@@ -117,8 +117,9 @@ const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype)
     return table[row].float32;
 }
 
+/* float32 queries keep their precision on bfloat16 keys, so the query decides; and int8 keys are exact in
+ * float32, not in bfloat16 once they are scaled. */
 const fa_kernel *fa_select_kernel(const fa_problem *problem)
 {
-    /* float32 queries keep their precision on bfloat16 keys, so the query decides. */
-    return fa_kernel_for_dtype(problem->query.dtype);
+    return fa_kernel_for_dtype(problem->key.dtype == FA_INT8 ? FA_FLOAT32 : problem->query.dtype);
 }

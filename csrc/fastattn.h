@@ -13,7 +13,10 @@
 #define FA_MAX_HEAD_DIM 512
 #define FA_UNBOUNDED (-1)
 
-typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_BOOL, FA_INT64 } fa_dtype;
+/* Keys that are worked on together. A page holds a multiple of them. */
+#define FA_KEY_BLOCK 64
+
+typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64 } fa_dtype;
 
 typedef enum { FA_OK, FA_NO_MEMORY, FA_INTERRUPTED } fa_status;
 
@@ -23,20 +26,36 @@ typedef struct {
     fa_dtype dtype;
     ptrdiff_t batch[FA_MAX_BATCH_DIMS];
     ptrdiff_t head, row, col;
+    ptrdiff_t page; /* of keys and values in pages, instead of the batch strides */
 } fa_array;
 
+/* A batch item is a sequence. Its queries and its keys are rows of (batch..., head, row, col); or, in a
+ * packed problem, which has one batch axis, rows cu_seqlens[b] to cu_seqlens[b + 1] of (head, row, col); or
+ * its keys lie in pages, row n in page page_table[b][n / page_size] of (page, head, row, col). */
 typedef struct {
     int batch_ndim;
     int64_t batch_shape[FA_MAX_BATCH_DIMS];
     int64_t num_heads, num_kv_heads; /* the group of a kv head: num_heads / num_kv_heads */
-    int64_t seqlen_q, seqlen_k;
+    int64_t seqlen_q, seqlen_k;      /* of a sequence, at most */
     int64_t head_dim, head_dim_v;
 
     fa_array query, key, value;
-    fa_array mask, bias;                /* FA_BOOL; any float dtype */
-    fa_array alibi_slopes, sinks;       /* FA_FLOAT64 (batch..., head) */
+    fa_array mask, bias;             /* FA_BOOL; any float dtype */
+    fa_array alibi_slopes, sinks;    /* FA_FLOAT64 (batch..., head) */
+    fa_array key_scale, value_scale; /* FA_FLOAT32 (..., head, row): what FA_INT8 keys and values are times */
     fa_array key_lengths, query_offset; /* FA_INT64 (batch...) */
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
+
+    /* The weights' largest and sums, instead of all; top_count 0 and no totals: not asked for. Totals start
+     * as zeros, and are sums over the rows times total_unit, rounded. */
+    int64_t top_count;
+    fa_array top_indices, top_weights; /* FA_INT64, query's dtype (batch..., head, row, col) */
+    fa_array totals;                   /* FA_INT64 (batch..., head, col) */
+    double total_unit;
+
+    const int64_t *cu_seqlens_q, *cu_seqlens_k; /* of batch_shape[0] + 1; NULL: not packed */
+    fa_array page_table;                        /* FA_INT64 (batch..., page), contiguous along its pages */
+    int64_t page_size;
 
     double scale;
     double softcap;            /* 0: none */
@@ -49,15 +68,19 @@ typedef struct {
 typedef struct {
     const char *isa;
     const char *kernel;
+    bool is_narrow;     /* lanes are keys and rows, not rows alone */
     int tile_rows;      /* query rows of a full tile */
     int key_block;      /* keys between two updates of the running softmax */
     int tiles_per_item; /* tiles that share a key block */
+    int64_t num_splits; /* parts of the keys whose results are merged; of all sequences, the most */
     int64_t num_items;  /* units of work handed to threads */
     int num_threads;
     size_t scratch_bytes; /* per thread */
+    size_t shared_bytes;  /* of results that wait to be merged */
 } fa_plan;
 
-fa_plan fa_plan_forward(const fa_problem *problem);
+/* What fa_forward would do; FA_OK or FA_NO_MEMORY. */
+fa_status fa_plan_forward(const fa_problem *problem, fa_plan *plan);
 fa_status fa_forward(const fa_problem *problem);
 
 /* The instruction sets this CPU can run, best first, ended by NULL. */

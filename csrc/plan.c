@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <stdlib.h>
+
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)
 
@@ -13,89 +15,321 @@
 /* A region costs some microseconds to start on another thread; this much work takes about that long. */
 #define MULTIPLY_ADDS_PER_THREAD 200000.0
 
+/* To read a key and its value from memory takes as long as the multiply-adds of some rows. */
+#define ROWS_PER_KEY_READ 4
+
+/* A split of so many keys is worth a merge, which costs about as much as two keys. More splits than that
+ * would balance no better, and their results take memory. */
+#define MIN_SPLIT_KEYS 512
+#define MAX_SPLITS 32
+
 static int64_t ceil_div(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
 }
 
-static int64_t count_groups(const fa_problem *p)
+static int64_t clamp(int64_t x, int64_t lowest, int64_t highest)
 {
-    int64_t groups = p->num_kv_heads;
-    for (int axis = 0; axis < p->batch_ndim; axis++)
-        groups *= p->batch_shape[axis];
-    return groups;
+    return x < lowest ? lowest : x > highest ? highest : x;
 }
 
-fa_partition fa_partition_problem(const fa_problem *p, const fa_kernel *kernel)
+static int64_t count_sequences(const fa_problem *p)
 {
-    fa_partition part = {.num_groups = count_groups(p)};
-    if (p->num_heads == 0 || p->seqlen_q == 0 || part.num_groups == 0)
-        return (fa_partition){.rows_per_item = 1, .tiles_per_item = 1, .num_threads = 1};
-    part.rows_per_group = p->seqlen_q * (p->num_heads / p->num_kv_heads);
+    int64_t count = 1;
+    for (int axis = 0; axis < p->batch_ndim; axis++)
+        count *= p->batch_shape[axis];
+    return count;
+}
 
-    double keys = p->left != FA_UNBOUNDED && p->right != FA_UNBOUNDED && p->left + p->right < p->seqlen_k
-                      ? (double)(p->left + p->right + 1)
-                      : (double)p->seqlen_k;
-    double multiply_adds =
-        (double)part.num_groups * (double)part.rows_per_group * keys * (double)(p->head_dim + p->head_dim_v);
-    double useful = multiply_adds / MULTIPLY_ADDS_PER_THREAD;
-    part.num_threads = useful < p->num_threads ? (int)useful : p->num_threads;
-    if (part.num_threads < 1)
-        part.num_threads = 1;
+static void index_sequence(const fa_problem *p, int64_t sequence, int64_t *batch_index)
+{
+    for (int axis = p->batch_ndim - 1; axis >= 0; axis--) {
+        batch_index[axis] = sequence % p->batch_shape[axis];
+        sequence /= p->batch_shape[axis];
+    }
+}
 
-    const int64_t tile_rows = (int64_t)kernel->lanes * kernel->max_vectors;
-    const int64_t tiles = ceil_div(part.rows_per_group, tile_rows);
-    int tiles_per_item = MAX_TILES_PER_ITEM;
-    while (tiles_per_item > 1 &&
-           (kernel->scratch_bytes(p, tiles_per_item) > MAX_SCRATCH_BYTES ||
-            part.num_groups * ceil_div(tiles, tiles_per_item) < ITEMS_PER_THREAD * (int64_t)part.num_threads))
-        tiles_per_item--;
+static int64_t read_integer(const fa_array *array, const fa_problem *p, const int64_t *batch_index)
+{
+    const char *data = array->data;
+    for (int axis = 0; axis < p->batch_ndim; axis++)
+        data += batch_index[axis] * array->batch[axis];
+    return *(const int64_t *)data;
+}
 
+static fa_sequence sequence_at(const fa_problem *p, const int64_t *batch_index)
+{
+    fa_sequence s = {.num_queries = p->seqlen_q, .num_keys = p->seqlen_k};
+    if (p->cu_seqlens_q) {
+        s.first_query = p->cu_seqlens_q[batch_index[0]];
+        s.num_queries = p->cu_seqlens_q[batch_index[0] + 1] - s.first_query;
+    }
+    if (p->cu_seqlens_k) {
+        s.first_key = p->cu_seqlens_k[batch_index[0]];
+        s.num_keys = p->cu_seqlens_k[batch_index[0] + 1] - s.first_key;
+    }
+    if (p->key_lengths.data)
+        s.num_keys = read_integer(&p->key_lengths, p, batch_index);
+    s.query_offset =
+        p->query_offset.data ? read_integer(&p->query_offset, p, batch_index) : s.num_keys - s.num_queries;
+    if (p->left != FA_UNBOUNDED)
+        s.key_lo = clamp(s.query_offset - p->left, 0, s.num_keys);
+    s.key_hi = s.num_keys;
+    if (p->right != FA_UNBOUNDED)
+        s.key_hi = clamp(s.query_offset + s.num_queries + p->right, s.key_lo, s.num_keys);
+    return s;
+}
+
+static int64_t rows_per_group(const fa_problem *p, const fa_sequence *s)
+{
+    return s->num_queries * (p->num_heads / p->num_kv_heads);
+}
+
+/* Of all kv heads. */
+static double work_of(const fa_problem *p, const fa_sequence *s)
+{
+    double rows = (double)rows_per_group(p, s);
+    double row_keys = rows == 0 ? 0 : (rows + ROWS_PER_KEY_READ) * (double)(s->key_hi - s->key_lo);
+    return row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
+}
+
+static void split_keys(const fa_sequence *s, fa_cut *cut)
+{
+    int64_t keys = s->key_hi - s->key_lo;
+    cut->split_keys = ceil_div(keys, (int64_t)FA_KEY_BLOCK * MAX_SPLITS) * FA_KEY_BLOCK;
+    if (cut->split_keys < MIN_SPLIT_KEYS)
+        cut->split_keys = MIN_SPLIT_KEYS;
+    cut->first_split = s->key_lo / cut->split_keys;
+    cut->num_splits = keys == 0 ? 1 : ceil_div(s->key_hi, cut->split_keys) - cut->first_split;
+}
+
+static fa_cut cut_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
+{
+    const int64_t rows = rows_per_group(p, s);
+    fa_cut cut = {.kernel = fa_select_kernel(p), .num_splits = 1, .rows_per_item = 1};
+    if (rows == 0)
+        return cut;
+    const int64_t lanes = cut.kernel->lanes, tile_rows = lanes * cut.kernel->max_vectors;
+    if (rows <= tile_rows && p->top_count == 0) {
+        split_keys(s, &cut);
+        cut.rows_per_item = rows;
+        cut.num_row_items = 1;
+        /* Weights need a second pass, which one thread makes over all keys. */
+        cut.shares_splits = cut.num_splits > 1 && part->num_threads > 1 && !p->weights.data &&
+                            work_of(p, s) > part->work_per_item * (double)p->num_kv_heads;
+        return cut;
+    }
     /* Items of whole vectors, as even as they can be. */
-    const int64_t vectors = ceil_div(part.rows_per_group, kernel->lanes);
-    const int64_t items = ceil_div(vectors, (int64_t)tiles_per_item * kernel->max_vectors);
-    part.rows_per_item = ceil_div(vectors, items) * kernel->lanes;
-    part.items_per_group = ceil_div(part.rows_per_group, part.rows_per_item);
-    part.tiles_per_item = (int)ceil_div(part.rows_per_item, tile_rows);
-    part.scratch_bytes = kernel->scratch_bytes(p, part.tiles_per_item);
-    int64_t num_items = part.num_groups * part.items_per_group;
-    if (part.num_threads > num_items)
-        part.num_threads = (int)num_items;
-    return part;
+    cut.split_keys = INT64_MAX / 2;
+    const int64_t vectors = ceil_div(rows, lanes);
+    const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * cut.kernel->max_vectors);
+    cut.rows_per_item = ceil_div(vectors, items) * lanes;
+    cut.num_row_items = ceil_div(rows, cut.rows_per_item);
+    return cut;
+}
+
+static int64_t items_per_group(const fa_cut *cut)
+{
+    return cut->shares_splits ? cut->num_splits : cut->num_row_items;
+}
+
+/* The partial results of a group, behind a line with the count of those that are there. */
+#define COUNT_BYTES 64
+
+static size_t partial_bytes_per_group(const fa_problem *p, const fa_cut *cut)
+{
+    return cut->shares_splits
+               ? COUNT_BYTES + (size_t)cut->num_splits * cut->kernel->partial_bytes(p, cut->rows_per_item)
+               : 0;
+}
+
+static bool varies(const fa_array *array, const fa_problem *p)
+{
+    bool steps = false;
+    for (int axis = 0; axis < p->batch_ndim; axis++)
+        steps |= array->batch[axis] != 0;
+    return array->data && steps;
+}
+
+static bool sequences_are_alike(const fa_problem *p)
+{
+    return !p->cu_seqlens_q && !p->cu_seqlens_k && !varies(&p->key_lengths, p) &&
+           !varies(&p->query_offset, p);
+}
+
+static fa_sequence nth_sequence(const fa_problem *p, int64_t n)
+{
+    int64_t batch_index[FA_MAX_BATCH_DIMS];
+    index_sequence(p, n, batch_index);
+    return sequence_at(p, batch_index);
+}
+
+/* Sums over all sequences; of sequences that are alike, only the first is looked at. */
+static double total_work(const fa_problem *p, int64_t num_sequences, bool alike)
+{
+    double total = 0;
+    for (int64_t n = 0; n < (alike ? 1 : num_sequences); n++) {
+        fa_sequence s = nth_sequence(p, n);
+        total += work_of(p, &s);
+    }
+    return alike ? total * (double)num_sequences : total;
+}
+
+static int64_t count_items(const fa_problem *p, const fa_partition *part, bool alike)
+{
+    int64_t items = 0;
+    for (int64_t n = 0; n < (alike ? 1 : part->num_sequences); n++) {
+        fa_sequence s = nth_sequence(p, n);
+        fa_cut cut = cut_group(p, part, &s);
+        items += items_per_group(&cut) * p->num_kv_heads;
+    }
+    return alike ? items * part->num_sequences : items;
+}
+
+static void choose_threads(const fa_problem *p, double work, fa_partition *part)
+{
+    double useful = work / MULTIPLY_ADDS_PER_THREAD;
+    part->num_threads = useful < p->num_threads ? (int)useful : p->num_threads;
+    if (part->num_threads < 1)
+        part->num_threads = 1;
+    part->work_per_item = work / (ITEMS_PER_THREAD * (double)part->num_threads);
+}
+
+static void choose_tiles_per_item(const fa_problem *p, bool alike, fa_partition *part)
+{
+    const fa_kernel *kernel = fa_select_kernel(p);
+    part->tiles_per_item = MAX_TILES_PER_ITEM;
+    while (part->tiles_per_item > 1 && (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
+                                        count_items(p, part, alike) < ITEMS_PER_THREAD * part->num_threads))
+        part->tiles_per_item--;
+}
+
+/* Adds a sequence's items and needs to those before it. */
+static void add_sequence(const fa_problem *p, const fa_sequence *s, int64_t times, fa_partition *part)
+{
+    fa_cut cut = cut_group(p, part, s);
+    if (cut.num_row_items == 0)
+        return;
+    const int64_t tile_rows = (int64_t)cut.kernel->lanes * cut.kernel->max_vectors;
+    size_t scratch = cut.kernel->scratch_bytes(p, (int)ceil_div(cut.rows_per_item, tile_rows));
+    part->num_items += times * p->num_kv_heads * items_per_group(&cut);
+    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, &cut);
+    part->scratch_bytes = scratch > part->scratch_bytes ? scratch : part->scratch_bytes;
+    part->most_splits = cut.num_splits > part->most_splits ? cut.num_splits : part->most_splits;
+}
+
+bool fa_partition_problem(const fa_problem *p, fa_partition *part)
+{
+    *part = (fa_partition){.num_sequences = count_sequences(p), .tiles_per_item = 1, .num_threads = 1};
+    if (p->num_heads == 0 || p->seqlen_q == 0 || p->num_kv_heads == 0 || part->num_sequences == 0)
+        return true;
+    const bool alike = sequences_are_alike(p);
+    choose_threads(p, total_work(p, part->num_sequences, alike), part);
+    choose_tiles_per_item(p, alike, part);
+    if (alike) {
+        fa_sequence s = nth_sequence(p, 0);
+        add_sequence(p, &s, part->num_sequences, part);
+    } else {
+        part->before = malloc(((size_t)part->num_sequences + 1) * sizeof *part->before);
+        if (!part->before)
+            return false;
+        for (int64_t n = 0; n < part->num_sequences; n++) {
+            part->before[n] = (fa_position){part->num_items, part->shared_bytes};
+            fa_sequence s = nth_sequence(p, n);
+            add_sequence(p, &s, 1, part);
+        }
+        part->before[part->num_sequences] = (fa_position){part->num_items, part->shared_bytes};
+    }
+    if (part->num_threads > part->num_items)
+        part->num_threads = part->num_items > 0 ? (int)part->num_items : 1;
+    return true;
+}
+
+void fa_free_partition(fa_partition *part)
+{
+    free(part->before);
+}
+
+/* The last sequence that begins at or before an item. */
+static int64_t find_sequence(const fa_partition *part, int64_t item)
+{
+    int64_t lo = 0, hi = part->num_sequences;
+    while (hi - lo > 1) {
+        int64_t middle = lo + (hi - lo) / 2;
+        if (part->before[middle].items <= item)
+            lo = middle;
+        else
+            hi = middle;
+    }
+    return lo;
+}
+
+static fa_position position_of(const fa_partition *part, int64_t sequence)
+{
+    if (part->before)
+        return part->before[sequence];
+    return (fa_position){sequence * (part->num_items / part->num_sequences),
+                         (size_t)sequence * (part->shared_bytes / (size_t)part->num_sequences)};
 }
 
 /* Items of a group follow each other, so that a thread finds its keys in cache; later rows first,
  * because under a causal mask they are the longer ones, and the last items should be short. */
-fa_item fa_item_at(const fa_problem *p, const fa_partition *part, int64_t index)
+const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64_t index, char *shared,
+                            fa_item *item)
 {
-    fa_item item;
-    int64_t group = index / part->items_per_group;
-    int64_t position = part->items_per_group - 1 - index % part->items_per_group;
-    item.row_begin = position * part->rows_per_item;
-    item.row_end = item.row_begin + part->rows_per_item;
-    if (item.row_end > part->rows_per_group)
-        item.row_end = part->rows_per_group;
-    item.kv_head = group % p->num_kv_heads;
-    int64_t batch = group / p->num_kv_heads;
-    for (int axis = p->batch_ndim - 1; axis >= 0; axis--) {
-        item.batch_index[axis] = batch % p->batch_shape[axis];
-        batch /= p->batch_shape[axis];
+    int64_t sequence =
+        part->before ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
+    fa_position before = position_of(part, sequence);
+    index_sequence(p, sequence, item->batch_index);
+    item->sequence = sequence_at(p, item->batch_index);
+
+    fa_cut cut = cut_group(p, part, &item->sequence);
+    const int64_t per_group = items_per_group(&cut);
+    item->kv_head = (index - before.items) / per_group;
+    int64_t in_group = (index - before.items) % per_group;
+
+    item->split_keys = cut.split_keys;
+    item->first_split = item->split_begin = cut.first_split;
+    item->num_splits = cut.num_splits;
+    item->split_end = cut.first_split + cut.num_splits;
+    item->partials = NULL;
+    item->splits_done = NULL;
+    int64_t row_item = cut.num_row_items - 1 - in_group;
+    if (cut.shares_splits) {
+        char *group =
+            shared + before.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &cut);
+        item->splits_done = (_Atomic int64_t *)group;
+        item->partials = group + COUNT_BYTES;
+        item->split_begin = cut.first_split + in_group;
+        item->split_end = item->split_begin + 1;
+        row_item = 0;
     }
-    return item;
+    const int64_t rows = rows_per_group(p, &item->sequence);
+    item->row_begin = row_item * cut.rows_per_item;
+    item->row_end = item->row_begin + cut.rows_per_item < rows ? item->row_begin + cut.rows_per_item : rows;
+    return cut.kernel;
 }
 
-fa_plan fa_plan_forward(const fa_problem *problem)
+fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
 {
-    const fa_kernel *kernel = fa_select_kernel(problem);
-    fa_partition part = fa_partition_problem(problem, kernel);
-    return (fa_plan){
+    fa_partition part;
+    if (!fa_partition_problem(p, &part))
+        return FA_NO_MEMORY;
+    const fa_kernel *kernel = fa_select_kernel(p);
+    const int64_t group = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
+    *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,
+        .is_narrow = p->seqlen_q * group <= kernel->narrow_rows,
         .tile_rows = kernel->lanes * kernel->max_vectors,
-        .key_block = kernel->key_block,
+        .key_block = FA_KEY_BLOCK,
         .tiles_per_item = part.tiles_per_item,
-        .num_items = part.num_groups * part.items_per_group,
+        .num_splits = part.most_splits,
+        .num_items = part.num_items,
         .num_threads = part.num_threads,
         .scratch_bytes = part.scratch_bytes,
+        .shared_bytes = part.shared_bytes,
     };
+    fa_free_partition(&part);
+    return FA_OK;
 }

@@ -4,19 +4,39 @@
 
 #include "dispatch.h"
 
+/* How the queries and keys of one sequence and kv head, a group, are cut. */
 typedef struct {
-    int64_t rows_per_group; /* query rows of one batch item and kv head */
+    const fa_kernel *kernel;
     int64_t rows_per_item;
-    int64_t items_per_group;
-    int64_t num_groups; /* batch items × kv heads */
+    int64_t num_row_items;
+    int64_t split_keys, first_split, num_splits;
+    bool shares_splits; /* each split is an item */
+} fa_cut;
+
+/* Where a sequence's items and partial results begin, among those of all sequences. */
+typedef struct {
+    int64_t items;
+    size_t partial_bytes;
+} fa_position;
+
+typedef struct {
+    int64_t num_sequences;
+    int64_t num_items;
+    int64_t most_splits;
     int tiles_per_item;
+    double work_per_item; /* a group of more than that shares its splits out */
     int num_threads;
-    size_t scratch_bytes;
+    size_t scratch_bytes; /* per thread */
+    size_t shared_bytes;  /* for the partial results of split groups */
+    fa_position *before;  /* of each sequence and after the last; NULL: they are all alike */
 } fa_partition;
 
-fa_partition fa_partition_problem(const fa_problem *problem, const fa_kernel *kernel);
+/* false: no memory. */
+bool fa_partition_problem(const fa_problem *problem, fa_partition *partition);
+void fa_free_partition(fa_partition *partition);
 
-/* The item of a given index, 0 <= index < num_groups * items_per_group. */
-fa_item fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index);
+/* The item of a given index, 0 <= index < num_items, and its kernel. `shared` is shared_bytes of zeros. */
+const fa_kernel *fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index,
+                            char *shared, fa_item *item);
 
 #endif

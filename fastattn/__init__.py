@@ -11,17 +11,33 @@ except ImportError as failure:
 from fastattn import _threadpoolctl as _threadpoolctl
 from fastattn import reference
 from fastattn._core import measure_bandwidth, measure_peak
-from fastattn.api import Plan, __version__, attention, get_num_threads, plan, set_num_threads, show_config
+from fastattn.api import (
+    Plan,
+    __version__,
+    attention,
+    attention_varlen,
+    get_num_threads,
+    merge,
+    plan,
+    set_num_threads,
+    show_config,
+    top_keys,
+)
+from fastattn.cache import KVCache
 
 __all__ = [
+    "KVCache",
     "Plan",
     "__version__",
     "attention",
+    "attention_varlen",
     "get_num_threads",
     "measure_bandwidth",
     "measure_peak",
+    "merge",
     "plan",
     "reference",
     "set_num_threads",
     "show_config",
+    "top_keys",
 ]

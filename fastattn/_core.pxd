@@ -13,7 +13,7 @@ cdef extern from "fastattn.h" nogil:
         FA_UNBOUNDED
 
     ctypedef enum fa_dtype:
-        FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_BOOL, FA_INT64
+        FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64
 
     ctypedef enum fa_status:
         FA_OK, FA_NO_MEMORY, FA_INTERRUPTED
@@ -23,13 +23,22 @@ cdef extern from "fastattn.h" nogil:
         fa_dtype dtype
         Py_ssize_t batch[16]
         Py_ssize_t head, row, col
+        Py_ssize_t page
 
     ctypedef struct fa_problem:
         int batch_ndim
         int64_t batch_shape[16]
         int64_t num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim, head_dim_v
         fa_array query, key, value, mask, bias, alibi_slopes, sinks, key_lengths, query_offset
+        fa_array key_scale, value_scale
+        int64_t top_count
+        fa_array top_indices, top_weights, totals
+        double total_unit
         fa_array out, lse, weights
+        const int64_t *cu_seqlens_q
+        const int64_t *cu_seqlens_k
+        fa_array page_table
+        int64_t page_size
         double scale, softcap
         int64_t left, right
         int num_threads
@@ -38,12 +47,13 @@ cdef extern from "fastattn.h" nogil:
     ctypedef struct fa_plan:
         const char *isa
         const char *kernel
+        c_bool is_narrow
         int tile_rows, key_block, tiles_per_item
-        int64_t num_items
+        int64_t num_splits, num_items
         int num_threads
-        size_t scratch_bytes
+        size_t scratch_bytes, shared_bytes
 
-    fa_plan fa_plan_forward(const fa_problem *problem)
+    fa_status fa_plan_forward(const fa_problem *problem, fa_plan *plan)
     fa_status fa_forward(const fa_problem *problem)
     const char *const *fa_available_isas()
     const char *fa_selected_isa()

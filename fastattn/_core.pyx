@@ -35,6 +35,7 @@ cnp.import_array()
 
 cdef enum:
     MAX_AXES = FA_MAX_BATCH_DIMS + 3
+    MOST_TOP_KEYS = 1024  # so that a tile's lists fit in the scratch
 
 # Positions and bounds beyond this are refused or clamped, so that sums of them cannot overflow.
 cdef int64_t FARTHEST = <int64_t>1 << 60
@@ -76,7 +77,10 @@ cdef int float_dtype(cnp.ndarray array, str name) except -1:
     )
 
 
-cdef int check_dtypes(const fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+cdef int set_dtypes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
+    p.query.dtype = <fa_dtype>float_dtype(query, "query")
+    p.key.dtype = <fa_dtype>float_dtype(key, "key")
+    p.value.dtype = <fa_dtype>float_dtype(value, "value")
     if p.key.dtype != p.value.dtype:
         raise TypeError(f"key and value must share a dtype, but key has {key.dtype} and value has {value.dtype}")
     if p.query.dtype == p.key.dtype:
@@ -156,6 +160,57 @@ cdef void describe(fa_array *view, const fa_problem *p, cnp.ndarray array, int c
             view.col = stride
 
 
+cdef void describe_packed(fa_array *view, cnp.ndarray array) noexcept:
+    """Strides of (row, head, col), or without columns."""
+    view.data = cnp.PyArray_BYTES(array)
+    view.row = cnp.PyArray_STRIDE(array, 0)
+    view.head = cnp.PyArray_STRIDE(array, 1)
+    if cnp.PyArray_NDIM(array) > 2:
+        view.col = cnp.PyArray_STRIDE(array, 2)
+
+
+cdef void describe_pages(fa_array *view, cnp.ndarray array) noexcept:
+    """Strides of (page, head, row, col), or without columns."""
+    view.data = cnp.PyArray_BYTES(array)
+    view.page = cnp.PyArray_STRIDE(array, 0)
+    view.head = cnp.PyArray_STRIDE(array, 1)
+    view.row = cnp.PyArray_STRIDE(array, 2)
+    if cnp.PyArray_NDIM(array) > 3:
+        view.col = cnp.PyArray_STRIDE(array, 3)
+
+
+cdef int check_packed_ndim(cnp.ndarray array, str name) except -1:
+    if cnp.PyArray_NDIM(array) != 3:
+        raise ValueError(f"{name} has shape {shape_of(array)}; accepted is (total, heads, head_dim)")
+    return 0
+
+
+cdef cnp.ndarray boundaries(object cu_seqlens, str name, cnp.ndarray packed, str packed_name):
+    """A copy of the row at which each sequence begins, and the end of the last; checked."""
+    cdef cnp.ndarray array = as_array(cu_seqlens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are integers")
+    if cnp.PyArray_NDIM(array) != 1 or array.shape[0] < 1:
+        raise ValueError(f"{name} has shape {shape_of(array)}; accepted is (sequences + 1,)")
+    copied = array.astype(np.int64)
+    if copied[0] != 0 or copied[len(copied) - 1] != packed.shape[0] or (np.diff(copied) < 0).any():
+        raise ValueError(f"{name} must rise from 0 to the {packed.shape[0]} rows of {packed_name}, but is {array}")
+    return copied
+
+
+cdef int64_t longest(cnp.ndarray cu_seqlens) except -1:
+    return np.diff(cu_seqlens).max(initial=0)
+
+
+cdef int check_query_of_cache(const fa_problem *p, cnp.ndarray query, cnp.ndarray key) except -1:
+    if p.query.dtype == FA_FLOAT32 or p.query.dtype == p.key.dtype:
+        return 0
+    if p.key.dtype == FA_INT8 and p.query.dtype != FA_FLOAT64:
+        return 0
+    raise TypeError(f"query has dtype {query.dtype} but the cache {key.dtype}; accepted are float32, the cache's own, "
+                    "and on an int8 cache float16 and bfloat16 too")
+
+
 cdef int check_shapes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value) except -1:
     """Reads the extents, and checks those that the arrays share."""
     cdef int q = cnp.PyArray_NDIM(query), k = cnp.PyArray_NDIM(key), v = cnp.PyArray_NDIM(value)
@@ -166,15 +221,25 @@ cdef int check_shapes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.nda
     p.seqlen_k = key.shape[k - 2]
     p.head_dim = query.shape[q - 1]
     p.head_dim_v = value.shape[v - 1]
-    if key.shape[k - 1] != p.head_dim:
+    check_shared_extents(p, query, key, value, key.shape[k - 1], value.shape[v - 2], value_heads)
+    return check_limits(p)
+
+
+cdef int check_shared_extents(const fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarray value,
+                              int64_t key_dim, int64_t num_values, int64_t value_heads) except -1:
+    if key_dim != p.head_dim:
         raise ValueError(f"query and key must have the same head_dim, but query has shape {shape_of(query)} and key "
                          f"{shape_of(key)}")
-    if value.shape[v - 2] != p.seqlen_k:
+    if num_values != p.seqlen_k:
         raise ValueError(f"key and value must have the same number of keys, but key has shape {shape_of(key)} and "
                          f"value {shape_of(value)}")
     if value_heads != p.num_kv_heads:
         raise ValueError(f"key and value must have the same number of heads, but key has shape {shape_of(key)} and "
                          f"value {shape_of(value)}")
+    return 0
+
+
+cdef int check_limits(const fa_problem *p) except -1:
     if p.num_heads != 0 and (p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads != 0):
         raise ValueError(f"the number of query heads must be a multiple of the number of key heads, but query has "
                          f"{p.num_heads} and key {p.num_kv_heads}")
@@ -390,16 +455,15 @@ cdef class Call:
 
     cdef fa_problem problem
     cdef bint single_head
+    cdef bint packed  # queries are (total, heads, head_dim)
     cdef cnp.ndarray query, key, value, mask, bias
-    cdef cnp.ndarray slopes, sinks, lengths, offsets  # copies
+    cdef cnp.ndarray slopes, sinks, lengths, offsets, cu_seqlens_q, cu_seqlens_k  # copies
+    cdef cnp.ndarray page_table, key_scales, value_scales
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
         cdef fa_problem *p = &self.problem
         cdef cnp.ndarray q = as_array(query), k = as_array(key), v = as_array(value)
-        p.query.dtype = <fa_dtype>float_dtype(q, "query")
-        p.key.dtype = <fa_dtype>float_dtype(k, "key")
-        p.value.dtype = <fa_dtype>float_dtype(v, "value")
-        check_dtypes(p, q, k, v)
+        set_dtypes(p, q, k, v)
         check_ndim(q, "query", cnp.PyArray_NDIM(q))
         check_ndim(k, "key", cnp.PyArray_NDIM(q))
         check_ndim(v, "value", cnp.PyArray_NDIM(q))
@@ -414,6 +478,96 @@ cdef class Call:
         self.query = q
         self.key = k
         self.value = v
+        return 0
+
+    cdef int set_packed_query(self, cnp.ndarray query, object cu_seqlens_q) except -1:
+        cdef fa_problem *p = &self.problem
+        check_packed_ndim(query, "query")
+        self.packed = True
+        self.query = query
+        self.cu_seqlens_q = boundaries(cu_seqlens_q, "cu_seqlens_q", query, "query")
+        p.cu_seqlens_q = <const int64_t *>cnp.PyArray_DATA(self.cu_seqlens_q)
+        p.batch_ndim = 1
+        p.batch_shape[0] = self.cu_seqlens_q.shape[0] - 1
+        p.seqlen_q = longest(self.cu_seqlens_q)
+        p.num_heads = query.shape[1]
+        p.head_dim = query.shape[2]
+        describe_packed(&p.query, query)
+        return 0
+
+    cdef int set_packed_arrays(self, object query, object key, object value, object cu_seqlens_q,
+                               object cu_seqlens_k) except -1:
+        cdef fa_problem *p = &self.problem
+        cdef cnp.ndarray q = as_array(query), k = as_array(key), v = as_array(value)
+        set_dtypes(p, q, k, v)
+        self.set_packed_query(q, cu_seqlens_q)
+        check_packed_ndim(k, "key")
+        check_packed_ndim(v, "value")
+        self.key = k
+        self.value = v
+        self.cu_seqlens_k = boundaries(cu_seqlens_k, "cu_seqlens_k", k, "key")
+        if self.cu_seqlens_k.shape[0] != self.cu_seqlens_q.shape[0]:
+            raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, but have "
+                             f"{self.cu_seqlens_q.shape[0]} and {self.cu_seqlens_k.shape[0]}")
+        p.cu_seqlens_k = <const int64_t *>cnp.PyArray_DATA(self.cu_seqlens_k)
+        p.num_kv_heads = k.shape[1]
+        p.head_dim_v = v.shape[2]
+        p.seqlen_k = k.shape[0]
+        check_shared_extents(p, q, k, v, k.shape[2], v.shape[0], v.shape[1])
+        p.seqlen_k = longest(self.cu_seqlens_k)
+        describe_packed(&p.key, k)
+        describe_packed(&p.value, v)
+        return check_limits(p)
+
+    cdef int set_paged_arrays(self, object query, object cu_seqlens_q, cnp.ndarray key, cnp.ndarray value,
+                              cnp.ndarray key_scales, cnp.ndarray value_scales, cnp.ndarray page_table,
+                              cnp.ndarray lengths) except -1:
+        """Keys in pages (page, head, row, col), which the cache answers for: only the query is checked.
+
+        page_table and lengths are int64, C-contiguous, and the cache's own.
+        """
+        cdef fa_problem *p = &self.problem
+        cdef cnp.ndarray q = as_array(query)
+        p.query.dtype = <fa_dtype>float_dtype(q, "query")
+        p.key.dtype = p.value.dtype = FA_INT8 if key_scales is not None else <fa_dtype>float_dtype(key, "key")
+        check_query_of_cache(p, q, key)
+        if cu_seqlens_q is not None:
+            self.set_packed_query(q, cu_seqlens_q)
+        else:
+            self.set_dense_query(q)
+        if p.batch_shape[0] != lengths.shape[0]:
+            raise ValueError(f"query must have as many batch items as there are sequences, {lengths.shape[0]}, but has "
+                             f"{p.batch_shape[0]}")
+        p.num_kv_heads = key.shape[1]
+        p.head_dim_v = value.shape[3]
+        p.page_size = key.shape[2]
+        p.seqlen_k = lengths.max(initial=0)
+        if key.shape[3] != p.head_dim:
+            raise ValueError(f"query and the cache must have the same head_dim, but query has shape {shape_of(q)} and "
+                             f"the cache {key.shape[3]}")
+        describe_pages(&p.key, key)
+        describe_pages(&p.value, value)
+        if key_scales is not None:
+            describe_pages(&p.key_scale, key_scales)
+            describe_pages(&p.value_scale, value_scales)
+        self.key, self.value, self.key_scales, self.value_scales = key, value, key_scales, value_scales
+        self.lengths = lengths
+        self.page_table = page_table
+        describe(&p.key_lengths, p, lengths, 0)
+        describe(&p.page_table, p, page_table, 1)
+        return check_limits(p)
+
+    cdef int set_dense_query(self, cnp.ndarray query) except -1:
+        cdef fa_problem *p = &self.problem
+        if cnp.PyArray_NDIM(query) != 4:
+            raise ValueError(f"query has shape {shape_of(query)}; accepted is (sequences, heads, seqlen, head_dim), or "
+                             "(total, heads, head_dim) with cu_seqlens_q")
+        broadcast_batch(p, query, "query")
+        p.num_heads = query.shape[1]
+        p.seqlen_q = query.shape[2]
+        p.head_dim = query.shape[3]
+        describe(&p.query, p, query, 3)
+        self.query = query
         return 0
 
     cdef int set_optional_arrays(self, object query_offset, object mask, object bias, object alibi_slopes,
@@ -437,18 +591,23 @@ cdef class Call:
         return 0
 
     cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, bint zeros=False):
-        """(..., H, Sq, columns); without the last axis if columns is -1."""
+        """(..., H, Sq, columns), or (total, H, columns); without the last axis if columns is -1."""
         cdef const fa_problem *p = &self.problem
         cdef cnp.npy_intp dims[MAX_AXES]
-        cdef int ndim, axis
-        for axis in range(p.batch_ndim):
-            dims[axis] = p.batch_shape[axis]
-        ndim = p.batch_ndim
-        if not self.single_head:
-            dims[ndim] = p.num_heads
+        cdef int ndim = 0, axis
+        if self.packed:
+            dims[0] = self.query.shape[0]
+            dims[1] = p.num_heads
+            ndim = 2
+        else:
+            for axis in range(p.batch_ndim):
+                dims[axis] = p.batch_shape[axis]
+            ndim = p.batch_ndim
+            if not self.single_head:
+                dims[ndim] = p.num_heads
+                ndim += 1
+            dims[ndim] = p.seqlen_q
             ndim += 1
-        dims[ndim] = p.seqlen_q
-        ndim += 1
         if columns >= 0:
             dims[ndim] = columns
             ndim += 1
@@ -463,10 +622,16 @@ cdef class Call:
         if out is None:
             array = self.new_array(self.query.descr, p.head_dim_v)
         else:
-            *rows, _ = score_shape(p, self.single_head)
+            if self.packed:
+                rows = (self.query.shape[0], p.num_heads)
+            else:
+                *rows, _ = score_shape(p, self.single_head)
             check_out(out, (*rows, p.head_dim_v), self.query, inputs)
             array = out
-        describe(&p.out, p, array, 3)
+        if self.packed:
+            describe_packed(&p.out, array)
+        else:
+            describe(&p.out, p, array, 3)
         p.out.dtype = p.query.dtype
         return array
 
@@ -474,7 +639,10 @@ cdef class Call:
         cdef fa_problem *p = &self.problem
         cdef bint double_precision = p.query.dtype == FA_FLOAT64
         cdef cnp.ndarray array = self.new_array(np.dtype(np.float64 if double_precision else np.float32), -1)
-        describe(&p.lse, p, array, 2)
+        if self.packed:
+            describe_packed(&p.lse, array)
+        else:
+            describe(&p.lse, p, array, 2)
         p.lse.dtype = FA_FLOAT64 if double_precision else FA_FLOAT32
         return array
 
@@ -498,6 +666,19 @@ cdef int raise_pending() except -1:
     return -1
 
 
+cdef int run(Call call) except -1:
+    cdef fa_status status
+    if PyThread_get_thread_ident() == main_thread_ident:  # where Python runs signal handlers
+        call.problem.interrupted = interrupted
+    with nogil:
+        status = fa_forward(&call.problem)
+    if status == FA_NO_MEMORY:
+        raise MemoryError("no memory for the scratch of a thread")
+    if status == FA_INTERRUPTED:
+        raise_pending()
+    return 0
+
+
 cdef Call prepare(object query, object key, object value, object scale, object causal, object query_offset,
                   object window, object mask, object bias, object alibi_slopes, object softcap, object sinks,
                   object key_lengths, object num_threads):
@@ -513,7 +694,6 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
               key_lengths, out, bint return_lse, bint return_weights, num_threads):
     cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
                              sinks, key_lengths, num_threads)
-    cdef fa_status status
     cdef dict inputs = None
     if out is not None:
         inputs = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
@@ -521,17 +701,88 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
     cdef cnp.ndarray result = call.set_out(out, inputs)
     cdef cnp.ndarray lse = call.set_lse() if return_lse else None
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
-    if PyThread_get_thread_ident() == main_thread_ident:  # where Python runs signal handlers
-        call.problem.interrupted = interrupted
-    with nogil:
-        status = fa_forward(&call.problem)
-    if status == FA_NO_MEMORY:
-        raise MemoryError("no memory for the scratch of a thread")
-    if status == FA_INTERRUPTED:
-        raise_pending()
+    run(call)
     if not return_lse and not return_weights:
         return result
     return (result, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
+
+
+cdef object finish_packed(Call call, object scale, object causal, object query_offset, object window,
+                          object alibi_slopes, object softcap, object sinks, object out, dict inputs,
+                          bint return_lse, object num_threads):
+    """What packed and paged calls share: keywords, results, the call itself."""
+    set_window(&call.problem, window, causal)
+    set_scalars(&call.problem, scale, softcap, num_threads)
+    call.set_optional_arrays(query_offset, None, None, alibi_slopes, sinks, None)
+    cdef cnp.ndarray result = call.set_out(out, inputs)
+    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
+    run(call)
+    return (result, lse) if return_lse else result
+
+
+def top_keys(query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
+             bint return_totals, num_threads):
+    # Attention to values of no columns: scores and their softmax are all there is to compute.
+    cdef cnp.ndarray keys = as_array(key)
+    cdef object value = keys[..., :0] if keys.ndim > 0 else keys
+    cdef Call call = prepare(query, keys, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
+                             sinks, key_lengths, num_threads)
+    cdef fa_problem *p = &call.problem
+    p.top_count = top_count(k)
+    call.set_out(None, None)
+    cdef cnp.ndarray indices = call.new_array(np.dtype(np.int64), p.top_count)
+    cdef cnp.ndarray weights = call.new_array(call.query.descr, p.top_count)
+    cdef cnp.ndarray totals = None
+    describe(&p.top_indices, p, indices, 3)
+    describe(&p.top_weights, p, weights, 3)
+    p.top_weights.dtype = p.query.dtype
+    if return_totals:
+        *rows, _ = score_shape(p, call.single_head)
+        totals = np.zeros((*rows[:len(rows) - 1], p.seqlen_k), np.int64)
+        describe(&p.totals, p, totals, 2)
+        # The largest total is the number of rows; it must stay below 2**63.
+        p.total_unit = 2.0 ** (61 - int(p.seqlen_q).bit_length())
+        p.totals.col, p.totals.row = p.totals.row, 0
+    run(call)
+    if not return_totals:
+        return indices, weights
+    dtype = np.float64 if p.query.dtype == FA_FLOAT64 else np.float32
+    return indices, weights, (totals / p.total_unit).astype(dtype)
+
+
+cdef int64_t top_count(object k) except -1:
+    if isinstance(k, (bool, np.bool_)) or not hasattr(k, "__index__"):
+        raise TypeError(f"k must be an int, not {k!r}")
+    count = k.__index__()
+    if not 1 <= count <= MOST_TOP_KEYS:
+        raise ValueError(f"k must be from 1 to {MOST_TOP_KEYS}, but is {count}")
+    return count
+
+
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, query_offset, window, alibi_slopes,
+                     softcap, sinks, out, bint return_lse, num_threads):
+    cdef Call call = Call.__new__(Call)
+    call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
+    inputs = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+              "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset}
+    return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
+                         return_lse, num_threads)
+
+
+def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.ndarray value_pages not None,
+                    cnp.ndarray key_scales, cnp.ndarray value_scales, cnp.ndarray page_table not None,
+                    cnp.ndarray lengths not None, scale, causal, query_offset, window, alibi_slopes, softcap, sinks,
+                    out, bint return_lse, num_threads):
+    cdef Call call = Call.__new__(Call)
+    call.set_paged_arrays(query, cu_seqlens_q, key_pages, value_pages, key_scales, value_scales, page_table, lengths)
+    cdef dict inputs = None
+    if out is not None:
+        inputs = {"query": query, "the cache's keys": key_pages, "the cache's values": value_pages,
+                  "the cache's key scales": key_scales, "the cache's value scales": value_scales,
+                  "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset,
+                  "cu_seqlens_q": cu_seqlens_q}
+    return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
+                         return_lse, num_threads)
 
 
 def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
@@ -539,14 +790,18 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
     cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
                              sinks, key_lengths, num_threads)
     cdef fa_problem *p = &call.problem
-    cdef fa_plan chosen = fa_plan_forward(p)
+    cdef fa_plan chosen
+    if fa_plan_forward(p, &chosen) == FA_NO_MEMORY:
+        raise MemoryError("no memory for the plan")
     return {
         "isa": chosen.isa.decode(),
-        "path": chosen.kernel.decode(),
+        "path": chosen.kernel.decode() + ("-narrow" if chosen.is_narrow else ""),
         "tile": (chosen.tile_rows, chosen.key_block),
+        "splits": chosen.num_splits,
         "items": chosen.num_items,
         "threads": chosen.num_threads,
         "scratch_bytes": chosen.scratch_bytes,
+        "shared_bytes": chosen.shared_bytes,
         "flops": 2 * (p.head_dim + p.head_dim_v) * count_visible(
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core
+from fastattn._merge import merge_results
 
 Array = NDArray[Any]
 Window = tuple[int | None, int | None]
@@ -16,8 +18,8 @@ Window = tuple[int | None, int | None]
 __version__ = "0.1.0"
 
 
-class Options(TypedDict, total=False):
-    """Keywords of `attention` that do not change what it returns."""
+class ScoreOptions(TypedDict, total=False):
+    """Keywords that say what the scores are, and how many threads compute them."""
 
     scale: float | None
     causal: bool
@@ -29,6 +31,25 @@ class Options(TypedDict, total=False):
     softcap: float | None
     sinks: ArrayLike | None
     key_lengths: ArrayLike | None
+    num_threads: int | None
+
+
+class Options(ScoreOptions, total=False):
+    """Keywords of `attention` that do not change what it returns."""
+
+    out: Array | None
+
+
+class PackedOptions(TypedDict, total=False):
+    """Keywords of `attention_varlen` that do not change what it returns."""
+
+    scale: float | None
+    causal: bool
+    query_offset: ArrayLike | None
+    window: Window | None
+    alibi_slopes: ArrayLike | None
+    softcap: float | None
+    sinks: ArrayLike | None
     out: Array | None
     num_threads: int | None
 
@@ -98,7 +119,8 @@ def attention(
     Scores are computed in the order: ``q·k * scale``, softcap, bias, ALiBi, then whatever hides a key
     (``mask``, ``causal``, ``window``, ``key_lengths``), then the softmax, which a sink joins. All
     keywords compose. A key that is hidden contributes nothing, not even if it or its value is NaN.
-    The score matrix is never stored; memory beyond the results is at most 1 MiB a thread.
+    The score matrix is never stored; memory beyond the results is at most 1 MiB a thread, and less than a
+    twentieth of the keys' where few query rows share long keys.
 
     Parameters
     ----------
@@ -195,6 +217,242 @@ def attention(
     )  # fmt: skip
 
 
+@overload
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PackedOptions],
+) -> Array: ...
+@overload
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Array, Array]: ...
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: Window | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """`attention` over sequences of different lengths that lie one after the other, without padding.
+
+    Sequence ``b`` has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys
+    ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``, and sees no others. Its result is that of `attention`
+    on these rows alone, to the last bit.
+
+    Parameters
+    ----------
+    query : array_like, shape (total_q, H, D)
+        Dtypes and strides as for `attention`.
+    key : array_like, shape (total_k, Hkv, D)
+    value : array_like, shape (total_k, Hkv, Dv)
+    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
+        Cumulative lengths: 0 first, never falling, ``total_q`` and ``total_k`` last. Sequences may be empty.
+    scale, causal, window, softcap, sinks
+        As for `attention`.
+    query_offset : int or array_like of int, shape (B,), optional
+        Position of a sequence's first query. Default: its last query sees its last key.
+    alibi_slopes : array_like, shape (H,) or (B, H), optional
+    out : ndarray, shape (total_q, H, Dv), optional
+        Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
+    return_lse : bool
+        Whether to return the log-sum-exp of each row's scores, too.
+    num_threads : int, optional
+        At most this many; default `get_num_threads`.
+
+    Returns
+    -------
+    out : ndarray, shape (total_q, H, Dv)
+        In query's dtype. 0 for a query that sees no key.
+    lse : ndarray, shape (total_q, H)
+        float64 for float64, else float32. Returned with ``return_lse``.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
+        As `attention`, and ValueError for cumulative lengths that do not fit. Nothing has then been written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 10, 8, 64), np.float32)
+    >>> lengths = [0, 3, 3, 10]  # of 3, 0 and 7 tokens
+    >>> out = fastattn.attention_varlen(query, key, value, lengths, lengths, causal=True)
+    >>> alone = fastattn.attention(*(x[3:].swapaxes(0, 1) for x in (query, key, value)), causal=True)
+    >>> bool((out[3:] == alone.swapaxes(0, 1)).all())
+    True
+    """
+    return _core.attention_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, query_offset, window, alibi_slopes, softcap,
+        sinks, out, return_lse, num_threads,
+    )  # fmt: skip
+
+
+@overload
+def top_keys(
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int = 8,
+    *,
+    return_totals: Literal[False] = False,
+    **options: Unpack[ScoreOptions],
+) -> tuple[NDArray[np.int64], Array]: ...
+@overload
+def top_keys(
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int = 8,
+    *,
+    return_totals: Literal[True],
+    **options: Unpack[ScoreOptions],
+) -> tuple[NDArray[np.int64], Array, Array]: ...
+def top_keys(
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int = 8,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: Window | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    return_totals: bool = False,
+    num_threads: int | None = None,
+) -> Any:
+    """Find the keys that each query attends most, without ever holding all weights.
+
+    In one pass over the keys, with memory that grows with ``Sq + Sk`` and not with their product. The weights
+    are those that `attention` would return.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., H, Sq, D)
+    key : array_like, shape (..., Hkv, Sk, D)
+        Dtypes, strides and broadcasting as for `attention`.
+    k : int
+        How many keys to list for each query, from 1 to 1024.
+    scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths
+        As for `attention`.
+    return_totals : bool
+        Whether to return how much each key is attended by all queries of a head together, too. It takes a second
+        pass.
+    num_threads : int, optional
+        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
+
+    Returns
+    -------
+    indices : ndarray of int64, shape (..., H, Sq, k)
+        In order of falling weight; of equal ones the earlier key first. -1 where a query sees fewer keys.
+    weights : ndarray, shape (..., H, Sq, k)
+        In query's dtype. 0 where the index is -1.
+    totals : ndarray, shape (..., H, Sk)
+        Sums of the weights over the queries; float64 for float64, else float32. Returned with
+        ``return_totals``. A query whose weights are NaN adds nothing.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError, KeyboardInterrupt
+        As `attention`, and for a `k` that is not accepted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key = np.random.default_rng(0).standard_normal((2, 8, 100, 64), np.float32)
+    >>> indices, weights, totals = fastattn.top_keys(query, key, k=3, causal=True, return_totals=True)
+    >>> indices[0, 0]
+    array([ 0, -1, -1])
+    >>> bool(np.allclose(totals.sum(axis=-1), 100))
+    True
+    """
+    return _core.top_keys(
+        query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
+        return_totals, num_threads,
+    )  # fmt: skip
+
+
+def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+    """Combine results of `attention` over disjoint sets of keys into that over their union.
+
+    For a prefix that many sequences share, or keys that do not fit in memory: attend each set with
+    ``return_lse=True``, and merge. A sink must take part in one of the sets only.
+
+    Parameters
+    ----------
+    outs : sequence of array_like, shape (..., H, Sq, Dv)
+        One for each set, of one dtype. Leading axes broadcast.
+    lses : sequence of array_like, shape (..., H, Sq)
+        One for each of `outs`. Where it is -inf the set has no key for the query, and adds nothing.
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, Sq, Dv)
+        In the dtype of `outs`, accumulated in float32 (float64 for float64) and rounded once. 0 where no set
+        has a key.
+    lse : ndarray, shape (..., H, Sq)
+        float64 if any of `lses` is, else float32.
+
+    Raises
+    ------
+    TypeError
+        Dtypes that differ or are not accepted.
+    ValueError
+        No sets, not as many lses as outs, or shapes that do not match or broadcast.
+
+    Notes
+    -----
+    With weights ``exp(lse_i - lse)``, where ``lse`` is the log of the sum of all ``exp(lse_i)``, the sum of
+    ``weight_i * out_i`` is exact: the softmax over a union is a mean of those over its parts [1]_.
+
+    References
+    ----------
+    .. [1] Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 8, 100, 64), np.float32)
+    >>> parts = [
+    ...     fastattn.attention(query, key[:, keys], value[:, keys], return_lse=True)
+    ...     for keys in (slice(0, 30), slice(30, None))
+    ... ]
+    >>> out, lse = fastattn.merge(*zip(*parts))
+    >>> bool(np.allclose(out, fastattn.attention(query, key, value), atol=1e-6))
+    True
+    """
+    return merge_results(outs, lses)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a call of `attention` would do.
@@ -204,15 +462,20 @@ class Plan:
     isa : str
         Instruction set of the kernel.
     path : str
-        What the kernel computes in: "float32", "float64" or "bf16dot".
+        What the kernel computes in: "float32", "float64" or "bf16dot"; with "-narrow" for a few query
+        rows, which are served at the speed at which keys are read.
     tile : (int, int)
         Query rows that are worked on together, and keys between two updates of the softmax.
+    splits : int
+        Parts of the keys whose results are merged. They depend on the shape alone.
     items : int
         Units of work that threads share.
     threads : int
         Threads that would take part.
     scratch_bytes : int
         Memory that each of them uses, and keeps for its next call.
+    shared_bytes : int
+        Memory, for the time of the call, of results of splits that wait to be merged.
     flops : int
         Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
         leave.
@@ -221,9 +484,11 @@ class Plan:
     isa: str
     path: str
     tile: tuple[int, int]
+    splits: int
     items: int
     threads: int
     scratch_bytes: int
+    shared_bytes: int
     flops: int
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_varlen", "merge", "top_keys"]
 
 Array = NDArray[Any]
 
@@ -190,3 +190,136 @@ def attention(
         result = out
     extras = [lse] * return_lse + [weights] * return_weights
     return (result, *extras) if extras else result
+
+
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    query_offset: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    out: Array | None = None,
+    return_lse: bool = False,
+    **keywords: Any,
+) -> Any:
+    """`attention` of each sequence of packed arrays by itself.
+
+    The parameters and results are those of `fastattn.attention_varlen`.
+
+    Parameters
+    ----------
+    query : array_like, shape (total_q, H, D)
+    key : array_like, shape (total_k, Hkv, D)
+    value : array_like, shape (total_k, Hkv, Dv)
+    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
+    query_offset, alibi_slopes, out, return_lse, **keywords
+        As in `fastattn.attention_varlen`.
+
+    Returns
+    -------
+    out : ndarray, shape (total_q, H, Dv)
+        With ``return_lse`` the tuple ``(out, lse)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> x = np.eye(3)[:, None]
+    >>> reference.attention_varlen(x, x, x, [0, 1, 3], [0, 1, 3], causal=True)[:2, 0]
+    array([[1., 0., 0.],
+           [0., 1., 0.]])
+    """
+    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    rows, keys = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
+    num_sequences = len(rows) - 1
+    result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
+    lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
+    offsets = None if query_offset is None else np.broadcast_to(np.asarray(query_offset), (num_sequences,))
+    slopes = np.broadcast_to(
+        np.zeros(query.shape[1]) if alibi_slopes is None else np.asarray(alibi_slopes),
+        (num_sequences, query.shape[1]),
+    )
+    for b in range(num_sequences):
+        of_queries, of_keys = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
+        result[of_queries], lse[of_queries] = (
+            x.swapaxes(0, 1)
+            for x in attention(
+                query[of_queries].swapaxes(0, 1),
+                key[of_keys].swapaxes(0, 1),
+                value[of_keys].swapaxes(0, 1),
+                query_offset=None if offsets is None else offsets[b],
+                alibi_slopes=slopes[b],
+                return_lse=True,
+                **keywords,
+            )
+        )
+    return (result, lse) if return_lse else result
+
+
+def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
+    """Combine results over disjoint sets of keys: ``Σ out_i e^lse_i / Σ e^lse_i``, in float64.
+
+    The parameters and results are those of `fastattn.merge`.
+
+    Parameters
+    ----------
+    outs : sequence of array_like, shape (..., H, Sq, Dv)
+    lses : sequence of array_like, shape (..., H, Sq)
+
+    Returns
+    -------
+    out : ndarray, shape (..., H, Sq, Dv)
+    lse : ndarray, shape (..., H, Sq)
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> out, lse = reference.merge([[[1.0]], [[3.0]]], [[0.0], [0.0]])
+    >>> out, lse.round(4)
+    (array([[2.]]), array([0.6931]))
+    """
+    parts, logs = np.broadcast_arrays(*outs), np.broadcast_arrays(*lses)
+    weights, lse = softmax(np.moveaxis(np.stack(logs).astype(np.float64), 0, -1).reshape(-1, len(logs)), -np.inf)
+    stacked = np.moveaxis(np.stack(parts).astype(np.float64), 0, -2).reshape(-1, len(parts), parts[0].shape[-1])
+    with np.errstate(all="ignore"):
+        terms = np.where(weights[:, :, None] == 0, 0.0, weights[:, :, None] * stacked)
+    out = terms.sum(axis=1).reshape(parts[0].shape)
+    return out.astype(parts[0].dtype), lse.reshape(logs[0].shape).astype(logs[0].dtype)
+
+
+def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: bool = False, **keywords: Any) -> Any:
+    """The keys that each query attends most, from all weights in float64.
+
+    The parameters and results are those of `fastattn.top_keys`.
+
+    Parameters
+    ----------
+    query : array_like, shape (..., H, Sq, D)
+    key : array_like, shape (..., Hkv, Sk, D)
+    k : int
+    return_totals, **keywords
+        As in `fastattn.top_keys`.
+
+    Returns
+    -------
+    indices, weights : ndarray, shape (..., H, Sq, k)
+        With ``return_totals`` also the totals (..., H, Sk).
+
+    Examples
+    --------
+    >>> from fastattn import reference
+    >>> indices, weights = reference.top_keys([[1.0]], [[0.0], [5.0]], k=3)
+    >>> indices, weights.round(3)
+    (array([[ 1,  0, -1]]), array([[0.993, 0.007, 0.   ]]))
+    """
+    query, key = np.asarray(query).astype(np.float64), np.asarray(key).astype(np.float64)
+    _, all_weights = attention(query, key, key[..., :0], return_weights=True, **keywords)
+    missing = [(0, 0)] * (all_weights.ndim - 1) + [(0, k)]
+    padded = np.pad(all_weights, missing)
+    order = np.argsort(-padded, axis=-1, kind="stable")[..., :k]
+    weights = np.take_along_axis(padded, order, axis=-1)
+    indices = np.where(weights > 0, order, -1)
+    return (indices, weights, all_weights.sum(axis=-2)) if return_totals else (indices, weights)

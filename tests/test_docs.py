@@ -13,13 +13,15 @@ from fastattn import reference
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 README = Path(__file__).parent.parent / "README.md"
 
-PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__} | {"reference.attention": reference.attention}
+PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__}
+PUBLIC |= {f"reference.{name}": getattr(reference, name) for name in reference.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
+METHODS = {name: thing for name, thing in inspect.getmembers(fastattn.KVCache, inspect.isroutine) if name[0] != "_"}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, "KVCache"])
 def test_examples_in_docstrings(name):
-    examples = doctest.DocTestFinder(recurse=False).find(FUNCTIONS[name], name, globs={})
+    examples = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
     assert sum(len(test.examples) for test in examples) > 0, f"{name} has no example"
     for test in examples:
         assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
@@ -32,6 +34,16 @@ def test_docstrings_follow_numpydoc(name):
     parameters = inspect.signature(FUNCTIONS[name]).parameters
     assert "Examples" in sections
     assert ("Parameters" in sections) == bool(parameters)
+    assert_described(documented, parameters)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_describe_their_parameters(name):
+    parameters = [p for p in inspect.signature(METHODS[name]).parameters if p != "self"]
+    assert_described(inspect.getdoc(METHODS[name]), parameters)
+
+
+def assert_described(documented, parameters):
     described = documented.split("Parameters\n---", 1)[-1]
     for parameter in parameters:
         assert re.search(rf"^(\w+, )*\**{parameter}\b", described, re.MULTILINE), f"{parameter} is not described"

@@ -16,7 +16,7 @@ query_dtype, kv_dtype = DTYPES[{dtypes}]
 rng = make_rng()
 for end in (True, False):
     for shape in [(1, 1, 1, 1, 1, 1), (1, 2, 1, 1, 33, 7), (1, 2, 2, 17, 65, 33), (2, 4, 2, 50, 70, 64),
-                  (1, 3, 1, 97, 129, 5), (1, 1, 1, 3, 600, 80)]:
+                  (1, 3, 1, 97, 129, 5), (1, 1, 1, 3, 600, 80), (1, 8, 2, 1, 1100, 64)]:
         for head_dim_v in (1, 15, 64):
             batch, heads, _, seqlen_q, seqlen_k, head_dim = shape
             arrays = [guarded(x, end) for x in qkv(rng, shape, (query_dtype, kv_dtype), head_dim_v)]

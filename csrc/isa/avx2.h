@@ -38,12 +38,18 @@ FA_INLINE vec vec_load_float16(const void *src)
     return (vec)_mm256_cvtph_ps(_mm_loadu_si128(src));
 }
 
+FA_INLINE vec vec_load_int8(const void *src)
+{
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(src)));
+}
+
 FA_INLINE void vec_store_float16(void *dst, vec x)
 {
     _mm_storeu_si128(dst, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 #define vec_load_float16 vec_load_float16
+#define vec_load_int8 vec_load_int8
 #else
 FA_INLINE vec vec_select(ivec where, vec yes, vec no)
 {

@@ -56,10 +56,45 @@ FA_INLINE vec vec_load_float16(const void *src)
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(src));
 }
 
+FA_INLINE vec vec_load_int8(const void *src)
+{
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(src)));
+}
+
 FA_INLINE void vec_store_float16(void *dst, vec x)
 {
     _mm256_storeu_si256(dst, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+
+/* Lane i of the result is the sum of x[i]'s lanes. Each step adds the halves, quarters, ... of two vectors:
+ * of the two shuffles that takes, one keeps every lane in its place, which any port can do. */
+FA_INLINE vec vec_sums(const vec x[16])
+{
+    vec y[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        vec a = x[i], b = x[i + 8];
+        y[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vec a = y[i], b = y[i + 4];
+        y[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
+               __builtin_shufflevector(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        vec a = y[i], b = y[i + 2];
+        y[i] = __builtin_shufflevector(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
+               __builtin_shufflevector(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+    }
+    vec a = y[0], b = y[1];
+    return __builtin_shufflevector(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
+           __builtin_shufflevector(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+}
+
+#define vec_sums vec_sums
 
 #else
 #define vmask __mmask8
@@ -127,5 +162,6 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 #define vec_round vec_round
 #define vec_scale_exponent vec_scale_exponent
 #define vec_load_float16 vec_load_float16
+#define vec_load_int8 vec_load_int8
 
 #endif

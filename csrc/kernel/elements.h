@@ -10,7 +10,7 @@
 
 FA_INLINE int element_size(fa_dtype dtype)
 {
-    return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : 2;
+    return dtype == FA_FLOAT64 ? 8 : dtype == FA_FLOAT32 ? 4 : dtype == FA_INT8 ? 1 : 2;
 }
 
 FA_INLINE float float_from_bits(uint32_t bits)
@@ -83,6 +83,8 @@ FA_INLINE real load_element(const char *src, fa_dtype dtype)
     case FA_FLOAT16:
         memcpy(&h, src, sizeof h);
         return (real)float_from_float16(h);
+    case FA_INT8:
+        return (real) * (const int8_t *)src;
     default:
         memcpy(&h, src, sizeof h);
         return (real)float_from_bfloat16(h);
@@ -124,6 +126,14 @@ FA_INLINE vec vec_load_bfloat16(const void *src)
 {
     return (vec)(uvec_load_halves(src) << 16);
 }
+
+#ifndef vec_load_int8
+FA_INLINE vec vec_load_int8(const void *src)
+{
+    typedef int8_t bytes_unaligned __attribute__((vector_size(LANES), aligned(1), may_alias));
+    return __builtin_convertvector(*(const bytes_unaligned *)src, vec);
+}
+#endif
 
 FA_INLINE void vec_store_bfloat16(void *dst, vec x)
 {
@@ -188,6 +198,8 @@ FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
         return vec_load_float16(src);
     if (dtype == FA_BFLOAT16)
         return vec_load_bfloat16(src);
+    if (dtype == FA_INT8)
+        return vec_load_int8(src);
 #endif
     vec x = {0};
     for (int i = 0; i < LANES; i++)
@@ -198,7 +210,10 @@ FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
 /* `count` elements of `size` bytes, `step` bytes apart, side by side. */
 FA_INLINE void gather_bytes(const char *src, ptrdiff_t step, int count, int size, char *dst)
 {
-    if (size == 2) {
+    if (size == 1) {
+        for (int i = 0; i < count; i++)
+            dst[i] = src[i * step];
+    } else if (size == 2) {
         for (int i = 0; i < count; i++)
             memcpy(dst + 2 * i, src + i * step, 2);
     } else if (size == 4) {
@@ -306,6 +321,89 @@ FA_INLINE void store_square(char *const *rows, int num_rows, ptrdiff_t offset, p
         for (int j = 0; j < num_rows; j++)
             store_elements(rows[j] + offset, step, count, dtype, y[j]);
     }
+}
+
+/* Vectors that hold a row of so many elements. */
+FA_INLINE int vectors_of(int64_t columns)
+{
+    return (int)((columns + LANES - 1) / LANES);
+}
+
+/* Rows of keys or values where they lie, `array->row` bytes apart, with the scales of int8 (NULL: none). */
+typedef struct {
+    const char *data;
+    const fa_array *array;
+    const char *scale;
+    ptrdiff_t scale_step;
+} source_rows;
+
+/* Of a row of keys or values that is staged, in vectors of `real` or of pairs of elements. */
+FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
+{
+    return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
+}
+
+/* Widens `num_keys` rows into [n][d], and multiplies them by their scales. */
+FA_INLINE void stage_rows(const source_rows *src, int num_keys, int head_dim, char *stage)
+{
+    const fa_array *array = src->array;
+    for (int n = 0; n < num_keys; n++) {
+        const char *row = src->data + n * array->row;
+        char *dst = stage + n * staged_row_bytes(head_dim);
+        real scale = src->scale ? load_element(src->scale + n * src->scale_step, FA_FLOAT32) : 1;
+        for (int d = 0; d < head_dim; d += LANES) {
+            int count = head_dim - d < LANES ? head_dim - d : LANES;
+            vec x = load_elements(row + d * array->col, array->col, count, array->dtype);
+            vec_store(dst + d * (int)sizeof(real), src->scale ? x * scale : x);
+        }
+    }
+}
+
+/* bfloat16 is widened two vectors at a time: shifts and masks are cheaper than moving halves to lanes. So the
+ * even elements come first, then the odd ones. */
+FA_INLINE bool comes_in_twos(fa_dtype dtype)
+{
+    return FA_REAL_BYTES == 4 && dtype == FA_BFLOAT16;
+}
+
+/* Whether a narrow tile takes rows as they lie: they can be loaded in vectors, to their end. */
+FA_INLINE bool lies_in_vectors(const fa_array *array, int64_t columns)
+{
+    const int at_once = comes_in_twos(array->dtype) ? 2 * LANES : LANES;
+    return array->col == element_size(array->dtype) && columns % at_once == 0;
+}
+
+/* Whether the vectors of a row, as read by a narrow tile, are even elements and odd ones in turn. */
+FA_INLINE bool reads_twos(const fa_array *array, int64_t columns)
+{
+    return comes_in_twos(array->dtype) && lies_in_vectors(array, columns);
+}
+
+/* Vector i of a row. */
+FA_INLINE vec load_nth(const char *row, fa_dtype dtype, int i)
+{
+    if (!comes_in_twos(dtype))
+        return load_contiguous(row + i * LANES * element_size(dtype), dtype);
+    uvec two = (uvec)vec_load(row + i / 2 * FA_VECTOR_BYTES);
+    if (i % 2 == 0)
+        return (vec)(two << 16);
+    return (vec)(two & 0xffff0000);
+}
+
+/* Two vectors in the order of elements -> even and odd elements. */
+FA_INLINE void part_twos(vec x[2])
+{
+    real elements[2 * LANES];
+    memcpy(elements, x, sizeof elements);
+    for (int i = 0; i < 2 * LANES; i++)
+        x[i % 2][i / 2] = elements[i];
+}
+
+FA_INLINE void join_twos(vec x[2])
+{
+    vec even = x[0], odd = x[1];
+    x[0] = __builtin_shufflevector(even, odd, INTERLEAVE_LOW);
+    x[1] = __builtin_shufflevector(even, odd, INTERLEAVE_HIGH);
 }
 
 #endif

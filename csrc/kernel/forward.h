@@ -4,7 +4,8 @@
 #define FA_KERNEL_FORWARD_H
 
 #include "item.h"
-#include "softmax.h"
+#include "partial.h"
+#include "top.h"
 
 /* out[e][m] += Σ_r V[first + r][e] p[r][m]. The sum over the block is formed apart and then added: of
  * many keys, rounding errors grow with the blocks and not with the keys. */
@@ -31,62 +32,101 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     }
 }
 
-/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands. */
+/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
 FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 {
+    const int64_t mask = is_narrow(t) ? ((int64_t)1 << t->key_shift) - 1 : REDUCTION - 1;
     key_range range;
     range.key_lo = max_i64(begin, t->key_lo);
     range.key_hi = min_i64(end, t->key_hi);
-    range.first = range.key_lo / REDUCTION * REDUCTION;
-    range.last = (range.key_hi + REDUCTION - 1) / REDUCTION * REDUCTION;
+    range.first = range.key_lo & ~mask;
+    range.last = (range.key_hi + mask) & ~mask;
     return range;
 }
 
 /* Adds a key block to the running softmax of a tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const lookahead *ahead, int vectors,
+                            const operand_block *value, const lookahead *ahead, int vectors, bool narrow,
                             bool visible_only, vec *scores)
 {
-    if (!compute_scores(p, t, range, key, ahead, vectors, scores))
+    if (!compute_scores(p, t, range, key, ahead, vectors, narrow, scores))
         return;
+    const int rows = panel_rows(t, range, narrow);
+    if (p->top_count > 0)
+        update_top(p, t, range, scores, vectors, narrow);
     const real to_log2 = (real)(score_unit(p) * LOG2E);
     vec rescale[MAX_VECTORS];
-    if (raise_row_max(t, scores, num_keys(range), to_log2, vectors, rescale)) {
+    if (raise_row_max(t, scores, rows, to_log2, vectors, narrow, rescale)) {
         for (int m = 0; m < vectors; m++)
             t->row_sum[m] *= rescale[m];
         if (!t->fresh)
-            rescale_out(t, p->head_dim_v, vectors, rescale);
+            rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
     }
-    exponentiate(t, scores, num_keys(range), to_log2, vectors, visible_only);
-    const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
+    exponentiate(t, scores, rows, to_log2, vectors, visible_only);
+    if (narrow) {
+        multiply_narrow_value(p, t, range, value, scores, ahead, visible_only);
+    } else {
+        const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
+        multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
+    }
     t->fresh = false;
 }
 
-/* Writes the weights of a key block, from the finished row_max and row_sum. */
-FA_INLINE void write_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             int vectors, char *const *weights, vec *scores)
+/* Scores of the panel -> weights. */
+FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vectors, vec *scores)
 {
-    const lookahead nothing = {0};
-    if (!compute_scores(p, t, range, key, &nothing, vectors, scores))
-        return;
     const real to_log2 = (real)(score_unit(p) * LOG2E);
     const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int m = 0; m < vectors; m++) {
         vec reference = finite_row_max(t, m);
-        vec inverse_sum = vec_select(vec_equal(t->row_sum[m], vec_splat(0)), vec_splat(0), 1 / t->row_sum[m]);
-        for (int r = 0; r < num_keys(range); r++) {
+        vec inverse_sum = inverse_or_zero(t->row_sum[m]);
+        for (int r = 0; r < rows; r++) {
             vec s = scores[r * vectors + m];
             vec weight = probability((s - reference) * to_log2) * inverse_sum;
             /* 0 even in a row whose sum is NaN */
             scores[r * vectors + m] = vec_select(vec_equal(s, minus_infinity), vec_splat(0), weight);
         }
+    }
+}
+
+/* The weights of a key block, from the finished row_max and row_sum; false if no row sees any of the keys. */
+FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
+                               int vectors, bool narrow, vec *weights)
+{
+    const lookahead nothing = {0};
+    if (!compute_scores(p, t, range, key, &nothing, vectors, narrow, weights))
+        return false;
+    normalise(p, t, panel_rows(t, range, narrow), vectors, weights);
+    return true;
+}
+
+static void store_narrow_weights(const fa_problem *p, const tile *t, const key_range *range, const vec *panel,
+                                 char *const *rows)
+{
+    const real *weight = (const real *)panel;
+    for (int64_t n = range->key_lo; n < range->key_hi; n++)
+        for (int r = 0; r < t->rows; r++)
+            store_element(rows[r] + n * p->weights.col, p->weights.dtype,
+                          weight[(n - range->first) * t->narrow + r]);
+}
+
+static void store_weights(const fa_problem *p, const item_arrays *a, const tile *t, const key_range *range,
+                          const vec *panel)
+{
+    char *rows[TILE_ROWS];
+    for (int j = 0; j < t->rows; j++)
+        rows[j] = a->weights + t->head[j] * p->weights.head + t->row[j] * p->weights.row;
+    if (is_narrow(t)) {
+        store_narrow_weights(p, t, range, panel, rows);
+        return;
+    }
+    for (int m = 0; m < t->vectors; m++) {
         for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
             int count = (int)min_i64(LANES, range->key_hi - n);
             vec x[LANES];
             for (int j = 0; j < LANES; j++)
-                x[j] = scores[(min_i64(n + j, range->key_hi - 1) - range->first) * vectors + m];
-            store_square(weights + m * LANES, rows_of_vector(t, m), n * p->weights.col, p->weights.col, count,
+                x[j] = panel[(min_i64(n + j, range->key_hi - 1) - range->first) * t->vectors + m];
+            store_square(rows + m * LANES, rows_of_vector(t, m), n * p->weights.col, p->weights.col, count,
                          p->weights.dtype, x);
         }
     }
@@ -97,60 +137,83 @@ static void attend_block_any(const fa_problem *p, tile *t, const key_range *rang
                              const operand_block *value, const lookahead *ahead, bool visible_only,
                              vec *scores)
 {
-    if (visible_only && t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, true, scores);
+    if (is_narrow(t))
+        attend_block(p, t, range, key, value, ahead, 1, true, visible_only, scores);
+    else if (visible_only && t->vectors == 1)
+        attend_block(p, t, range, key, value, ahead, 1, false, true, scores);
     else if (visible_only && t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, true, scores);
+        attend_block(p, t, range, key, value, ahead, 2, false, true, scores);
     else if (visible_only)
-        attend_block(p, t, range, key, value, ahead, 3, true, scores);
+        attend_block(p, t, range, key, value, ahead, 3, false, true, scores);
     else if (t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, false, scores);
+        attend_block(p, t, range, key, value, ahead, 1, false, false, scores);
     else if (t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, false, scores);
+        attend_block(p, t, range, key, value, ahead, 2, false, false, scores);
     else
-        attend_block(p, t, range, key, value, ahead, 3, false, scores);
+        attend_block(p, t, range, key, value, ahead, 3, false, false, scores);
 }
 
-static void write_weights_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              char *const *weights, vec *scores)
+static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
+                                const operand_block *key, vec *weights)
 {
+    if (is_narrow(t))
+        return compute_weights(p, t, range, key, 1, true, weights);
     if (t->vectors == 1)
-        write_weights(p, t, range, key, 1, weights, scores);
-    else if (t->vectors == 2)
-        write_weights(p, t, range, key, 2, weights, scores);
-    else
-        write_weights(p, t, range, key, 3, weights, scores);
+        return compute_weights(p, t, range, key, 1, false, weights);
+    if (t->vectors == 2)
+        return compute_weights(p, t, range, key, 2, false, weights);
+    return compute_weights(p, t, range, key, 3, false, weights);
+}
+
+/* Rows as they lie, as operands. */
+FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_t step)
+{
+    return (operand_block){src->data,         begin,      src->array->row, step,
+                           src->array->dtype, src->scale, src->scale_step};
 }
 
 /* Keys [begin, end) and their values as operands: where they lie, or staged. */
 static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                    char *stage)
+                                    bool narrow, char *stage)
 {
-    const char *src = a->key + begin * p->key.row;
-    if (key_is_operand(&p->key, p->head_dim))
-        return (operand_block){src, begin, p->key.row, operand_step(&p->key)};
-    stage_key(src, &p->key, (int)(end - begin), (int)p->head_dim, stage);
-    return (operand_block){stage, begin, staged_row_bytes(p->head_dim), sizeof(operand)};
+    source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
+    if (narrow ? lies_in_vectors(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
+        return in_place(&src, begin, operand_step(&p->key));
+    stage_key(&src, (int)(end - begin), (int)p->head_dim, stage);
+    return (operand_block){.data = stage,
+                           .first = begin,
+                           .row = staged_row_bytes(p->head_dim),
+                           .col = sizeof(operand),
+                           .dtype = FA_REAL_DTYPE};
 }
 
 static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                      char *stage)
+                                      bool narrow, char *stage)
 {
-    const char *src = a->value + begin * p->value.row;
-    if (value_is_operand(&p->value))
-        return (operand_block){src, begin, p->value.row, operand_step(&p->value)};
+    source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
+    if (narrow ? lies_in_vectors(&p->value, p->head_dim_v) : value_is_operand(&p->value))
+        return in_place(&src, begin, operand_step(&p->value));
+    if (narrow) {
+        stage_rows(&src, (int)(end - begin), (int)p->head_dim_v, stage);
+        return (operand_block){
+            .data = stage, .first = begin, .row = staged_row_bytes(p->head_dim_v), .dtype = FA_REAL_DTYPE};
+    }
     int lead = (int)(begin % REDUCTION);
-    stage_value(src, &p->value, lead, (int)(end - begin), (int)p->head_dim_v, stage);
-    return (operand_block){stage, begin / REDUCTION, staged_row_bytes(p->head_dim_v), sizeof(operand)};
+    stage_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, stage);
+    return (operand_block){.data = stage,
+                           .first = begin / REDUCTION,
+                           .row = staged_row_bytes(p->head_dim_v),
+                           .col = sizeof(operand),
+                           .dtype = FA_REAL_DTYPE};
 }
 
 typedef struct {
     const fa_problem *problem;
-    const fa_item *next;
+    const fa_item *item, *next;
     item_arrays arrays;
     workspace w;
     int num_tiles;
-    int64_t key_lo, key_hi; /* keys that some tile reads */
+    int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
     fa_run *run;
     bool is_caller;
 } item_state;
@@ -162,20 +225,28 @@ static int64_t block_end(int64_t begin, int64_t key_hi)
     return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, key_hi);
 }
 
+static void look_ahead_to_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t key_hi,
+                                lookahead *ahead)
+{
+    if (begin >= key_hi)
+        return;
+    ahead->key = a->key + key_offset(p, a, &p->key, begin);
+    ahead->value = a->value + key_offset(p, a, &p->value, begin);
+    ahead->key_rows = (int)(block_end(begin, key_hi) - begin);
+}
+
 /* The keys from `begin` on; after the last, the next item's first ones. */
 static void look_ahead_to_keys(const item_state *s, int64_t begin, lookahead *ahead)
 {
     const fa_problem *p = s->problem;
     if (begin < s->key_hi) {
-        ahead->key = s->arrays.key + begin * p->key.row;
-        ahead->value = s->arrays.value + begin * p->value.row;
-        ahead->key_rows = (int)(block_end(begin, s->key_hi) - begin);
+        look_ahead_to_block(p, &s->arrays, begin, s->key_hi, ahead);
     } else if (s->next) {
+        const fa_sequence *next = &s->next->sequence;
         item_arrays a;
         locate_keys(p, s->next, &a);
-        ahead->key = a.key;
-        ahead->value = a.value;
-        ahead->key_rows = (int)min_i64(a.num_keys, KEY_BLOCK);
+        int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
+        look_ahead_to_block(p, &a, first, next->key_hi, ahead);
     }
 }
 
@@ -197,18 +268,21 @@ static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
     }
 }
 
-/* Every tile over every key block; false if some result is not finite. */
-static bool attend_keys(item_state *s, bool visible_only)
+/* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */
+static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with_sinks, bool visible_only)
 {
     const fa_problem *p = s->problem;
-    for (int i = 0; i < s->num_tiles; i++)
-        reset_tile(p, &s->arrays, &s->w.tiles[i]);
-    for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
+    const bool narrow = is_narrow(&s->w.tiles[0]);
+    for (int i = 0; i < s->num_tiles; i++) {
+        reset_tile(p, &s->arrays, with_sinks, &s->w.tiles[i]);
+        reset_top(p, &s->w.tiles[i]);
+    }
+    for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
-            return true;
-        end = block_end(begin, s->key_hi);
-        operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
-        operand_block value = load_value_block(p, &s->arrays, begin, end, s->w.value_stage);
+            return;
+        end = block_end(begin, key_hi);
+        operand_block key = load_key_block(p, &s->arrays, begin, end, narrow, s->w.key_stage);
+        operand_block value = load_value_block(p, &s->arrays, begin, end, narrow, s->w.value_stage);
         bool asked_for_keys = false; /* by one of the tiles */
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
@@ -229,10 +303,77 @@ static bool attend_keys(item_state *s, bool visible_only)
             asked_for_keys = true;
         }
     }
-    bool clean = true;
+    gather_row_sum(&s->w.tiles[0]);
+}
+
+/* False if some result is not finite. */
+static bool finish_tiles(item_state *s)
+{
+    bool finite = true;
     for (int i = 0; i < s->num_tiles; i++)
-        clean &= finish_tile(p, &s->w.tiles[i]);
-    return clean;
+        finite &= finish_tile(s->problem, &s->w.tiles[i]);
+    return finite;
+}
+
+/* 0 · NaN is NaN: a value that is not finite, under a key that some rows see and others do not, has reached
+ * all of them. That shows in the results, and only then are hidden values kept apart, in a second try. */
+static void attend_whole(item_state *s)
+{
+    attend_keys(s, s->key_lo, s->key_hi, true, false);
+    if (finish_tiles(s))
+        return;
+    attend_keys(s, s->key_lo, s->key_hi, true, true);
+    finish_tiles(s);
+}
+
+/* The tile's softmax over one split of the keys, and tried again as in attend_whole. */
+static void attend_split(item_state *s, int64_t split)
+{
+    const fa_problem *p = s->problem;
+    tile *t = &s->w.tiles[0];
+    const int64_t key_lo = max_i64(s->key_lo, split * s->item->split_keys);
+    const int64_t key_hi = min_i64(s->key_hi, (split + 1) * s->item->split_keys);
+    const bool with_sinks = split == s->item->first_split;
+    attend_keys(s, key_lo, key_hi, with_sinks, false);
+    fill_if_fresh(p, t);
+    vec suspect = {0};
+    for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i++)
+        suspect += t->out[i] - t->out[i];
+    if (all_zero(suspect))
+        return;
+    attend_keys(s, key_lo, key_hi, with_sinks, true);
+    fill_if_fresh(p, t);
+}
+
+/* Every split of a group, merged as they come; or one, merged with the others if it is the last to be there.
+ * False if it is not. */
+static bool attend_splits(item_state *s)
+{
+    const fa_problem *p = s->problem;
+    const fa_item *item = s->item;
+    const real to_log2 = (real)(score_unit(p) * LOG2E);
+    tile *t = &s->w.tiles[0];
+    partial *total = s->w.total;
+    if (!item->partials) {
+        for (int64_t split = item->split_begin; split < item->split_end; split++) {
+            attend_split(s, split);
+            save_partial(p, t, split == item->split_begin ? total : s->w.split);
+            if (split > item->split_begin)
+                merge_partial(p, t, to_log2, total, s->w.split);
+        }
+    } else {
+        const size_t bytes = partial_bytes(p, item->row_end - item->row_begin);
+        attend_split(s, item->split_begin);
+        save_partial(p, t,
+                     (partial *)(item->partials + (size_t)(item->split_begin - item->first_split) * bytes));
+        if (atomic_fetch_add_explicit(item->splits_done, 1, memory_order_acq_rel) + 1 < item->num_splits)
+            return false;
+        total = (partial *)item->partials;
+        for (int64_t i = 1; i < item->num_splits; i++)
+            merge_partial(p, t, to_log2, total, (partial *)(item->partials + (size_t)i * bytes));
+    }
+    load_partial(p, total, t);
+    return true;
 }
 
 /* A second pass: weights need the sums of all keys. */
@@ -243,17 +384,32 @@ static void attend_weights(item_state *s)
         if (fa_should_stop(s->run, s->is_caller))
             return;
         end = block_end(begin, s->key_hi);
-        operand_block key = load_key_block(p, &s->arrays, begin, end, s->w.key_stage);
+        operand_block key =
+            load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), s->w.key_stage);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
-            char *weights[TILE_ROWS];
-            for (int j = 0; j < t->rows; j++)
-                weights[j] = s->arrays.weights + t->head[j] * p->weights.head + t->row[j] * p->weights.row;
             key_range range = tile_range(t, begin, end);
-            if (range.key_lo < range.key_hi)
-                write_weights_any(p, t, &range, &key, weights, s->w.scores);
+            if (range.key_lo >= range.key_hi || !compute_weights_any(p, t, &range, &key, s->w.scores))
+                continue;
+            if (p->weights.data)
+                store_weights(p, &s->arrays, t, &range, s->w.scores);
+            if (p->totals.data)
+                add_totals(p, &s->arrays, t, &range, s->w.scores);
         }
     }
+}
+
+/* Of a tile of a few rows: the power of two that holds them, and the keys that share a vector then. */
+static void narrow_tile(int64_t rows, tile *t)
+{
+    t->narrow = 0;
+    t->key_shift = 0;
+    if (rows > NARROW_ROWS)
+        return;
+    for (t->narrow = 1; t->narrow < rows;)
+        t->narrow *= 2;
+    while (t->narrow << t->key_shift < LANES)
+        t->key_shift++;
 }
 
 /* Spreads the item's rows evenly over as few tiles as hold them. */
@@ -269,29 +425,42 @@ static void locate_tiles(item_state *s, const fa_item *item)
         tile *t = &s->w.tiles[i];
         t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
         t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
+        narrow_tile(s->arrays.group * item->sequence.num_queries, t);
         locate_rows(s->problem, &s->arrays, row, t);
         s->key_lo = min_i64(s->key_lo, t->key_lo);
         s->key_hi = max_i64(s->key_hi, t->key_hi);
         row += t->rows;
     }
+    s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
+    s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);
 }
 
 static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch,
                          fa_run *run, bool is_caller)
 {
-    item_state s = {
-        .problem = p, .next = next, .arrays = locate(p, item), .run = run, .is_caller = is_caller};
+    item_state s = {.problem = p,
+                    .item = item,
+                    .next = next,
+                    .arrays = locate(p, item),
+                    .run = run,
+                    .is_caller = is_caller};
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);
-    /* 0 · NaN is NaN: a value that is not finite, under a key that some rows see and others do not, has
-     * reached all of them. That shows in the results, and only then are hidden values kept apart. */
-    if (!attend_keys(&s, false))
-        attend_keys(&s, true);
+    if (item->num_splits == 1) {
+        attend_whole(&s);
+    } else {
+        if (!attend_splits(&s))
+            return;
+        finish_tiles(&s);
+    }
     if (p->lse.data)
         for (int i = 0; i < s.num_tiles; i++)
             store_lse(p, &s.arrays, &s.w.tiles[i]);
-    if (p->weights.data)
+    if (p->top_count > 0)
+        for (int i = 0; i < s.num_tiles; i++)
+            store_top(p, &s.arrays, &s.w.tiles[i]);
+    if (p->weights.data || p->totals.data)
         attend_weights(&s);
 }
 
@@ -328,8 +497,9 @@ const fa_kernel FA_KERNEL = {
     .name = FA_NAME,
     .lanes = LANES,
     .max_vectors = MAX_VECTORS,
-    .key_block = KEY_BLOCK,
+    .narrow_rows = NARROW_ROWS,
     .scratch_bytes = scratch_bytes,
+    .partial_bytes = partial_bytes,
     .forward = forward_item,
     .peak = measure_peak_rounds,
 };

@@ -8,6 +8,9 @@
 /* The arrays of one batch item and kv head. Those with query heads start at query head 0. */
 typedef struct {
     char *query, *key, *value, *mask, *bias, *out, *lse, *weights, *alibi_slopes, *sinks;
+    char *key_scale, *value_scale;
+    char *top_indices, *top_weights, *totals;
+    const int64_t *pages; /* where keys lie, if in pages */
     int64_t num_keys, query_offset;
     int64_t group, first_head;
 } item_arrays;
@@ -17,13 +20,29 @@ static char *at_batch(const fa_array *array, const fa_problem *p, const fa_item 
     return array->data ? array->data + batch_offset(array, p, item->batch_index) : NULL;
 }
 
+/* Of the item's kv head and sequence. */
+static char *at_keys(const fa_array *array, const fa_problem *p, const fa_item *item)
+{
+    char *data = at_batch(array, p, item);
+    return data ? data + item->kv_head * array->head + item->sequence.first_key * array->row : NULL;
+}
+
+static char *at_queries(const fa_array *array, const fa_problem *p, const fa_item *item)
+{
+    char *data = at_batch(array, p, item);
+    return data ? data + item->sequence.first_query * array->row : NULL;
+}
+
 static void locate_keys(const fa_problem *p, const fa_item *item, item_arrays *a)
 {
-    const char *length = at_batch(&p->key_lengths, p, item);
-    a->num_keys = length ? *(const int64_t *)length : p->seqlen_k;
-    a->key = at_batch(&p->key, p, item) + item->kv_head * p->key.head;
-    a->value = at_batch(&p->value, p, item) + item->kv_head * p->value.head;
-    a->query = at_batch(&p->query, p, item);
+    a->key = at_keys(&p->key, p, item);
+    a->value = at_keys(&p->value, p, item);
+    a->key_scale = at_keys(&p->key_scale, p, item);
+    a->value_scale = at_keys(&p->value_scale, p, item);
+    a->pages = (const int64_t *)at_batch(&p->page_table, p, item);
+    a->query = at_queries(&p->query, p, item);
+    a->num_keys = item->sequence.num_keys;
+    a->query_offset = item->sequence.query_offset;
     a->group = p->num_heads / p->num_kv_heads;
     a->first_head = item->kv_head * a->group;
 }
@@ -34,21 +53,44 @@ static item_arrays locate(const fa_problem *p, const fa_item *item)
     locate_keys(p, item, &a);
     a.mask = at_batch(&p->mask, p, item);
     a.bias = at_batch(&p->bias, p, item);
-    a.out = at_batch(&p->out, p, item);
-    a.lse = at_batch(&p->lse, p, item);
+    a.out = at_queries(&p->out, p, item);
+    a.lse = at_queries(&p->lse, p, item);
     a.weights = at_batch(&p->weights, p, item);
     a.alibi_slopes = at_batch(&p->alibi_slopes, p, item);
     a.sinks = at_batch(&p->sinks, p, item);
-    const char *offset = at_batch(&p->query_offset, p, item);
-    a.query_offset = offset ? *(const int64_t *)offset : a.num_keys - p->seqlen_q;
+    a.top_indices = at_batch(&p->top_indices, p, item);
+    a.top_weights = at_batch(&p->top_weights, p, item);
+    a.totals = at_batch(&p->totals, p, item);
     return a;
+}
+
+/* From the item's first key to key n. A block of keys lies in one page. */
+FA_INLINE ptrdiff_t key_offset(const fa_problem *p, const item_arrays *a, const fa_array *array, int64_t n)
+{
+    if (!a->pages)
+        return n * array->row;
+    return a->pages[n / p->page_size] * array->page + n % p->page_size * array->row;
+}
+
+/* Keys, or values, from n on. */
+FA_INLINE source_rows rows_from(const fa_problem *p, const item_arrays *a, const fa_array *array,
+                                const char *data, const fa_array *scales, const char *scale, int64_t n)
+{
+    source_rows src = {.data = data + key_offset(p, a, array, n), .array = array};
+    if (scale) {
+        src.scale = scale + key_offset(p, a, scales, n);
+        src.scale_step = scales->row;
+    }
+    return src;
 }
 
 /* Position and head of each lane's row. */
 static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
     for (int j = 0; j < t->vectors * LANES; j++) {
-        int64_t flat = row_begin + (j < t->rows ? j : t->rows - 1);
+        int row = row_of_lane(t, j);
+        t->lane_key[j] = is_narrow(t) ? j / t->narrow : 0;
+        int64_t flat = row_begin + (row < t->rows ? row : t->rows - 1);
         t->row[j] = a->group == 1 ? flat : flat / a->group;
         t->head[j] = a->first_head + flat - t->row[j] * a->group;
     }
@@ -114,38 +156,83 @@ static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_b
 
 static void pack_tile(const fa_problem *p, tile *t)
 {
-    pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, (real)scale_sign(p),
-               t->query);
+    const real sign = (real)scale_sign(p);
+    for (int r = 0; r < t->narrow; r++)
+        pack_narrow_query(t->query_row[r], p, sign, t->query + r * key_vectors(p->head_dim));
+    if (!is_narrow(t))
+        pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
     t->packed = true;
 }
 
-/* The running softmax of no keys; a sink is a score that is there from the start and adds no value. */
-static void reset_tile(const fa_problem *p, const item_arrays *a, tile *t)
+/* The running softmax of no keys; a sink is a score that is there from the start and adds no value. Of
+ * splits, the first has the sink; of the lanes of a row, the first. */
+static void reset_tile(const fa_problem *p, const item_arrays *a, bool with_sinks, tile *t)
 {
     for (int m = 0; m < t->vectors; m++) {
         t->row_max[m] = vec_splat(-(real)INFINITY);
         t->row_sum[m] = vec_splat(0);
     }
-    if (a->sinks) {
+    if (a->sinks && with_sinks) {
         for (int j = 0; j < t->vectors * LANES; j++) {
             double sink = load_element(a->sinks + t->head[j] * p->sinks.head, FA_FLOAT64);
             t->row_max[j / LANES][j % LANES] = (real)sink;
             /* e^(sink - row_max), which is NaN for sinks that are NaN or inf */
-            t->row_sum[j / LANES][j % LANES] = sink == -INFINITY ? 0 : (real)(1 + (sink - sink));
+            bool counts = sink != -INFINITY && t->lane_key[j] == 0;
+            t->row_sum[j / LANES][j % LANES] = counts ? (real)(1 + (sink - sink)) : 0;
         }
     }
     t->fresh = true;
 }
 
+/* What has met no key is there as zeros from now on. */
+static void fill_if_fresh(const fa_problem *p, tile *t)
+{
+    if (t->fresh)
+        memset(t->out, 0, (size_t)out_vectors(t, p->head_dim_v) * sizeof(vec));
+    t->fresh = false;
+}
+
+FA_INLINE vec inverse_or_zero(vec x)
+{
+    return vec_select(vec_equal(x, vec_splat(0)), vec_splat(0), 1 / x);
+}
+
+FA_INLINE bool all_zero(vec x)
+{
+    real total = 0;
+    for (int j = 0; j < LANES; j++)
+        total += x[j];
+    return total == 0;
+}
+
 /* Normalises and stores; false if some result is not finite. */
-static bool finish_tile(const fa_problem *p, const tile *t)
+static bool finish_narrow_tile(const fa_problem *p, const tile *t)
+{
+    vec suspect = {0};
+    const vec inverse_sum = inverse_or_zero(t->row_sum[0]);
+    const int vectors = vectors_of(p->head_dim_v);
+    for (int r = 0; r < t->rows; r++) {
+        vec *out = t->out + r * vectors;
+        for (int i = 0; i < vectors && reads_twos(&p->value, p->head_dim_v); i += 2)
+            join_twos(out + i);
+        for (int i = 0; i < vectors; i++) {
+            int count = (int)min_i64(LANES, p->head_dim_v - i * LANES);
+            vec x = out[i] * inverse_sum[r];
+            suspect += x - x;
+            store_elements(t->out_row[r] + i * LANES * p->out.col, p->out.col, count, p->out.dtype, x);
+        }
+    }
+    return all_zero(suspect);
+}
+
+static bool finish_tile(const fa_problem *p, tile *t)
 {
     vec suspect = {0}; /* x - x is 0 for every finite x */
-    if (t->fresh)
-        memset(t->out, 0, (size_t)p->head_dim_v * t->vectors * sizeof(vec));
+    fill_if_fresh(p, t);
+    if (is_narrow(t))
+        return finish_narrow_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
-        vec sum = t->row_sum[m];
-        vec inverse_sum = vec_select(vec_equal(sum, vec_splat(0)), vec_splat(0), 1 / sum);
+        vec inverse_sum = inverse_or_zero(t->row_sum[m]);
         for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
             prefetch_for_write_now(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
         for (int e = 0; e < p->head_dim_v; e += LANES) {
@@ -160,10 +247,7 @@ static bool finish_tile(const fa_problem *p, const tile *t)
                          p->out.dtype, x);
         }
     }
-    real total = 0;
-    for (int j = 0; j < LANES; j++)
-        total += suspect[j];
-    return total == 0;
+    return all_zero(suspect);
 }
 
 static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)

@@ -65,6 +65,44 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     }
 }
 
+/* Of a narrow tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
+ * zeros. */
+FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
+{
+    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
+    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
+    for (int d = 0; d < p->head_dim; d += 2 * LANES)
+        *query++ = (load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d) ^ flip) & keep;
+}
+
+FA_INLINE int key_vectors(int64_t head_dim)
+{
+    return vectors_of((head_dim + 1) / 2);
+}
+
+FA_INLINE int keys_at_once(fa_dtype dtype)
+{
+    (void)dtype;
+    return 1;
+}
+
+FA_INLINE int key_vector_bytes(fa_dtype dtype)
+{
+    (void)dtype;
+    return FA_VECTOR_BYTES;
+}
+
+FA_INLINE panel load_key_vector(const char *src, fa_dtype dtype, int i)
+{
+    (void)dtype;
+    return (uvec)vec_load(src + i * FA_VECTOR_BYTES);
+}
+
+FA_INLINE vec multiply_lanes(panel a, panel b, vec c)
+{
+    return dot_pairs(a, b, c);
+}
+
 /* Rows n and n + 1 become row n / 2 of pairs, in place: its lanes are read before they are written.
  * num_keys is even. */
 FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors)
@@ -93,19 +131,14 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return false;
 }
 
-/* Of a row of keys in pairs, or of a row of values interleaved with the next. */
-FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
+FA_INLINE void stage_key(const source_rows *src, int num_keys, int head_dim, char *stage)
 {
-    return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
-}
-
-FA_INLINE void stage_key(const char *src, const fa_array *key, int num_keys, int head_dim, char *stage)
-{
+    const fa_array *key = src->array;
     for (int n = 0; n < num_keys; n++) {
         char *dst = stage + n * staged_row_bytes(head_dim);
         for (int d = 0; d < head_dim; d += 2 * LANES)
             vec_store(dst + 2 * d,
-                      (vec)load_pairs(src + n * key->row + d * key->col, key->col, head_dim - d));
+                      (vec)load_pairs(src->data + n * key->row + d * key->col, key->col, head_dim - d));
     }
 }
 
@@ -120,11 +153,11 @@ FA_INLINE uvec load_halves(const char *src, ptrdiff_t col, int count)
 }
 
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
-FA_INLINE void stage_value(const char *src, const fa_array *value, int lead, int num_keys, int head_dim_v,
-                           char *stage)
+FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *stage)
 {
+    const fa_array *value = src->array;
     for (int n = -lead; n < num_keys; n += 2) {
-        const char *row = src + n * value->row;
+        const char *row = src->data + n * value->row;
         char *dst = stage + (n + lead) / 2 * staged_row_bytes(head_dim_v);
         for (int e = 0; e < head_dim_v; e += LANES) {
             uvec low = {0}, high = {0};

@@ -37,6 +37,45 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     }
 }
 
+/* Of a narrow tile: a row of queries times `sign`, in vectors that end in zeros, in the order in which keys
+ * are read. */
+FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
+{
+    const int vectors = vectors_of(p->head_dim);
+    for (int i = 0; i < vectors; i++) {
+        int count = (int)p->head_dim - i * LANES < LANES ? (int)p->head_dim - i * LANES : LANES;
+        query[i] = load_elements(row + i * LANES * p->query.col, p->query.col, count, p->query.dtype) * sign;
+    }
+    for (int i = 0; i < vectors && reads_twos(&p->key, p->head_dim); i += 2)
+        part_twos(query + i);
+}
+
+/* Vectors of a row of keys, and those that are read from the same bytes. */
+FA_INLINE int key_vectors(int64_t head_dim)
+{
+    return vectors_of(head_dim);
+}
+
+FA_INLINE int keys_at_once(fa_dtype dtype)
+{
+    return comes_in_twos(dtype) ? 2 : 1;
+}
+
+FA_INLINE int key_vector_bytes(fa_dtype dtype)
+{
+    return LANES * element_size(dtype);
+}
+
+FA_INLINE panel load_key_vector(const char *src, fa_dtype dtype, int i)
+{
+    return load_nth(src, dtype, i);
+}
+
+FA_INLINE vec multiply_lanes(panel a, panel b, vec c)
+{
+    return c + a * b;
+}
+
 /* Probabilities of rows n are a panel as they are. */
 FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors)
 {
@@ -62,36 +101,16 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return key_is_operand(value, 0);
 }
 
-FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
+FA_INLINE void stage_key(const source_rows *key, int num_keys, int head_dim, char *stage)
 {
-    return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
-}
-
-/* Widens `num_keys` rows into [n][d]. */
-FA_INLINE void stage_rows(const char *src, const fa_array *array, int num_keys, int head_dim, char *stage)
-{
-    for (int n = 0; n < num_keys; n++) {
-        const char *row = src + n * array->row;
-        char *dst = stage + n * staged_row_bytes(head_dim);
-        for (int d = 0; d < head_dim; d += LANES) {
-            int count = head_dim - d < LANES ? head_dim - d : LANES;
-            vec x = load_elements(row + d * array->col, array->col, count, array->dtype);
-            vec_store(dst + d * (int)sizeof(real), x);
-        }
-    }
-}
-
-FA_INLINE void stage_key(const char *src, const fa_array *key, int num_keys, int head_dim, char *stage)
-{
-    stage_rows(src, key, num_keys, head_dim, stage);
+    stage_rows(key, num_keys, head_dim, stage);
 }
 
 /* `lead` is always 0: keys go one by one. */
-FA_INLINE void stage_value(const char *src, const fa_array *value, int lead, int num_keys, int head_dim_v,
-                           char *stage)
+FA_INLINE void stage_value(const source_rows *value, int lead, int num_keys, int head_dim_v, char *stage)
 {
     (void)lead;
-    stage_rows(src, value, num_keys, head_dim_v, stage);
+    stage_rows(value, num_keys, head_dim_v, stage);
 }
 
 #endif

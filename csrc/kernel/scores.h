@@ -1,58 +1,27 @@
 /* Scores of a tile against a block of keys, and all that changes or hides them.
  *
- * Row r of the score panel is key first + r. Order: scale, softcap, bias, ALiBi, mask, interval. */
+ * Row r of the score panel is key first + r, or of a narrow tile some keys. Order: scale, softcap, bias,
+ * ALiBi, mask, interval. */
 #ifndef FA_KERNEL_SCORES_H
 #define FA_KERNEL_SCORES_H
 
 #include "math.h"
-#include "tile.h"
-
-/* Keys [first, last) of the panel, a multiple of REDUCTION apart, of which [key_lo, key_hi) may be
- * read. */
-typedef struct {
-    int64_t first, last;
-    int64_t key_lo, key_hi;
-} key_range;
+#include "narrow.h"
 
 FA_INLINE int num_keys(const key_range *range)
 {
     return (int)(range->last - range->first);
 }
 
-/* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
- * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
- * over the rows of the first product, values and results over those of the second: memory serves few
- * lines at a time, and in one burst the work would wait for them. */
-typedef struct {
-    const char *key, *value;
-    int key_rows;
-    const char *query; /* of the kv head's first query head */
-    int64_t query_begin;
-    int query_rows;
-    int out_rows; /* of the tile itself */
-} lookahead;
-
-FA_INLINE void prefetch_keys_and_queries(const fa_problem *p, const lookahead *ahead, int begin, int count)
+/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
+FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
 {
-    const int64_t group = p->num_heads / p->num_kv_heads;
-    for (int r = begin; r < begin + count && r < ahead->key_rows; r++)
-        prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
-    for (int r = begin; r < begin + count && r < ahead->query_rows; r++) {
-        int64_t flat = ahead->query_begin + r, row = group == 1 ? flat : flat / group;
-        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head,
-                 prefetch_span(p->query.col, p->head_dim));
-    }
+    return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
-/* The share that falls to columns [e, e + count) of the head_dim_v ones. */
-FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int e,
-                                       int count)
+FA_INLINE int keys_per_row(const tile *t, bool narrow)
 {
-    const int columns = (int)p->head_dim_v, end = e + count < columns ? e + count : columns;
-    for (int r = e * ahead->key_rows / columns; r < end * ahead->key_rows / columns; r++)
-        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, columns));
-    for (int j = e * ahead->out_rows / columns; j < end * ahead->out_rows / columns; j++)
-        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns));
+    return narrow ? 1 << t->key_shift : 1;
 }
 
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
@@ -70,7 +39,8 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
             int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
             a[i] = key->data + (n - key->first) * key->row;
         }
-        prefetch_keys_and_queries(p, ahead, r, rows);
+        prefetch_keys(p, ahead, r, rows);
+        prefetch_queries(p, ahead, r, rows);
         product(a, key->col, t->query, length, vectors, false, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -90,10 +60,29 @@ FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
         scores[i] = softcap * vec_tanh(scores[i] * inverse);
 }
 
+/* Not NaN + -inf: -inf in a bias masks whatever the key holds. */
+FA_INLINE vec biased(vec score, vec bias)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    return vec_select(vec_equal(bias, minus_infinity), minus_infinity, score + bias);
+}
+
+static void add_narrow_bias(const fa_problem *p, const tile *t, const key_range *range, vec *scores)
+{
+    for (int r = 0; r < panel_rows(t, range, true); r++) {
+        vec bias = {0};
+        for (int j = 0; j < LANES; j++) {
+            int64_t n = range->first + (r << t->key_shift) + t->lane_key[j];
+            if (n >= range->key_lo && n < range->key_hi)
+                bias[j] = load_element(t->bias[j] + n * p->bias.col, p->bias.dtype);
+        }
+        scores[r] = biased(scores[r], bias);
+    }
+}
+
 /* Bias lies with keys along its rows; a lane is a query, so LANES × LANES squares are transposed. */
 FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *range, int vectors, vec *scores)
 {
-    const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int j = 0; j < t->rows; j++) /* the next block's: rows are too far apart for the CPU to guess */
         prefetch(t->bias[j] + range->key_hi * p->bias.col, prefetch_span(p->bias.col, KEY_BLOCK));
     for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
@@ -102,25 +91,22 @@ FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *ran
         for (int m = 0; m < vectors; m++) {
             vec x[LANES];
             load_square(t->bias + m * LANES, n * p->bias.col, p->bias.col, count, p->bias.dtype, x);
-            for (int j = 0; j < count; j++) {
-                vec s = rows[j * vectors + m];
-                /* not NaN + -inf: -inf in a bias masks whatever the key holds */
-                rows[j * vectors + m] = vec_select(vec_equal(x[j], minus_infinity), minus_infinity, s + x[j]);
-            }
+            for (int j = 0; j < count; j++)
+                rows[j * vectors + m] = biased(rows[j * vectors + m], x[j]);
         }
     }
 }
 
 /* -slope · |position - key| */
-FA_INLINE void add_alibi(const tile *t, const key_range *range, int vectors, vec *scores)
+FA_INLINE void add_alibi(const tile *t, const key_range *range, int vectors, bool narrow, vec *scores)
 {
-    vec ahead[MAX_VECTORS] = {0};
-    for (int m = 0; m < vectors; m++)
+    for (int m = 0; m < vectors; m++) {
+        vec ahead = {0};
         for (int j = 0; j < LANES; j++)
-            ahead[m][j] = (real)(t->position[m * LANES + j] - range->first);
-    for (int r = 0; r < num_keys(range); r++)
-        for (int m = 0; m < vectors; m++)
-            scores[r * vectors + m] -= t->slope[m] * vec_abs(ahead[m] - (real)r);
+            ahead[j] = (real)(t->position[m * LANES + j] - range->first - t->lane_key[m * LANES + j]);
+        for (int r = 0; r < panel_rows(t, range, narrow); r++)
+            scores[r * vectors + m] -= t->slope[m] * vec_abs(ahead - (real)(r * keys_per_row(t, narrow)));
+    }
 }
 
 /* `count` <= 64 booleans `step` bytes apart, as bits. */
@@ -165,34 +151,37 @@ FA_INLINE visibility load_mask(const fa_problem *p, tile *t, const key_range *ra
             previous = t->mask[j];
         }
         for (int word = 0; word < MASK_WORDS; word++)
-            t->mask_words[word][j / LANES][j % LANES] = (lane)(bits << lead >> (word * LANE_BITS % 64));
+            t->mask_words[word][j / LANES][j % LANES] =
+                (lane)(bits << lead >> t->lane_key[j] >> (word * LANE_BITS % 64));
     }
     return any == 0 ? SEES_NONE : all == full ? SEES_ALL : SEES_SOME;
 }
 
-FA_INLINE void apply_mask(const tile *t, const key_range *range, int vectors, vec *scores)
+FA_INLINE void apply_mask(const tile *t, const key_range *range, int vectors, bool narrow, vec *scores)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY);
-    for (int r = 0; r < num_keys(range); r++) {
-        ivec bit = ivec_splat((lane)((uint64_t)1 << r % LANE_BITS));
+    for (int r = 0; r < panel_rows(t, range, narrow); r++) {
+        int key = r * keys_per_row(t, narrow);
+        ivec bit = ivec_splat((lane)((uint64_t)1 << key % LANE_BITS));
         for (int m = 0; m < vectors; m++) {
-            vmask visible = ivec_test(t->mask_words[r / LANE_BITS][m], bit);
+            vmask visible = ivec_test(t->mask_words[key / LANE_BITS][m], bit);
             scores[r * vectors + m] = vec_select(visible, scores[r * vectors + m], minus_infinity);
         }
     }
 }
 
 /* Hides the keys outside each row's interval. */
-FA_INLINE void apply_intervals(const tile *t, const key_range *range, int vectors, vec *scores)
+FA_INLINE void apply_intervals(const tile *t, const key_range *range, int vectors, bool narrow, vec *scores)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY);
-    vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* panel rows, small enough to be exact */
+    vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* from the lane's first key on; small enough to be exact */
     for (int j = 0; j < vectors * LANES; j++) {
-        lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - range->first, 0), KEY_BLOCK);
-        hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - range->first, 0), KEY_BLOCK);
+        int64_t first = range->first + t->lane_key[j];
+        lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), KEY_BLOCK);
+        hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), KEY_BLOCK);
     }
-    for (int r = 0; r < num_keys(range); r++) {
-        vec key = vec_splat((real)r);
+    for (int r = 0; r < panel_rows(t, range, narrow); r++) {
+        vec key = vec_splat((real)(r * keys_per_row(t, narrow)));
         for (int m = 0; m < vectors; m++) {
             vec s = scores[r * vectors + m];
             s = vec_select(vec_greater(hi[m], key), s, minus_infinity);
@@ -233,24 +222,29 @@ FA_INLINE double score_unit(const fa_problem *p)
 
 /* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
 FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              const lookahead *ahead, int vectors, vec *scores)
+                              const lookahead *ahead, int vectors, bool narrow, vec *scores)
 {
     visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
     if (seen == SEES_NONE)
         return false;
     const real scale = needs_natural_scores(p) ? (real)scale_magnitude(p) : 1;
-    multiply_query_key(p, t, range, key, ahead, scale, vectors, scores);
+    if (narrow)
+        multiply_narrow_query_key(p, t, range, key, ahead, scale, scores);
+    else
+        multiply_query_key(p, t, range, key, ahead, scale, vectors, scores);
     if (p->softcap != 0)
-        cap(p, num_keys(range) * vectors, scores);
-    if (p->bias.data)
+        cap(p, panel_rows(t, range, narrow) * vectors, scores);
+    if (p->bias.data && narrow)
+        add_narrow_bias(p, t, range, scores);
+    else if (p->bias.data)
         add_bias(p, t, range, vectors, scores);
     if (p->alibi_slopes.data)
-        add_alibi(t, range, vectors, scores);
+        add_alibi(t, range, vectors, narrow, scores);
     if (seen == SEES_SOME)
-        apply_mask(t, range, vectors, scores);
+        apply_mask(t, range, vectors, narrow, scores);
     bool edges = range->first < t->inner_lo || range->last > t->inner_hi;
     if (edges)
-        apply_intervals(t, range, vectors, scores);
+        apply_intervals(t, range, vectors, narrow, scores);
     return true;
 }
 

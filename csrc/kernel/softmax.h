@@ -20,18 +20,20 @@ FA_INLINE vec probability(vec t)
 }
 
 /* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
-FA_INLINE bool raise_row_max(tile *t, const vec *scores, int num_keys, real to_log2, int vectors,
-                             vec rescale[MAX_VECTORS])
+FA_INLINE bool raise_row_max(tile *t, const vec *scores, int panel_rows, real to_log2, int vectors,
+                             bool narrow, vec rescale[MAX_VECTORS])
 {
     const real largest = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
     const real lag = LAG / to_log2 < largest ? LAG / to_log2 : largest; /* -inf + lag must be -inf */
     vec block_max[MAX_VECTORS];
     for (int m = 0; m < vectors; m++)
         block_max[m] = vec_splat(-(real)INFINITY);
-    for (int r = 0; r < num_keys; r++)
+    for (int r = 0; r < panel_rows; r++)
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++)
             block_max[m] = vec_max(scores[r * vectors + m], block_max[m]); /* NaN is passed over */
+    for (int lanes = LANES / 2; narrow && lanes >= t->narrow; lanes /= 2)
+        block_max[0] = vec_max(vec_rotate(block_max[0], lanes), block_max[0]);
     bool raised = false;
     for (int m = 0; m < vectors; m++) {
         vmask higher = vec_greater(block_max[m], t->row_max[m] + lag);
@@ -53,14 +55,14 @@ FA_INLINE vec finite_row_max(const tile *t, int m)
 }
 
 /* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0. */
-FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, int vectors, bool mark_hidden)
+FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, int vectors, bool mark_hidden)
 {
     vec reference[MAX_VECTORS], sum[MAX_VECTORS];
     for (int m = 0; m < vectors; m++) {
         reference[m] = finite_row_max(t, m);
         sum[m] = vec_splat(0);
     }
-    for (int r = 0; r < num_keys; r++) {
+    for (int r = 0; r < panel_rows; r++) {
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++) {
             vec s = scores[r * vectors + m];
@@ -75,11 +77,26 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int num_keys, real to_log2, in
         t->row_sum[m] += sum[m];
 }
 
-FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const vec rescale[MAX_VECTORS])
+/* out *= factor, which is a row's. */
+FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const vec factor[MAX_VECTORS],
+                           vec *out)
 {
+    if (is_narrow(t)) {
+        for (int r = 0; r < t->narrow; r++)
+            for (int i = 0; i < vectors_of(head_dim_v); i++)
+                out[r * vectors_of(head_dim_v) + i] *= factor[0][r];
+        return;
+    }
     for (int64_t e = 0; e < head_dim_v; e++)
         for (int m = 0; m < vectors; m++)
-            t->out[e * vectors + m] *= rescale[m];
+            out[e * vectors + m] *= factor[m];
+}
+
+/* Adds up what the lanes of a narrow tile have summed apart, so that each lane has its row's sum. */
+static void gather_row_sum(tile *t)
+{
+    for (int lanes = LANES / 2; is_narrow(t) && lanes >= t->narrow; lanes /= 2)
+        t->row_sum[0] += vec_rotate(t->row_sum[0], lanes);
 }
 
 #endif

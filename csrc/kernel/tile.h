@@ -8,9 +8,12 @@
 
 #define TILE_ROWS (MAX_VECTORS * LANES)
 
+/* A tile of so few rows is narrow: its one vector holds some keys' scores for all rows, key by key. */
+#define NARROW_ROWS (LANES / 2)
+
 /* Keys between two updates of the running softmax. Scores of a full tile: 64 × 3 vectors = 12 KiB of
  * AVX-512 floats, which leaves L1 room for the queries of head_dim 64 and the rows of K and V. */
-#define KEY_BLOCK 64
+#define KEY_BLOCK FA_KEY_BLOCK
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
 typedef struct {
@@ -21,6 +24,8 @@ typedef struct {
     int64_t row_begin;
     int rows;                   /* in use; the lanes beyond repeat the last row, and are not stored */
     int vectors;                /* of LANES rows */
+    int narrow;                 /* 0, or in a narrow tile `rows`, rounded up to a power of two */
+    int key_shift;              /* 2^key_shift keys in a row of the score panel: LANES / narrow, or 1 */
     bool packed;                /* `query` is there */
     bool fresh;                 /* no key block yet: `out` is not there, and stands for 0 */
     int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
@@ -28,11 +33,27 @@ typedef struct {
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
     int64_t position[TILE_ROWS];
     int64_t head[TILE_ROWS], row[TILE_ROWS];
+    int lane_key[TILE_ROWS]; /* the lane's key, from the first in its row of the panel on */
     char *query_row[TILE_ROWS], *out_row[TILE_ROWS];
     char *mask[TILE_ROWS], *bias[TILE_ROWS]; /* of key 0 */
-    panel *query;                            /* [head_dim / REDUCTION][vectors] */
-    vec *out;                                /* [head_dim_v][vectors], unnormalised */
+    real *top_scores; /* [TILE_ROWS][top_count], as for attention with top_keys; see top.h */
+    int64_t *top_keys;
+    int top_size[TILE_ROWS];
+    vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
+    panel *query; /* [head_dim / REDUCTION][vectors]; narrow: [row][head_dim / LANES] of reals */
+    vec *out;     /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
 } tile;
+
+FA_INLINE bool is_narrow(const tile *t)
+{
+    return t->narrow > 0;
+}
+
+/* The tile's row that a lane works for; rows that are not in use are >= t->rows. */
+FA_INLINE int row_of_lane(const tile *t, int j)
+{
+    return is_narrow(t) ? j % t->narrow : j;
+}
 
 /* Rows in use of a tile's vector m. */
 FA_INLINE int rows_of_vector(const tile *t, int m)
@@ -40,18 +61,36 @@ FA_INLINE int rows_of_vector(const tile *t, int m)
     return t->rows - m * LANES < LANES ? t->rows - m * LANES : LANES;
 }
 
+/* Vectors of t->out. */
+FA_INLINE int64_t out_vectors(const tile *t, int64_t head_dim_v)
+{
+    return is_narrow(t) ? t->narrow * vectors_of(head_dim_v) : head_dim_v * t->vectors;
+}
+
 /* A block of K or V as operands: row r (a key, or REDUCTION of them for V) starts at
- * data + (r - first) * row. */
+ * data + (r - first) * row. A narrow tile takes it in any dtype, with the scales of int8 (NULL: none) apart.
+ */
 typedef struct {
     const char *data;
     int64_t first;
     ptrdiff_t row, col;
+    fa_dtype dtype;
+    const char *scale;
+    ptrdiff_t scale_step;
 } operand_block;
+
+/* The running softmax of a tile over some of its keys. */
+typedef struct {
+    vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS];
+    vec out[];
+} partial;
 
 typedef struct {
     tile *tiles;
-    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities */
+    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: [KEY_BLOCK] keys of `narrow` rows
+                  */
     char *key_stage, *value_stage;
+    partial *total, *split; /* of an item of one tile: over the splits so far, and over the last one */
 } workspace;
 
 FA_INLINE int64_t min_i64(int64_t a, int64_t b)
@@ -71,27 +110,58 @@ FA_INLINE void *take(char *base, size_t *offset, size_t bytes)
     return base ? base + start : NULL;
 }
 
+FA_INLINE size_t larger(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
+static size_t query_bytes(const fa_problem *p)
+{
+    size_t wide = (size_t)(p->head_dim + 1) / REDUCTION * MAX_VECTORS * sizeof(vec);
+    return larger(wide, (size_t)(NARROW_ROWS * vectors_of(p->head_dim)) * sizeof(vec));
+}
+
+/* Of a tile that holds up to `rows` rows. */
+static size_t out_bytes(const fa_problem *p, int64_t rows)
+{
+    size_t narrow = (size_t)(NARROW_ROWS * vectors_of(p->head_dim_v)) * sizeof(vec);
+    if (rows <= NARROW_ROWS)
+        return narrow;
+    /* The last micro-tile stores whole. */
+    return larger(narrow, ((size_t)p->head_dim_v + MAX_MICRO_ROWS) * MAX_VECTORS * sizeof(vec));
+}
+
+static size_t partial_bytes(const fa_problem *p, int64_t rows)
+{
+    return (sizeof(partial) + out_bytes(p, rows) + 63) / 64 * 64;
+}
+
 /* Lays out the scratch of an item of `num_tiles` tiles at `base`; with NULL, only sizes it. */
 static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace *w)
 {
     const size_t vector_row = MAX_VECTORS * sizeof(vec);
-    const size_t out_rows = (size_t)p->head_dim_v + MAX_MICRO_ROWS; /* the last micro-tile stores whole */
     size_t offset = 0;
     w->tiles = take(base, &offset, (size_t)num_tiles * sizeof(tile));
     for (int t = 0; t < num_tiles; t++) {
-        void *query = take(base, &offset, (size_t)(p->head_dim + 1) / REDUCTION * vector_row);
-        void *out = take(base, &offset, out_rows * vector_row);
+        void *query = take(base, &offset, query_bytes(p));
+        void *out = take(base, &offset, out_bytes(p, TILE_ROWS));
+        void *top_keys = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(int64_t));
+        void *top_scores = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(real));
         if (base) {
             w->tiles[t].query = query;
             w->tiles[t].out = out;
+            w->tiles[t].top_keys = top_keys;
+            w->tiles[t].top_scores = top_scores;
         }
     }
     w->scores = take(base, &offset, (KEY_BLOCK + MAX_MICRO_ROWS) * vector_row);
-    bool stages_key = !key_is_operand(&p->key, p->head_dim);
-    bool stages_value = !value_is_operand(&p->value);
+    bool stages_key = !key_is_operand(&p->key, p->head_dim) || !lies_in_vectors(&p->key, p->head_dim);
+    bool stages_value = !value_is_operand(&p->value) || !lies_in_vectors(&p->value, p->head_dim_v);
     w->key_stage = take(base, &offset, stages_key ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim) : 0);
     w->value_stage =
         take(base, &offset, stages_value ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim_v) : 0);
+    w->total = take(base, &offset, num_tiles == 1 ? partial_bytes(p, TILE_ROWS) : 0);
+    w->split = take(base, &offset, num_tiles == 1 ? partial_bytes(p, TILE_ROWS) : 0);
     return offset;
 }
 

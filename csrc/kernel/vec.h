@@ -106,6 +106,39 @@ FA_INLINE vec vec_copysign(vec y, vec x)
 #define INTERLEAVE_HIGH 1, 3
 #endif
 
+#ifndef vec_sums
+/* Sums of a's lanes i and i + LANES / 2, and of b's, in turn. */
+FA_INLINE vec vec_fold(vec a, vec b)
+{
+    return __builtin_shufflevector(a, b, INTERLEAVE_LOW) + __builtin_shufflevector(a, b, INTERLEAVE_HIGH);
+}
+
+/* Lane i of the result is the sum of x[i]'s lanes. */
+FA_INLINE vec vec_sums(const vec x[LANES])
+{
+    vec y[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++)
+        y[i] = vec_fold(x[i], x[i + LANES / 2]);
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES / 4; i++)
+        y[i] = vec_fold(y[i], y[i + LANES / 4]);
+#pragma GCC unroll 2
+    for (int i = 0; i < LANES / 8; i++)
+        y[i] = vec_fold(y[i], y[i + LANES / 8]);
+    return LANES >= 16 ? vec_fold(y[0], y[1]) : y[0];
+}
+#endif
+
+/* Lane i of the result is lane i + count of x, past the last one again from the first. */
+FA_INLINE vec vec_rotate(vec x, int count)
+{
+    real twice[2 * LANES];
+    vec_store(twice, x);
+    vec_store(twice + LANES, x);
+    return vec_load(twice + count);
+}
+
 /* Transposes LANES vectors in place: log2(LANES) perfect shuffles of the whole matrix. */
 FA_INLINE void vec_transpose(vec x[LANES])
 {

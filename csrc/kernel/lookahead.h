@@ -1,0 +1,52 @@
+#ifndef FA_KERNEL_LOOKAHEAD_H
+#define FA_KERNEL_LOOKAHEAD_H
+
+#include "tile.h"
+
+/* Keys [first, last) of the panel, whole rows of it, of which [key_lo, key_hi) may be read. */
+typedef struct {
+    int64_t first, last;
+    int64_t key_lo, key_hi;
+} key_range;
+
+/* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
+ * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
+ * over the rows of the first product, values and results over those of the second: memory serves few
+ * lines at a time, and in one burst the work would wait for them. */
+typedef struct {
+    const char *key, *value;
+    int key_rows;
+    const char *query; /* of the kv head's first query head */
+    int64_t query_begin;
+    int query_rows;
+    int out_rows; /* of the tile itself */
+} lookahead;
+
+FA_INLINE void prefetch_queries(const fa_problem *p, const lookahead *ahead, int begin, int count)
+{
+    const int64_t group = p->num_heads / p->num_kv_heads;
+    for (int r = begin; r < begin + count && r < ahead->query_rows; r++) {
+        int64_t flat = ahead->query_begin + r, row = group == 1 ? flat : flat / group;
+        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head,
+                 prefetch_span(p->query.col, p->head_dim));
+    }
+}
+
+FA_INLINE void prefetch_keys(const fa_problem *p, const lookahead *ahead, int begin, int count)
+{
+    for (int r = begin; r < begin + count && r < ahead->key_rows; r++)
+        prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
+}
+
+/* The share that falls to columns [e, e + count) of the head_dim_v ones. */
+FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int e,
+                                       int count)
+{
+    const int columns = (int)p->head_dim_v, end = e + count < columns ? e + count : columns;
+    for (int r = e * ahead->key_rows / columns; r < end * ahead->key_rows / columns; r++)
+        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, columns));
+    for (int j = e * ahead->out_rows / columns; j < end * ahead->out_rows / columns; j++)
+        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns));
+}
+
+#endif

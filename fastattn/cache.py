@@ -1,0 +1,922 @@
+"""A paged, ragged cache of keys and values for decoding. The kernel reads pages where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import os
+import threading
+from collections.abc import Sequence
+from typing import IO, Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastattn import _core
+
+__all__ = ["KVCache"]
+
+Array = NDArray[Any]
+Integers = NDArray[np.int64]
+Window = tuple[int | None, int | None]
+SequenceIds = Sequence[int] | NDArray[np.integer[Any]]
+File = str | os.PathLike[str] | IO[bytes]
+
+# Page sizes are multiples of this: each part of a page is then a multiple of 64 bytes, whatever its dtype and
+# head_dim, and a block of keys of the kernel lies within one page.
+PAGE_STEP = 64
+ALIGNMENT = 64
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+FIELDS = ("geometry", "dtype", "next_id", "ids", "lengths", "page_table")
+
+
+class Options(TypedDict, total=False):
+    """Keywords of `KVCache.attention` that do not change what it returns."""
+
+    cu_seqlens_q: ArrayLike | None
+    scale: float | None
+    causal: bool
+    query_offset: ArrayLike | None
+    window: Window | None
+    alibi_slopes: ArrayLike | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    out: Array | None
+    num_threads: int | None
+
+
+class Entry:
+    """One sequence: how many tokens it has, and the pages they lie in, at the front of an array that grows."""
+
+    __slots__ = ("length", "pages")
+
+    def __init__(self, length: int, pages: Integers) -> None:
+        self.length = length
+        self.pages = pages
+
+    def put(self, first: int, pages: list[int]) -> None:
+        """Make these its pages from the first-th on."""
+        end = first + len(pages)
+        if end > self.pages.size:
+            # Doubled, so that token after token costs constant time each.
+            grown = np.zeros(max(end, 2 * self.pages.size), np.int64)
+            grown[:first] = self.pages[:first]
+            self.pages = grown
+        self.pages[first:end] = pages
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def as_integer(name: str, value: object) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    return operator.index(value)
+
+
+def checked_integer(name: str, value: object, lowest: int, highest: int | None = None) -> int:
+    number = as_integer(name, value)
+    if number < lowest or (highest is not None and number > highest):
+        accepted = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be {accepted}, but is {number}")
+    return number
+
+
+def checked_page_size(page_size: int) -> int:
+    number = checked_integer("page_size", page_size, PAGE_STEP)
+    if number % PAGE_STEP:
+        raise ValueError(f"page_size must be a multiple of {PAGE_STEP}, but is {number}")
+    return number
+
+
+def checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """bfloat16 is recognised by its name: ml_dtypes is never imported."""
+    accepted = "accepted are float32, float16, bfloat16 (of ml_dtypes, which must have been imported) and int8"
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; {accepted}") from None
+    if found.name not in DTYPES or not found.isnative:
+        raise TypeError(f"dtype is {found}; {accepted}")
+    return found
+
+
+def checked_floats(name: str, x: ArrayLike) -> Array:
+    array = np.asarray(x)
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats: convert with {name}.astype(...)")
+    return array
+
+
+def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
+    """Raise unless the shape is the accepted one; a word stands for any number."""
+    fits = array.ndim == len(accepted) and all(
+        isinstance(want, str) or size == want for size, want in zip(array.shape, accepted, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, accepted))})")
+
+
+def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
+    """Return the ids, and whether it was a single one."""
+    array = np.asarray(sequences)
+    if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"sequences must be an int, or a list or 1-D array of ints, not {sequences!r}")
+    return array.reshape(-1).tolist(), array.ndim == 0
+
+
+def store_bytes(store: Array, alignment: int) -> NDArray[np.uint8]:
+    """Return the bytes of a store, or raise if pages cannot lie in it."""
+    if not isinstance(store, np.ndarray):
+        raise TypeError(f"store must be an ndarray, not {type(store).__name__}")
+    if store.dtype.hasobject:
+        raise TypeError(f"store has dtype {store.dtype}; accepted is any that holds no Python objects")
+    if not store.flags.c_contiguous:
+        raise ValueError(f"store must be C-contiguous, but has shape {store.shape} and strides {store.strides}")
+    if not store.flags.writeable:
+        raise ValueError("store is read-only")
+    if store.ctypes.data % alignment:
+        raise ValueError(f"store must begin at a multiple of {alignment} bytes, but begins at {store.ctypes.data:#x}")
+    return np.asarray(store).reshape(-1).view(np.uint8)
+
+
+def new_store(nbytes: int) -> NDArray[np.uint8]:
+    """Return memory whose pages begin at cache lines; it is not touched."""
+    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + nbytes]
+
+
+# --- int8 -----------------------------------------------------------------------------------------
+
+
+def quantized(name: str, x: Array) -> tuple[Array, Array]:
+    """Return x / scale rounded to int8, and the scales: one for each token and head."""
+    with np.errstate(all="ignore"):  # What float32 does not hold becomes inf, which is refused below.
+        x = x.astype(np.float32, copy=False)
+        largest = np.abs(x).max(axis=-1)
+    if not np.isfinite(largest).all():
+        raise ValueError(f"{name} holds NaN, or a number that is not finite in float32; int8 has no place for it")
+    scales = largest / np.float32(127)
+    divisor = np.where(scales == 0, np.float32(1), scales)[..., None]
+    # A scale below the normal range is itself rounded, so that the quotient may exceed 127.
+    return np.clip(np.rint(x / divisor), -127, 127).astype(np.int8), scales
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def page_parts(
+    num_kv_heads: int, head_dim: int, head_dim_v: int, dtype: np.dtype[Any], page_size: int
+) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Return dtype and shape of what lies in a page, in this order and without gaps."""
+    rows = (num_kv_heads, page_size)
+    parts: list[tuple[np.dtype[Any], tuple[int, ...]]] = [(dtype, (*rows, head_dim)), (dtype, (*rows, head_dim_v))]
+    if dtype == np.int8:
+        parts += [(np.dtype(np.float32), rows)] * 2
+    return parts
+
+
+def bytes_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
+
+
+def part_views(store: NDArray[np.uint8], parts: list[tuple[np.dtype[Any], tuple[int, ...]]]) -> list[Array]:
+    """Return an array (num_pages, *shape) for each part, over a store of (num_pages, page_bytes)."""
+    views: list[Array] = []
+    offset = 0
+    for dtype, shape in parts:
+        within = np.empty(shape, dtype).strides
+        strides = (store.strides[0], *within)
+        views.append(np.ndarray((store.shape[0], *shape), dtype, store, offset, strides))
+        offset += bytes_of(dtype, shape)
+    return views
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read_fields(file: File) -> dict[str, Array]:
+    """Return what `KVCache.save` wrote."""
+    # Opened here: np.load leaves a file open that it finds to be no archive.
+    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as stream:
+        fields = read_archive(stream)
+    missing = [name for name in FIELDS if name not in fields]
+    if missing:
+        raise ValueError(f"the file is not a saved KVCache: it lacks {', '.join(missing)}")
+    return fields
+
+
+def read_archive(stream: IO[bytes]) -> dict[str, Array]:
+    import zipfile  # here, because it takes longer to import than the rest of this package
+
+    try:
+        saved = np.load(stream, allow_pickle=False)
+        if not isinstance(saved, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array")
+        with saved:
+            return {name: saved[name] for name in saved.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as failure:
+        raise ValueError(f"the file is not a saved KVCache: {failure}") from failure
+
+
+def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> None:
+    """Raise if the tables are not of one piece or point outside the store, which the kernel would follow."""
+    ids, lengths, table = (fields[name] for name in ("ids", "lengths", "page_table"))
+    if any(x.dtype != np.int64 or x.ndim != 1 for x in (ids, lengths, table)) or ids.size != lengths.size:
+        raise ValueError("the file is damaged: ids, lengths and page_table do not fit each other")
+    if lengths.min(initial=0) < 0 or np.sum(-(-lengths // page_size)) != table.size:
+        raise ValueError(f"the file is damaged: {table.size} pages of {page_size} do not hold the lengths {lengths}")
+    if np.unique(ids).size != ids.size or ids.min(initial=0) < 0 or ids.max(initial=-1) >= fields["next_id"]:
+        raise ValueError(f"the file is damaged: its ids are {ids}, and the next {fields['next_id']}")
+    if table.min(initial=0) < 0:
+        raise ValueError("the file is damaged: a page has a negative number")
+    if table.max(initial=-1) >= num_pages:
+        raise ValueError(f"the sequences lie in pages up to {table.max()}, but the cache has only {num_pages} pages")
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of many sequences of different lengths, in pages, for token-by-token decoding.
+
+    A sequence takes a page when it needs one, so memory follows the tokens that are there, and nothing
+    is ever moved. Sequences may share the pages of a common prefix (`fork`). `attention` reads the pages
+    where they lie.
+
+    Parameters
+    ----------
+    num_kv_heads, head_dim : int
+        At least 1. `attention` takes a `head_dim` of up to 512.
+    head_dim_v : int, optional
+        Default `head_dim`.
+    dtype : dtype_like
+        What is stored: float32, float16, bfloat16 (of ml_dtypes) or int8. int8 has a float32 scale for
+        each token and head, ``max(abs(x)) / 127``.
+    page_size : int
+        Tokens in a page: a multiple of 64.
+    num_pages : int, optional
+        How many pages to allocate. Exactly one of `num_pages` and `store` must be given.
+    store : ndarray, optional
+        Memory to use instead: writable and C-contiguous, of any dtype and shape. As many pages as fit
+        are cut from its bytes. A page that is not in use is not touched, so a ``np.memmap`` may be
+        larger than memory.
+
+    Attributes
+    ----------
+    num_kv_heads, head_dim, head_dim_v, dtype, page_size, num_pages
+        As above.
+    key_pages : ndarray, shape (num_pages, num_kv_heads, page_size, head_dim)
+        The keys of all pages, in `dtype`; a view of the store.
+    value_pages : ndarray, shape (num_pages, num_kv_heads, page_size, head_dim_v)
+    key_scales, value_scales : ndarray, shape (num_pages, num_kv_heads, page_size), or None
+        float32; None unless `dtype` is int8.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a size or a store that is not accepted.
+    MemoryError
+        No memory for `num_pages`.
+
+    Notes
+    -----
+    A page holds keys, values and, for int8, the scales of keys and values, one after the other, each in
+    the order (heads, tokens, head_dim) and a multiple of 64 bytes long.
+
+    Threads: readers (`attention`, `get`, `fork`, `lengths`, ...) may run at the same time. `append`,
+    `truncate` and `free` must have the sequences they touch to themselves; other sequences, even those
+    that share pages with them, may be read and changed meanwhile by other threads. `save` reads all.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn.cache import KVCache
+    >>> rng = np.random.default_rng(0)
+    >>> cache = KVCache(num_kv_heads=2, head_dim=64, num_pages=10)
+    >>> prompt = cache.add(*rng.standard_normal((2, 2, 100, 64), dtype=np.float32))
+    >>> answers = [prompt, cache.fork(prompt)]
+    >>> cache.append(answers, *rng.standard_normal((2, 2, 2, 1, 64), dtype=np.float32))
+    >>> query = rng.standard_normal((2, 8, 1, 64), dtype=np.float32)
+    >>> cache.attention(query, answers).shape
+    (2, 8, 1, 64)
+    >>> cache.lengths
+    {0: 101, 1: 101}
+    >>> cache
+    KVCache(num_kv_heads=2, head_dim=64, dtype=float32, page_size=64): 2 sequences, 202 tokens, 7 of 10 pages free
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: DTypeLike = np.float32,
+        page_size: int = 64,
+        num_pages: int | None = None,
+        store: Array | None = None,
+    ) -> None:
+        if (num_pages is None) == (store is None):
+            raise ValueError("exactly one of num_pages and store must be given")
+        self._page_bytes = self.bytes_per_page(
+            num_kv_heads, head_dim, head_dim_v=head_dim_v, dtype=dtype, page_size=page_size
+        )
+        self.num_kv_heads = operator.index(num_kv_heads)
+        self.head_dim = operator.index(head_dim)
+        self.head_dim_v = self.head_dim if head_dim_v is None else operator.index(head_dim_v)
+        self.dtype = np.dtype(dtype)
+        self.page_size = operator.index(page_size)
+        self._set_pages(num_pages, store)
+
+        self._lock = threading.RLock()
+        self._sequences: dict[int, Entry] = {}
+        self._next_id = 0
+        self._references = np.zeros(self.num_pages, np.int64)
+        # Pages that were given back; those from _first_unused on were never in use. No list of all pages: a
+        # store may have many millions.
+        self._returned: list[int] = []
+        self._first_unused = 0
+
+    def _set_pages(self, num_pages: int | None, store: Array | None) -> None:
+        parts = page_parts(self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.page_size)
+        if store is None:
+            memory = new_store(checked_integer("num_pages", num_pages, 1) * self._page_bytes)
+        else:
+            memory = store_bytes(store, max(dtype.itemsize for dtype, _ in parts))
+            if memory.size < self._page_bytes:
+                raise ValueError(f"store has {memory.size} bytes; one page has {self._page_bytes}")
+        self.num_pages = memory.size // self._page_bytes
+        self._pages = memory[: self.num_pages * self._page_bytes].reshape(self.num_pages, self._page_bytes)
+        self._parts = part_views(self._pages, parts)
+        self.key_pages, self.value_pages = self._parts[:2]
+        self.key_scales: Array | None
+        self.value_scales: Array | None
+        self.key_scales, self.value_scales = self._parts[2:] or (None, None)
+
+    @staticmethod
+    def bytes_per_page(
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        dtype: DTypeLike = np.float32,
+        page_size: int = 64,
+    ) -> int:
+        """Return the bytes of a page, before there is a cache: for the size of a store.
+
+        Parameters
+        ----------
+        num_kv_heads, head_dim, head_dim_v, dtype, page_size
+            As for `KVCache`.
+
+        Returns
+        -------
+        int
+            A multiple of 64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `KVCache` would.
+
+        Examples
+        --------
+        >>> KVCache.bytes_per_page(8, 128, dtype="float16") == 2 * 8 * 64 * 128 * 2
+        True
+        """
+        heads = checked_integer("num_kv_heads", num_kv_heads, 1)
+        dim = checked_integer("head_dim", head_dim, 1)
+        dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1)
+        parts = page_parts(heads, dim, dim_v, checked_dtype(dtype), checked_page_size(page_size))
+        return sum(bytes_of(*part) for part in parts)
+
+    # What it is.
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page; a multiple of 64."""
+        return self._page_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages, in use or not."""
+        return self.num_pages * self._page_bytes
+
+    @property
+    def pages_free(self) -> int:
+        """How many pages no sequence uses."""
+        with self._lock:
+            return self.num_pages - self._first_unused + len(self._returned)
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        """Tokens of each sequence, by id; a copy."""
+        with self._lock:
+            return {sequence: entry.length for sequence, entry in self._sequences.items()}
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self._sequences)
+
+    def __contains__(self, sequence: object) -> bool:
+        """Return whether there is a sequence of this id."""
+        return sequence in self._sequences
+
+    def __repr__(self) -> str:
+        head_dim_v = f", head_dim_v={self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
+        lengths = self.lengths
+        return (
+            f"KVCache(num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{head_dim_v}, dtype={self.dtype.name}, "
+            f"page_size={self.page_size}): {len(lengths)} sequences, {sum(lengths.values())} tokens, "
+            f"{self.pages_free} of {self.num_pages} pages free"
+        )
+
+    # Sequences.
+
+    def add(self, key: ArrayLike | None = None, value: ArrayLike | None = None) -> int:
+        """Begin a sequence.
+
+        Parameters
+        ----------
+        key : array_like, shape (num_kv_heads, tokens, head_dim), optional
+        value : array_like, shape (num_kv_heads, tokens, head_dim_v), optional
+            Its first tokens, as for `append`; default none.
+
+        Returns
+        -------
+        int
+            The id of the sequence. No other sequence of this cache ever has it.
+
+        Raises
+        ------
+        TypeError, ValueError, MemoryError
+            As for `append`; there is then no new sequence.
+        """
+        entry = Entry(0, np.zeros(1, np.int64))
+        if key is not None and value is not None:
+            self._grow([entry], self._stored(key, value, ()))
+        elif key is not None or value is not None:
+            missing = "value" if value is None else "key"
+            raise ValueError(f"key and value must be given together, but {missing} is None")
+        return self._register(entry)
+
+    def append(self, sequences: int | SequenceIds, key: ArrayLike, value: ArrayLike) -> None:
+        """Add tokens at the end of one sequence, or as many at the end of each of several.
+
+        Either all of the sequences get their tokens, or nothing changes.
+
+        Parameters
+        ----------
+        sequences : int, or list or 1-D array of ints
+            One id, or several that are all different.
+        key : array_like, shape (num_kv_heads, tokens, head_dim)
+            For several sequences (len(sequences), num_kv_heads, tokens, head_dim). Of any real float dtype
+            and strides. It is converted to the cache's dtype, by NumPy's rules. int8 is ``rint(x / scale)``
+            with ``scale = max(abs(x)) / 127`` for each token and head.
+        value : array_like, shape (num_kv_heads, tokens, head_dim_v)
+            As `key`.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        TypeError
+            A dtype or kind that is not accepted.
+        ValueError
+            A shape that is not accepted, an id twice, or NaN or infinity where the cache is int8.
+        MemoryError
+            Too few pages are free, or no memory for the conversion.
+        """
+        ids, single = checked_ids(sequences)
+        entries = self._find(ids)
+        if len(set(ids)) < len(ids):
+            repeated = sorted({sequence for sequence in ids if ids.count(sequence) > 1})
+            raise ValueError(f"sequences must all be different, but {repeated} are there more than once")
+        self._grow(entries, self._stored(key, value, () if single else (len(ids),)))
+
+    def fork(self, sequence: int, length: int | None = None) -> int:
+        """Begin a sequence with the first tokens of another, in the same pages.
+
+        A page that sequences share is copied when one of them appends to it.
+
+        Parameters
+        ----------
+        sequence : int
+            The id of the other.
+        length : int, optional
+            How many tokens; default all.
+
+        Returns
+        -------
+        int
+            The id of the new sequence.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        TypeError, ValueError
+            Not a length, or more than there is.
+        """
+        entry = self._find_one(sequence)
+        kept = entry.length if length is None else checked_integer("length", length, 0, entry.length)
+        pages = entry.pages[: self._pages_for(kept)].copy()
+        with self._lock:
+            self._references[pages] += 1
+            return self._register(Entry(kept, pages))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the tokens of a sequence from the length-th on.
+
+        Parameters
+        ----------
+        sequence : int
+            Its id.
+        length : int
+            From 0 to its length.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        TypeError, ValueError
+            Not a length, or more than there is.
+        """
+        entry = self._find_one(sequence)
+        self._shrink(entry, checked_integer("length", length, 0, entry.length))
+
+    def free(self, sequence: int) -> None:
+        """End a sequence. Pages that it does not share become free.
+
+        Parameters
+        ----------
+        sequence : int
+            Its id.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        """
+        with self._lock:
+            entry = self._find_one(sequence)
+            del self._sequences[operator.index(sequence)]
+            self._shrink(entry, 0)
+
+    def get(self, sequence: int) -> tuple[Array, Array]:
+        """Return copies of a sequence's keys and values.
+
+        Parameters
+        ----------
+        sequence : int
+            Its id.
+
+        Returns
+        -------
+        key : ndarray, shape (num_kv_heads, length, head_dim)
+        value : ndarray, shape (num_kv_heads, length, head_dim_v)
+            In the cache's dtype. Of an int8 cache ``q * scale`` in float32.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        """
+        entry = self._find_one(sequence)
+        key, value, *scales = (self._gathered(part, entry) for part in self._parts)
+        if scales:
+            key, value = key * scales[0][..., None], value * scales[1][..., None]
+        return key, value
+
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Array: ...
+    @overload
+    def attention(
+        self, query: ArrayLike, sequences: int | SequenceIds, *, return_lse: Literal[True], **options: Unpack[Options]
+    ) -> tuple[Array, Array]: ...
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        cu_seqlens_q: ArrayLike | None = None,
+        scale: float | None = None,
+        causal: bool = True,
+        query_offset: ArrayLike | None = None,
+        window: Window | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        softcap: float | None = None,
+        sinks: ArrayLike | None = None,
+        out: Array | None = None,
+        return_lse: bool = False,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Attention of queries to the keys and values of their sequences, as `fastattn.attention` would give.
+
+        Parameters
+        ----------
+        query : array_like
+            Of shape (H, Sq, head_dim) for one sequence, (len(sequences), H, Sq, head_dim) for several, or
+            (total, H, head_dim) with `cu_seqlens_q`. float32, or the dtype of the cache; for int8 float32,
+            float16 or bfloat16. ``H`` must be a multiple of `num_kv_heads`.
+        sequences : int, or list or 1-D array of ints
+            One id, or one for each batch item; an id may be there more than once.
+        cu_seqlens_q : array_like of int, shape (len(sequences) + 1,), optional
+            The queries of sequence ``b`` are rows ``cu_seqlens_q[b]`` up to ``cu_seqlens_q[b + 1]``.
+        scale : float, optional
+            Default ``1 / sqrt(head_dim)``.
+        causal : bool
+            Whether a query sees no key after its own position.
+        query_offset : int or array_like of int, optional
+            Position of query row 0, or one for each sequence. Default ``length - Sq``: the queries are the
+            last tokens of their sequence.
+        window, alibi_slopes, softcap, sinks, num_threads
+            As for `fastattn.attention`.
+        out : ndarray, optional
+            Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
+        return_lse : bool
+            Whether to return the log-sum-exp of each row's scores, too.
+
+        Returns
+        -------
+        out : ndarray
+            In query's shape, but for `head_dim_v` columns, and in its dtype.
+        lse : ndarray
+            In query's shape, but for its last axis, in float32. Returned with ``return_lse``.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        TypeError, ValueError, MemoryError
+            As for `fastattn.attention`.
+        """
+        ids, single = checked_ids(sequences)
+        page_table, lengths = self._table(self._find(ids))
+        batch_query, batch_out = (query, out) if not single else self._with_batch_axis(query, cu_seqlens_q, out)
+        results = _core.attention_paged(
+            batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
+            page_table, lengths, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, batch_out,
+            return_lse, num_threads,
+        )  # fmt: skip
+        if not single:
+            return results
+        result, *lse = results if return_lse else (results,)
+        result = result[0] if out is None else out
+        return (result, lse[0][0]) if return_lse else result
+
+    def save(self, file: File, *, pages: bool = True) -> None:
+        """Write the cache to a file, from which `load` makes it anew.
+
+        Parameters
+        ----------
+        file : str, path or binary file
+            A name that does not end with .npz has it added, as by `numpy.savez`.
+        pages : bool
+            Whether to write the pages in use, each once. They are gathered in memory first. Without them
+            `load` must be given the store itself; flush it, if it is a ``np.memmap``.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        MemoryError
+            No memory to gather the pages.
+        """
+        with self._lock:
+            fields = self._fields()
+            if pages:
+                used, fields["page_table"] = np.unique(fields["page_table"], return_inverse=True)
+                fields["pages"] = self._pages[used]
+        np.savez(file, **fields)
+
+    @classmethod
+    def load(cls, file: File, *, store: Array | None = None, num_pages: int | None = None) -> KVCache:
+        """Return the cache that `save` wrote: the same ids, lengths, contents and shared pages.
+
+        Parameters
+        ----------
+        file : str, path or binary file
+        store : ndarray, optional
+            As for `KVCache`. With pages in the file they are written to it; else it must hold them already,
+            where they were.
+        num_pages : int, optional
+            How many pages to allocate, if the file has pages and there is no store; default as many as the
+            saved cache had.
+
+        Returns
+        -------
+        KVCache
+
+        Raises
+        ------
+        OSError
+            The file cannot be read.
+        ValueError
+            Not a file of `save`, or not one that goes with the store or with `num_pages`.
+        """
+        fields = read_fields(file)
+        if "pages" not in fields and store is None:
+            raise ValueError("the file was saved with pages=False: store must be given, and hold the pages")
+        heads, head_dim, head_dim_v, page_size, pages_then = fields["geometry"].tolist()
+        if store is None and num_pages is None:
+            num_pages = pages_then
+        cache = cls(
+            heads, head_dim, head_dim_v=head_dim_v, dtype=str(fields["dtype"]), page_size=page_size,
+            num_pages=num_pages, store=store,
+        )  # fmt: skip
+        cache._restore(fields)
+        return cache
+
+    # Behind them.
+
+    def _find(self, ids: list[int]) -> list[Entry]:
+        try:
+            return [self._sequences[sequence] for sequence in ids]
+        except KeyError as missing:
+            existing = sorted(self.lengths)
+            listed = ", ".join(map(str, existing[:20])) + (", ..." if len(existing) > 20 else "")
+            raise KeyError(f"there is no sequence {missing.args[0]}; there are [{listed}]") from None
+
+    def _find_one(self, sequence: int) -> Entry:
+        return self._find([as_integer("sequence", sequence)])[0]
+
+    def _register(self, entry: Entry) -> int:
+        with self._lock:
+            sequence = self._next_id
+            self._next_id += 1
+            self._sequences[sequence] = entry
+        return sequence
+
+    def _stored(self, key: ArrayLike, value: ArrayLike, batch: tuple[int, ...]) -> list[Array]:
+        """Return key and value as they will be stored: (sequences, heads, tokens, ...) for each part of a page."""
+        keys, values = checked_floats("key", key), checked_floats("value", value)
+        check_shape("key", keys, (*batch, self.num_kv_heads, "tokens", self.head_dim))
+        check_shape("value", values, (*batch, self.num_kv_heads, keys.shape[-2], self.head_dim_v))
+        if not batch:
+            keys, values = keys[None], values[None]
+        if self.dtype != np.int8:
+            return [keys.astype(self.dtype, copy=False), values.astype(self.dtype, copy=False)]
+        (keys, key_scales), (values, value_scales) = quantized("key", keys), quantized("value", values)
+        return [keys, values, key_scales, value_scales]
+
+    def _grow(self, entries: list[Entry], stored: list[Array]) -> None:
+        """Add stored tokens to the sequences: to all or, if anything is raised, to none."""
+        count = stored[0].shape[2]
+        lengths = [entry.length for entry in entries]
+        self._reserve(entries, count)
+        try:
+            self._write(entries, lengths, stored)
+        except BaseException:  # Ctrl-C
+            for entry, length in zip(entries, lengths, strict=True):
+                self._shrink(entry, length)
+            raise
+
+    def _reserve(self, entries: list[Entry], count: int) -> None:
+        """Lengthen the sequences, with pages that are theirs alone from where they ended; or change nothing."""
+        if count == 0:
+            return
+        with self._lock:
+            copied = self._to_copy(entries)
+            begins = [self._pages_for(entry.length) for entry in entries]
+            ends = [self._pages_for(entry.length + count) for entry in entries]
+            needed = len(copied) + sum(ends) - sum(begins)
+            if needed > self.pages_free:
+                raise MemoryError(
+                    f"{needed} pages are needed for {count} tokens in each of {len(entries)} sequences, but only "
+                    f"{self.pages_free} of {self.num_pages} are free"
+                )
+            for entry in copied:
+                self._copy_last_page(entry)
+            for entry, begin, end in zip(entries, begins, ends, strict=True):
+                if end > begin:
+                    entry.put(begin, self._take(end - begin))
+                entry.length += count
+
+    def _to_copy(self, entries: list[Entry]) -> list[Entry]:
+        """Return the sequences that must copy their last page before they append to it.
+
+        Of several that alone share a page, the last may keep it.
+        """
+        copied = []
+        sharers: dict[int, int] = {}
+        for entry in entries:
+            if entry.length % self.page_size:
+                page = int(entry.pages[entry.length // self.page_size])
+                count = sharers.setdefault(page, int(self._references[page]))
+                if count > 1:
+                    copied.append(entry)
+                    sharers[page] -= 1
+        return copied
+
+    def _copy_last_page(self, entry: Entry) -> None:
+        """Give the sequence a copy of its last page.
+
+        Under the lock to the end: the other sharer may write to the page as soon as it alone has it.
+        """
+        last = entry.length // self.page_size
+        (page,) = self._take(1)
+        shared = entry.pages[last : last + 1].copy()
+        self._pages[page] = self._pages[shared[0]]
+        entry.put(last, [page])
+        self._release(shared)
+
+    def _write(self, entries: list[Entry], lengths: list[int], stored: list[Array]) -> None:
+        count = stored[0].shape[2]
+        if not entries or count == 0:
+            return
+        row, slot = np.divmod(np.array(lengths)[:, None] + np.arange(count), self.page_size)
+        page = np.stack([entry.pages[rows] for entry, rows in zip(entries, row, strict=True)])
+        for part, tokens in zip(self._parts, stored, strict=True):
+            # The slice between index arrays puts their axes first: (sequences, tokens, heads, ...).
+            part[page, :, slot] = tokens.swapaxes(1, 2)
+
+    def _pages_for(self, length: int) -> int:
+        return -(-length // self.page_size)
+
+    def _take(self, count: int) -> list[int]:
+        """Return free pages, now with one reference each; the caller has the lock and knows that there are so many."""
+        again = min(count, len(self._returned))
+        fresh = range(self._first_unused, self._first_unused + count - again)
+        pages = [*(self._returned.pop() for _ in range(again)), *fresh]
+        self._first_unused = fresh.stop
+        self._references[pages] = 1
+        return pages
+
+    def _release(self, pages: Integers) -> None:
+        """Drop one reference to each page; the caller has the lock."""
+        self._references[pages] -= 1
+        self._returned.extend(pages[self._references[pages] == 0].tolist())
+
+    def _shrink(self, entry: Entry, length: int) -> None:
+        with self._lock:
+            self._release(entry.pages[self._pages_for(length) : self._pages_for(entry.length)])
+            entry.length = length
+
+    def _gathered(self, part: Array, entry: Entry) -> Array:
+        """Return a sequence's rows of a part, (heads, length, ...)."""
+        gathered = np.empty((self.num_kv_heads, entry.length, *part.shape[3:]), part.dtype)
+        for index, page in enumerate(entry.pages[: self._pages_for(entry.length)]):
+            rows = gathered[:, index * self.page_size : (index + 1) * self.page_size]
+            rows[...] = part[page, :, : rows.shape[1]]
+        return gathered
+
+    def _table(self, entries: list[Entry]) -> tuple[Integers, Integers]:
+        """Return the pages of each sequence, padded with 0, and the lengths."""
+        lengths = np.array([entry.length for entry in entries], np.int64)
+        counts = [self._pages_for(entry.length) for entry in entries]
+        table = np.zeros((len(entries), max(counts, default=0)), np.int64)
+        for row, entry, count in zip(table, entries, counts, strict=True):
+            row[:count] = entry.pages[:count]
+        return table, lengths
+
+    def _with_batch_axis(
+        self, query: ArrayLike, cu_seqlens_q: ArrayLike | None, out: Array | None
+    ) -> tuple[Array, Array | None]:
+        if cu_seqlens_q is not None:
+            raise ValueError("cu_seqlens_q needs a list of sequences, not a single id")
+        array = np.asarray(query)
+        if array.ndim != 3:
+            raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, head_dim)")
+        return array[None], out[None] if isinstance(out, np.ndarray) else out
+
+    def _fields(self) -> dict[str, Any]:
+        """Return all but the pages, as arrays; the caller has the lock."""
+        entries = self._sequences.values()
+        used = [entry.pages[: self._pages_for(entry.length)] for entry in entries]
+        geometry = (self.num_kv_heads, self.head_dim, self.head_dim_v, self.page_size, self.num_pages)
+        return {
+            "geometry": np.array(geometry, np.int64),
+            "dtype": np.array(self.dtype.name),
+            "next_id": np.array(self._next_id, np.int64),
+            "ids": np.array(list(self._sequences), np.int64),
+            "lengths": np.array([entry.length for entry in entries], np.int64),
+            "page_table": np.concatenate([np.zeros(0, np.int64), *used]),
+        }
+
+    def _restore(self, fields: dict[str, Array]) -> None:
+        """Take over what was saved; this cache is new."""
+        check_saved(fields, self.page_size, self.num_pages)
+        table, lengths = fields["page_table"], fields["lengths"].tolist()
+        self._first_unused = int(table.max(initial=-1)) + 1
+        if "pages" in fields:
+            pages = fields["pages"]
+            if pages.dtype != np.uint8 or pages.shape != (self._first_unused, self.page_bytes):
+                raise ValueError(f"the file is damaged: its pages are {pages.dtype} of shape {pages.shape}")
+            self._pages[: len(pages)] = pages
+        self._references = np.bincount(table, minlength=self.num_pages)
+        self._returned = np.flatnonzero(self._references[: self._first_unused] == 0).tolist()
+        ends = np.cumsum([self._pages_for(length) for length in lengths]).tolist()
+        for sequence, length, end in zip(fields["ids"].tolist(), lengths, ends, strict=True):
+            self._sequences[sequence] = Entry(length, table[end - self._pages_for(length) : end].copy())
+        self._next_id = int(fields["next_id"])
