@@ -29,9 +29,15 @@ def problem(case: bench.Case, dtype: str) -> bench.Problem:
         pytest.skip(str(missing))
 
 
+PAIRS = [
+    pytest.param(case, dtype, id=f"{case.name}-{dtype}")
+    for case in bench.find_cases(["forward", "decode", "cache", "varlen", "cost"])
+    for dtype in case.dtypes
+]
+
+
 @pytest.mark.parametrize("name", ["fastattn", *bench.PEERS])
-@pytest.mark.parametrize("dtype", bench.DTYPES)
-@pytest.mark.parametrize("case", bench.find_cases(["forward", "cost"]), ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_attention(benchmark, case, dtype, name):
     benchmark.group = f"{case.name} {case.shape} {dtype}"
     us_or_them = contender(name)

@@ -17,7 +17,7 @@ def print_info(arguments: argparse.Namespace) -> None:
     fastattn.show_config()
     threads = arguments.threads or fastattn.get_num_threads()
     print(f"\nat {threads} threads:")
-    for name in bench.DTYPES:
+    for name in bench.FLOATS:
         with contextlib.suppress(ImportError):  # bfloat16 without ml_dtypes
             peak = fastattn.measure_peak(bench.find_dtype(name), num_threads=threads)
             print(f"  {name + ' peak':<16} {peak / 1e9:7.1f} GFLOP/s")
@@ -78,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     timing = commands.add_parser(
         "bench",
         help="time attention against the peak and against other libraries",
-        description="Time attention against the machine's peak and, in alternation, against other libraries. "
+        description="Time attention against the machine's peak and read bandwidth and, in alternation, against other "
+        "libraries. "
         "A ratio is the other's time over fastattn's: 2.00 means fastattn is twice as fast.",
     )
     timing.set_defaults(call=print_bench)
@@ -86,10 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         type=shape_word,
-        default=["forward"],
+        default=["forward", "decode"],
         metavar="SHAPE",
         help=f"groups ({', '.join(bench.GROUPS)}), names ({', '.join(bench.CASES)}) "
-        "or B,H,Hkv,Sq,Sk,D[,causal]; default: forward",
+        "or B,H,Hkv,Sq,Sk,D[,causal]; default: forward decode",
     )
     timing.add_argument(
         "--dtypes",

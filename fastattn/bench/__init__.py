@@ -7,12 +7,13 @@ contenders to pytest-benchmark.
 from fastattn.bench.contenders import PEERS, Contender, FastAttn
 from fastattn.bench.report import report
 from fastattn.bench.run import Row, Run, run
-from fastattn.bench.shapes import CASES, DTYPES, GROUPS, Case, Problem, find_cases, find_dtype
+from fastattn.bench.shapes import CASES, DTYPES, FLOATS, GROUPS, Case, Problem, find_cases, find_dtype
 from fastattn.bench.timing import WrongResult, prepare
 
 __all__ = [
     "CASES",
     "DTYPES",
+    "FLOATS",
     "GROUPS",
     "PEERS",
     "Case",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -64,14 +65,16 @@ class Contender:
         return contextlib.nullcontext()
 
 
-def refuses_special(case: Case) -> str | None:
+def refuses_special(case: Case, dtype: str) -> str | None:
     """Return what the case asks for that no peer's operator has, or None."""
+    if case.through != "attention":
+        return {"varlen": "no packed sequences", "cache": "no cache in pages"}[case.through]
+    if dtype == "int8":
+        return "no int8 keys"
     if case.extra == "alibi" or case.window or case.softcap:
         return f"no {case.name}"
     if case.layout != "contiguous":
         return f"no {case.layout} arrays without a copy"
-    if case.causal and case.seqlen_q != case.seqlen_k:
-        return "causal aligned to the top left"
     return None
 
 
@@ -97,11 +100,56 @@ class FastAttn(Contender):
         return None
 
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
-        query, key, value = problem.arrays
         words = dict(problem.keywords)
         if problem.case.num_threads is not None:
             words["num_threads"] = problem.case.num_threads
-        yield lambda: Way("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
+        if problem.case.through == "varlen":
+            yield lambda: varlen_way(problem, words)
+        elif problem.case.through == "cache":
+            yield lambda: Way("KVCache, append", decoding_step(problem, words), as_is)
+        elif problem.dtype == np.int8:
+            yield lambda: Way("KVCache", cache_attention(problem, words), as_is)
+        else:
+            query, key, value = problem.arrays
+            yield lambda: Way("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
+
+
+def varlen_way(problem: Problem, words: dict[str, Any]) -> Way:
+    query, key, value = (x[0].swapaxes(0, 1) for x in problem.arrays)
+    cu_seqlens = np.cumsum([0, *problem.case.lengths])
+    return Way(
+        "attention_varlen",
+        lambda: fastattn.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **words),
+        lambda result: as_is(result).swapaxes(0, 1)[None],
+    )
+
+
+def cache_attention(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArray[Any]]:
+    cache, ids = problem.cache
+    query = problem.arrays[0]
+    words = {"causal": False, **words}  # a cache is causal unless told otherwise
+    return lambda: cache.attention(query, ids, **words)
+
+
+def decoding_step(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArray[Any]]:
+    """Return what appends the last key and attends.
+
+    The sequences grow from call to call, and take their next page as they would, but only by a page and
+    then anew: the length that is timed stays the case's.
+    """
+    cache, ids = problem.cache
+    _, key, value = (x[:, :, -1:] for x in problem.arrays)
+    attend = cache_attention(problem, words)
+    turns = itertools.cycle(range(cache.page_size))
+
+    def step() -> NDArray[Any]:
+        if next(turns) == 0:
+            for sequence in ids:
+                cache.truncate(sequence, problem.case.seqlen_k - 1)
+        cache.append(ids, key, value)
+        return attend()
+
+    return step
 
 
 class NumPy(Contender):
@@ -122,7 +170,7 @@ class NumPy(Contender):
             threadpoolctl.threadpool_limits(num_threads, user_api="blas")
 
     def refuses(self, case: Case, dtype: str) -> str | None:
-        return refuses_special(case)
+        return refuses_special(case, dtype)
 
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         words = problem.keywords
@@ -150,7 +198,7 @@ def numpy_attention(
     if bias is not None:
         heads += bias
     if causal:
-        np.copyto(heads, -np.inf, where=~np.tri(seqlen_q, seqlen_k, dtype=bool))
+        np.copyto(heads, -np.inf, where=~np.tri(seqlen_q, seqlen_k, seqlen_k - seqlen_q, dtype=bool))
     if mask is not None:
         np.copyto(heads, -np.inf, where=~mask)
     p -= p.max(axis=-1, keepdims=True)
@@ -174,7 +222,7 @@ class Torch(Contender):
         torch.set_num_threads(num_threads)
 
     def refuses(self, case: Case, dtype: str) -> str | None:
-        return refuses_special(case)
+        return refuses_special(case, dtype)
 
     def context(self) -> AbstractContextManager[Any]:
         import torch
@@ -186,8 +234,8 @@ class Torch(Contender):
         import torch
 
         query, key, value = map(torch_tensor, problem.arrays)
-        words: dict[str, Any] = {"is_causal": problem.case.causal}
-        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
+        causal, extra = problem.for_peers
+        words: dict[str, Any] = {"is_causal": causal}
         if extra is not None:
             words["attn_mask"] = torch_tensor(extra)
         attention = torch.nn.functional.scaled_dot_product_attention
@@ -225,13 +273,13 @@ class OnnxRuntime(Contender):
     def refuses(self, case: Case, dtype: str) -> str | None:
         if dtype == "bfloat16":
             return "no bfloat16 on CPU"
-        return refuses_special(case)
+        return refuses_special(case, dtype)
 
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         from onnx import helper
 
         case = problem.case
-        causal = int(case.causal)
+        causal, extra = problem.for_peers
         query, key, value = problem.arrays
         words: dict[str, Any] = {}
         if problem.dtype == np.float64:
@@ -239,7 +287,6 @@ class OnnxRuntime(Contender):
             query, words["scale"] = query * case.head_dim**-0.5, 1.0
         heads = {"q": query, "k": key, "v": value}  # (batch, heads, seq, dim)
         rows = {name: seq_first(x) for name, x in heads.items()}  # (batch, seq, heads * dim)
-        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
 
         if extra is not None:
             # Its masks broadcast over batch and heads only.
@@ -248,7 +295,7 @@ class OnnxRuntime(Contender):
             node = helper.make_node("Attention", ["q", "k", "v", "mask"], ["out"], **words)
             yield lambda: self.way("Attention", node, {**heads, "mask": extra}, problem)
             return
-        words["is_causal"] = causal
+        words["is_causal"] = int(causal)
         attention = helper.make_node("Attention", ["q", "k", "v"], ["out"], **words)
         yield lambda: self.way("Attention", attention, heads, problem)
         words |= {"q_num_heads": case.num_heads, "kv_num_heads": case.num_kv_heads}
@@ -263,10 +310,10 @@ class OnnxRuntime(Contender):
                 ["out"],
                 domain="com.microsoft",
                 num_heads=case.num_heads,
-                unidirectional=causal,
+                unidirectional=int(causal),
             )
             yield lambda: self.way("MultiHeadAttention", multi_head, rows, problem)
-        if case.causal:
+        if causal:
             # Always causal, and a cache operator: it also wants the lengths and hands the keys back.
             grouped = helper.make_node(
                 "GroupQueryAttention",
@@ -339,7 +386,7 @@ class OpenVINO(Contender):
     def refuses(self, case: Case, dtype: str) -> str | None:
         if dtype == "float64":
             return "computes float64 in float32"
-        return refuses_special(case)
+        return refuses_special(case, dtype)
 
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         yield lambda: self.way("fixed shapes", problem, fixed=True)
@@ -357,7 +404,7 @@ class OpenVINO(Contender):
             precision = "f32"
 
         arrays = list(problem.arrays)
-        extra = problem.keywords.get("mask", problem.keywords.get("bias"))
+        causal, extra = problem.for_peers
         if extra is not None:
             arrays.append(extra)
         tensors = [openvino_tensor(array) for array in arrays]
@@ -382,7 +429,7 @@ class OpenVINO(Contender):
         query, key, value, *mask = inputs
         if group > 1:
             key, value = repeated(key), repeated(value)
-        node = opset13.scaled_dot_product_attention(query, key, value, *mask, causal=case.causal)
+        node = opset13.scaled_dot_product_attention(query, key, value, *mask, causal=causal)
         model = openvino.Model([opset13.result(node)], inputs, "attention")
         settings = {
             "INFERENCE_NUM_THREADS": self.num_threads,

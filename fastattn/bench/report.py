@@ -25,7 +25,7 @@ def report(run: Run) -> str:
 def rows_table(run: Run) -> str:
     peers = list(dict.fromkeys(name for row in run.rows for name in row.peers))
     costs = any(row.baseline for row in run.rows)
-    header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s", "of peak"]
+    header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s", "of peak", "of read"]
     header += ["time"] * costs + [f"x {name}" for name in peers]
     return table(header, [row_cells(row, peers, costs) for row in run.rows])
 
@@ -33,9 +33,16 @@ def rows_table(run: Run) -> str:
 def row_cells(row: Row, peers: list[str], costs: bool) -> list[str]:
     cells = [row.name, row.shape, row.dtype, milliseconds(row.best_ms), milliseconds(row.median_ms)]
     cells += [f"{row.gflops:.1f}", f"{row.share:.0%}"]
+    cells.append("-" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}")
     if costs:
-        cells.append(f"{row.baseline_ratio:.3f} of {row.baseline}" if row.baseline else "")
+        cells.append(cost_cell(row))
     return cells + [peer_cell(row.peers[name]) for name in peers]
+
+
+def cost_cell(row: Row) -> str:
+    if row.baseline is None:
+        return ""
+    return f"{row.baseline_ratio:.3f} of {row.baseline}" + (", per flop" if row.per_flop else "")
 
 
 def peer_cell(peer: PeerTime) -> str:

@@ -19,9 +19,12 @@ import numpy as np
 import fastattn
 from fastattn.bench.contenders import PEERS, Contender, FastAttn
 from fastattn.bench.shapes import Case, Problem, find_dtype
-from fastattn.bench.timing import WrongResult, alternate, prepare, ratio
+from fastattn.bench.timing import Entry, MachineSpeed, WrongResult, alternate, prepare, ratio
 
 __all__ = ["PeerTime", "Row", "Run", "run"]
+
+# No more is needed to read from memory rather than from a cache, and a measurement of 1 GB takes two seconds.
+MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,12 @@ class Row:
     gflops: float  # at the best time
     peak_gflops: float
     share: float  # of the peak: the median over the rounds
+    gbytes: float | None  # GB/s of keys and values, at the best time; None: reading is not what it waits for
+    bandwidth_share: float | None  # of the read bandwidth, as share
     peers: dict[str, PeerTime]
     baseline: str | None = None
     baseline_ratio: float | None = None  # fastattn's time over its time on the baseline case
+    per_flop: bool = False  # whether these are times per flop
 
 
 @dataclass(frozen=True)
@@ -128,13 +134,14 @@ def run(
             notes.append(f"{name} skipped: it needs {' and '.join(PEERS[name].packages)}")
 
     start = time.perf_counter(), time.process_time(), machine_time()
-    work = [(case, dtype) for case in cases for dtype in known.values()]
+    pairs = [(case, dtype) for case in cases for dtype in known.values()]
+    work = [(case, dtype) for case, dtype in pairs if dtype.name in case.dtypes]
+    notes += skipped(pairs)
     rows = []
     for index, (case, dtype) in enumerate(work, 1):
         print(f"[{index}/{len(work)}] {case.name} {case.shape} {dtype.name}", end="", file=sys.stderr, flush=True)
         row = measure(case, dtype, us, them, seconds)
-        best_peers = [f"{peer.ratio:.2f}x {name}" for name, peer in row.peers.items() if peer.ratio is not None]
-        print(f": {', '.join([f'{row.share:.0%} of peak', *best_peers])}", file=sys.stderr, flush=True)
+        print(f": {summary(row)}", file=sys.stderr, flush=True)
         rows.append(row)
     elapsed, own, machine = (
         end - begin
@@ -151,15 +158,34 @@ def run(
     )
 
 
+def skipped(pairs: list[tuple[Case, np.dtype[Any]]]) -> list[str]:
+    """Return a note for each dtype that some of the cases are not about."""
+    names: dict[str, list[str]] = {}
+    for case, dtype in pairs:
+        if dtype.name not in case.dtypes:
+            names.setdefault(dtype.name, []).append(case.name)
+    reasons = {"int8": "only a KVCache stores it, for decoding"}
+    return [
+        f"{dtype} skipped for {', '.join(cases)}: {reasons.get(dtype, 'not among their dtypes')}"
+        for dtype, cases in names.items()
+    ]
+
+
+def summary(row: Row) -> str:
+    parts = [f"{row.share:.0%} of peak"]
+    if row.bandwidth_share is not None:
+        parts.append(f"{row.bandwidth_share:.0%} of read")
+    parts += [f"{peer.ratio:.2f}x {name}" for name, peer in row.peers.items() if peer.ratio is not None]
+    return ", ".join(parts)
+
+
 def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender], seconds: float) -> Row:
     problem = Problem(case, dtype)
     num_threads = case.num_threads or us.num_threads
     entry = prepare(us, problem)
-    entries = [entry]
-    baseline = None
-    if case.baseline is not None:
-        baseline = prepare(us, Problem(case.baseline, dtype))
-        entries.append(baseline)
+    base = Problem(case.baseline, dtype) if case.baseline else None
+    baseline = prepare(us, base) if base else None
+    entries = [entry, baseline] if baseline else [entry]
     peers = {}
     running = {}
     for peer in them:
@@ -171,11 +197,7 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender
                 absent = str(complaint)
         peers[peer.name] = PeerTime(absent=absent)
 
-    peaks = alternate(
-        [*entries, *running.values()],
-        lambda: fastattn.measure_peak(dtype, num_threads=num_threads),
-        seconds,
-    )
+    speeds = alternate([*entries, *running.values()], lambda: machine_speed(problem, num_threads), seconds)
     for name, their in running.items():
         peers[name] = PeerTime(
             rejected=their.rejected,
@@ -185,7 +207,10 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender
             median_ms=1e3 * their.median,
             ratio=ratio(their, entry),
         )
-    bests = map(min, entry.rounds)
+    cost = ratio(entry, baseline) if baseline else None
+    if case.per_flop and base and cost:
+        cost *= base.flops / problem.flops
+    bandwidths = [speed.bandwidth for speed in speeds if speed.bandwidth is not None]
     return Row(
         name=case.name,
         shape=case.shape,
@@ -196,12 +221,28 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender
         best_ms=1e3 * entry.best,
         median_ms=1e3 * entry.median,
         gflops=problem.flops / entry.best / 1e9,
-        peak_gflops=median(peaks) / 1e9,
-        share=median(problem.flops / best / peak for best, peak in zip(bests, peaks, strict=True)),
+        peak_gflops=median(speed.peak for speed in speeds) / 1e9,
+        share=median_share(entry, problem.flops, [speed.peak for speed in speeds]),
+        gbytes=problem.kv_bytes / entry.best / 1e9 if problem.is_read_bound else None,
+        bandwidth_share=median_share(entry, problem.kv_bytes, bandwidths) if bandwidths else None,
         peers=peers,
         baseline=case.baseline.name if case.baseline else None,
-        baseline_ratio=ratio(entry, baseline) if baseline else None,
+        baseline_ratio=cost,
+        per_flop=case.per_flop,
     )
+
+
+def machine_speed(problem: Problem, num_threads: int) -> MachineSpeed:
+    bandwidth = None
+    if problem.is_read_bound:
+        bandwidth = fastattn.measure_bandwidth(min(problem.kv_bytes, MOST_BYTES), num_threads=num_threads)
+    return MachineSpeed(fastattn.measure_peak(problem.query_dtype, num_threads=num_threads), bandwidth)
+
+
+def median_share(entry: Entry, amount: int, rates: list[float]) -> float:
+    """Return the share of the machine's rate at which an entry does that amount of work."""
+    bests = map(min, entry.rounds)
+    return median(amount / best / rate for best, rate in zip(bests, rates, strict=True))
 
 
 def machine_time() -> float:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
 from fastattn import reference
+from fastattn.cache import KVCache
 
-__all__ = ["CASES", "DTYPES", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
+__all__ = ["CASES", "DTYPES", "FLOATS", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+# int8 is what a KVCache may store, under float32 queries.
+DTYPES = (*FLOATS, "int8")
+
+# So few query rows a kv head that the time goes into reading keys and values,
+FEW_ROWS = 16
+# and so many bytes that the measured bandwidth is not mostly the time it takes to wake threads.
+MANY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -35,21 +44,50 @@ class Case:
     softcap: float | None = None
     extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding" or "alibi"
     layout: str = "contiguous"
+    # "cache": a step of decoding, which appends the last key and then attends to all.
+    through: Literal["attention", "varlen", "cache"] = "attention"
+    lengths: tuple[int, ...] = field(default=(), repr=False)  # of packed sequences; seqlen_q and seqlen_k are their sum
+    dtypes: tuple[str, ...] = FLOATS  # those it is about
     num_threads: int | None = None  # None: as many as the run has
     baseline: Case | None = None  # the case whose time this one's is divided by
+    per_flop: bool = False  # whether these are times per flop
 
     @property
     def shape(self) -> str:
-        """The shape as the command line takes it."""
-        sizes = (self.batch, self.num_heads, self.num_kv_heads, self.seqlen_q, self.seqlen_k, self.head_dim)
+        """The shape as the command line takes it, with the range of the lengths if they differ."""
+        sizes: list[Any] = [self.batch, self.num_heads, self.num_kv_heads, self.seqlen_q, self.seqlen_k, self.head_dim]
+        if self.lengths:
+            lengths = f"{min(self.lengths)}-{max(self.lengths)}"
+            sizes[0], sizes[3], sizes[4] = len(self.lengths), lengths, lengths
         return ",".join(map(str, sizes)) + (",causal" if self.causal else "")
 
     def costs(self, name: str, **changes: Any) -> Case:
         """Return this case with something changed, to be timed against this case."""
         return replace(self, name=name, baseline=self, **changes)
 
+    def packs(self, name: str, lengths: tuple[int, ...]) -> Case:
+        """Return packed sequences of these lengths, to be timed per flop against this batch."""
+        total = sum(lengths)
+        changes = {"batch": 1, "seqlen_q": total, "seqlen_k": total, "lengths": lengths}
+        return self.costs(name, through="varlen", layout="swapaxes", per_flop=True, **changes)
+
 
 BASE = Case("base", 2, 12, 12, 1024, 1024, 64)
+
+STEP = Case("contiguous-4096", 1, 32, 8, 1, 4096, 128, dtypes=("float32", "bfloat16"))
+GROWTH = replace(STEP, name="growth-1024", seqlen_k=1024, through="cache")
+
+# The long one comes last, where threads that share the work badly would wait for it.
+MIXED = (*np.random.default_rng(3).integers(8, 257, 1000).tolist(), 4096)
+# As many tokens in the same order in memory, so that the two differ in their lengths alone: in sequences of the
+# mean length, and, as the long one has a share of the flops that makes the whole more efficient, of the length
+# that gives as many flops.
+MEAN = round(sum(MIXED) / len(MIXED))
+WORK = round(sum(length * (length + 1) for length in MIXED) / sum(MIXED)) - 1
+EQUAL_MEAN, EQUAL_WORK = (
+    Case(f"equal-{length}", round(sum(MIXED) / length), 12, 12, length, length, 64, causal=True, layout="swapaxes")
+    for length in (MEAN, WORK)
+)
 
 GROUPS: dict[str, tuple[Case, ...]] = {
     "forward": (
@@ -63,6 +101,21 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         Case("short-32", 32, 12, 12, 32, 32, 32),
         Case("tiny-8", 1, 4, 4, 8, 8, 16),
     ),
+    "decode": (
+        Case("decode-mha", 1, 32, 32, 1, 4096, 128, dtypes=DTYPES),
+        Case("decode-gqa", 1, 32, 8, 1, 4096, 128, dtypes=DTYPES),
+        Case("decode-batch", 16, 32, 8, 1, 1024, 128, dtypes=DTYPES),
+        # Peers copy the keys for each query head: 10 GB in float32, and in float64 as much again.
+        Case("decode-batch-long", 16, 32, 8, 1, 4096, 128, dtypes=("float32", "bfloat16", "float16", "int8")),
+        Case("speculative-8", 1, 32, 8, 8, 4096, 128, dtypes=DTYPES),
+        Case("prefill-64", 1, 32, 8, 64, 4096, 128, causal=True, dtypes=DTYPES),
+    ),
+    "cache": (
+        STEP.costs("cache-4096", through="cache"),
+        GROWTH,
+        *(GROWTH.costs(f"growth-{length}", seqlen_k=length, per_flop=True) for length in (2048, 4096, 8192)),
+    ),
+    "varlen": (EQUAL_MEAN.packs("varlen-mix", MIXED), EQUAL_WORK.packs("varlen-work", MIXED)),
     "cost": (
         Case("full-2048", 1, 12, 12, 2048, 2048, 64).costs("causal", causal=True),
         # The query's own key and the 256 before it: the sliding window of decoders.
@@ -96,7 +149,8 @@ def find_cases(words: list[str]) -> list[Case]:
     Parameters
     ----------
     words : list of str
-        Each a case's name, a group's name, or a shape ``B,H,Hkv,Sq,Sk,D`` with an optional ``,causal``.
+        Each a shape ``B,H,Hkv,Sq,Sk,D`` with an optional ``,causal``, or names of groups and cases, with commas
+        between them.
 
     Raises
     ------
@@ -104,7 +158,7 @@ def find_cases(words: list[str]) -> list[Case]:
         If a word is none of these.
     """
     found: dict[Case, None] = {}
-    for word in words:
+    for word in itertools.chain.from_iterable(map(split_names, words)):
         if word in GROUPS:
             found.update(dict.fromkeys(GROUPS[word]))
         elif word in CASES:
@@ -112,6 +166,11 @@ def find_cases(words: list[str]) -> list[Case]:
         else:
             found[parse_shape(word)] = None
     return list(found)
+
+
+def split_names(word: str) -> list[str]:
+    is_shape = word[:1].isdigit()
+    return [word] if is_shape else word.split(",")
 
 
 def parse_shape(word: str) -> Case:
@@ -135,6 +194,7 @@ def parse_shape(word: str) -> Case:
         seqlen_k,
         head_dim,
         causal=word.endswith(",causal"),
+        dtypes=DTYPES if seqlen_q < seqlen_k else FLOATS,  # a cache holds more keys than there are queries
     )
 
 
@@ -165,9 +225,14 @@ class Problem:
     case: Case
     dtype: np.dtype[Any]
 
+    @property
+    def query_dtype(self) -> np.dtype[Any]:
+        """What the queries are in, and the peak is measured at: float32 over int8 keys."""
+        return np.dtype(np.float32) if self.dtype == np.int8 else self.dtype
+
     @cached_property
     def arrays(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """query, key and value, in the case's layout."""
+        """query, key and value, in the case's layout; keys and values as they are before a cache makes them int8."""
         case = self.case
         draw = np.random.default_rng(1)
         heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads)
@@ -176,8 +241,34 @@ class Problem:
             draw.standard_normal((case.batch, h, s, case.head_dim), np.float32)
             for h, s in zip(heads, rows, strict=True)
         ]
-        query, key, value = (laid_out(x, self.dtype, case.layout, packed_index=i) for i, x in enumerate(values))
+        query, key, value = (laid_out(x, self.query_dtype, case.layout, packed_index=i) for i, x in enumerate(values))
         return query, key, value
+
+    @cached_property
+    def cache(self) -> tuple[KVCache, list[int]]:
+        """A cache of the keys and values, and the ids of its sequences.
+
+        It fills page by page, so that the pages of a batch alternate, as sequences that grow together leave
+        them. A sequence has room for one page more.
+        """
+        case = self.case
+        _, key, value = self.arrays
+        page_size = 64
+        num_pages = case.batch * (-(-case.seqlen_k // page_size) + 1)
+        cache = KVCache(case.num_kv_heads, case.head_dim, dtype=self.dtype, page_size=page_size, num_pages=num_pages)
+        ids = [cache.add() for _ in range(case.batch)]
+        for first in range(0, case.seqlen_k, page_size):
+            page = slice(first, first + page_size)
+            cache.append(ids, key[:, :, page], value[:, :, page])
+        return cache, ids
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, slice]]:
+        """The rows of query and of key that belong together: those of each packed sequence, or all."""
+        if not self.case.lengths:
+            return [(slice(0, self.case.seqlen_q), slice(0, self.case.seqlen_k))]
+        bounds = itertools.pairwise(itertools.accumulate(self.case.lengths, initial=0))
+        return [(slice(*rows), slice(*rows)) for rows in bounds]
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
@@ -200,27 +291,70 @@ class Problem:
         return {word: value for word, value in asked.items() if value is not None and value is not False}
 
     @cached_property
+    def for_peers(self) -> tuple[bool, NDArray[Any] | None]:
+        """Whether to ask a peer for its causal, and the mask or bias to give it.
+
+        Their causal begins at the top left, which is not ours where there are more keys than queries: there
+        it is a mask, except that a single query sees every key.
+        """
+        case = self.case
+        if case.causal and case.seqlen_q != case.seqlen_k:
+            mask = np.tri(case.seqlen_q, case.seqlen_k, case.seqlen_k - case.seqlen_q, dtype=bool)[None, None]
+            return False, None if mask.all() else mask
+        return case.causal, self.keywords.get("mask", self.keywords.get("bias"))
+
+    @cached_property
     def flops(self) -> int:
         """Floating-point operations of the work itself: what the masks leave, nothing for softmax."""
-        return fastattn.plan(*self.arrays, **self.keywords).flops
+        query, key, value = self.arrays
+        return sum(
+            fastattn.plan(query[..., rows, :], key[..., keys, :], value[..., keys, :], **self.keywords).flops
+            for rows, keys in self.parts
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values, with the scales of int8: a float32 for each row."""
+        case = self.case
+        row = case.head_dim * self.dtype.itemsize + (4 if self.dtype == np.int8 else 0)
+        return 2 * case.batch * case.num_kv_heads * case.seqlen_k * row
+
+    @property
+    def is_read_bound(self) -> bool:
+        """Whether the read bandwidth, and not only the peak, says how fast it can be."""
+        case = self.case
+        rows = case.seqlen_q * case.num_heads // case.num_kv_heads
+        return not case.lengths and rows <= FEW_ROWS and self.kv_bytes >= MANY_BYTES
 
     @cached_property
     def expected(self) -> list[tuple[slice, NDArray[Any]]]:
         """The right result, in float64, for the first, the middle and the last query rows.
 
-        All rows of a long sequence would take the reference minutes, and the tests see to those.
+        All rows of a long sequence would take the reference minutes, as would all of a thousand sequences,
+        and the tests see to those.
         """
-        query, key, value = (x.astype(np.float64) for x in self.arrays)
-        rows = []
-        for block in sampled_rows(self.case.seqlen_q):
-            words = dict(self.keywords)
-            for name in {"mask", "bias"} & words.keys():
-                if words[name].shape[-2] > 1:
-                    words[name] = words[name][..., block, :]
-            position = block.start + self.case.seqlen_k - self.case.seqlen_q
-            out = reference.attention(query[..., block, :], key, value, query_offset=position, **words)
-            rows.append((block, out))
-        return rows
+        query, (key, value) = self.arrays[0], self.stored
+        found = []
+        for rows, keys in sampled_parts(self.parts):
+            for block in sampled_rows(rows):
+                words = dict(self.keywords)
+                for name in {"mask", "bias"} & words.keys():
+                    if words[name].shape[-2] > 1:
+                        words[name] = words[name][..., block, :]
+                position = block.start - rows.stop + keys.stop - keys.start
+                asked = query[..., block, :].astype(np.float64)  # the result is in its dtype
+                out = reference.attention(asked, key[..., keys, :], value[..., keys, :], query_offset=position, **words)
+                found.append((block, out))
+        return found
+
+    @property
+    def stored(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """key and value as they are read: what a cache of int8 kept of them."""
+        if self.dtype != np.int8:
+            return self.arrays[1:]
+        cache, ids = self.cache
+        keys, values = zip(*map(cache.get, ids), strict=True)
+        return np.stack(keys), np.stack(values)
 
     @property
     def tolerance(self) -> float:
@@ -234,7 +368,8 @@ class Problem:
         half = self.dtype.itemsize == 2
         accumulator = 2.0**-53 if self.dtype == np.float64 else 2.0**-24
         rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[self.dtype.name] if half else accumulator
-        return 4.0 * (rounding + accumulator * math.sqrt(self.case.head_dim + self.case.seqlen_k))
+        seqlen_k = max(self.case.lengths, default=self.case.seqlen_k)
+        return 4.0 * (rounding + accumulator * math.sqrt(self.case.head_dim + seqlen_k))
 
     def error(self, out: NDArray[Any]) -> float:
         """Return the relative error of a result (batch, num_heads, seqlen_q, head_dim); NaN if it has any."""
@@ -245,9 +380,15 @@ class Problem:
         return math.sqrt(wrong / right)
 
 
-def sampled_rows(seqlen_q: int, length: int = 8) -> Iterator[slice]:
-    starts = {0, max(0, (seqlen_q - length) // 2), max(0, seqlen_q - length)}
-    return (slice(start, min(start + length, seqlen_q)) for start in sorted(starts))
+def sampled_parts(parts: list[tuple[slice, slice]], number: int = 16) -> list[tuple[slice, slice]]:
+    """Return every so-many-th part, and the last."""
+    return [*parts[: -1 : max(1, len(parts) // number)], parts[-1]]
+
+
+def sampled_rows(rows: slice, length: int = 8) -> Iterator[slice]:
+    last = max(rows.start, rows.stop - length)
+    starts = {rows.start, (rows.start + last) // 2, last}
+    return (slice(start, min(start + length, rows.stop)) for start in sorted(starts))
 
 
 def laid_out(values: NDArray[Any], dtype: np.dtype[Any], layout: str, packed_index: int) -> NDArray[Any]:

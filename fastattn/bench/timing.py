@@ -1,4 +1,4 @@
-"""Times contenders fairly: checked first, then in alternation, with the machine's peak read in between."""
+"""Times contenders fairly: checked first, then in alternation, with the machine's own speed read in between."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastattn.bench.contenders import Contender, Way
 from fastattn.bench.shapes import Problem
 
-__all__ = ["Entry", "WrongResult", "alternate", "prepare", "ratio"]
+__all__ = ["Entry", "MachineSpeed", "WrongResult", "alternate", "prepare", "ratio"]
 
 ROUNDS = 8
 # A clock reading takes some 50 ns; calls are timed in batches at least this long.
 SHORTEST_SAMPLE = 50e-6
 # A round this many times slower than the best is not the contender's speed.
 STALL = 3.0
+
+
+class MachineSpeed(NamedTuple):
+    """What the machine can do at most."""
+
+    peak: float  # FLOP/s
+    bandwidth: float | None  # bytes/s; None: not read
 
 
 class WrongResult(Exception):
@@ -87,8 +94,8 @@ def first_call(contender: Contender, way: Way, problem: Problem) -> tuple[float,
     return call_time, error
 
 
-def alternate(entries: list[Entry], read_peak: Callable[[], float], seconds: float) -> list[float]:
-    """Time the entries in turns; return the peak read in each round, just before the first entry's turn.
+def alternate(entries: list[Entry], read_machine: Callable[[], MachineSpeed], seconds: float) -> list[MachineSpeed]:
+    """Time the entries in turns; return what was read of the machine in each round, before the first entry's turn.
 
     A machine's speed drifts by the second, with its clock and its neighbours. Turns expose every entry and
     the peak to the same seconds, so that quotients within a round are sound where absolute figures are not.
@@ -97,12 +104,12 @@ def alternate(entries: list[Entry], read_peak: Callable[[], float], seconds: flo
     ----------
     entries : list of Entry
         Their `rounds` are filled.
-    read_peak : callable
-        Returns FLOP/s.
+    read_machine : callable
+        Measures the machine.
     seconds : float
         Time for each entry over all rounds. One whose calls take longer sits out after two rounds.
     """
-    peaks: list[float] = []
+    speeds: list[MachineSpeed] = []
     with no_garbage_collection():
         for index in range(ROUNDS):
             playing = [entry for entry in entries if index < 2 or sum(map(sum, entry.rounds)) < seconds]
@@ -111,9 +118,9 @@ def alternate(entries: list[Entry], read_peak: Callable[[], float], seconds: flo
             for entry in playing:
                 wait_until_idle()
                 if entry is entries[0]:
-                    peaks.append(read_peak())
+                    speeds.append(read_machine())
                 entry.rounds.append(burst(entry, seconds / ROUNDS))
-    return peaks
+    return speeds
 
 
 def burst(entry: Entry, seconds: float) -> list[float]:
