@@ -892,7 +892,7 @@ def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
     Returns
     -------
     float
-        Bytes/s, the best of four passes.
+        Bytes/s, the best of eight passes.
 
     Raises
     ------

@@ -832,14 +832,15 @@ class KVCache:
         self._release(shared)
 
     def _write(self, entries: list[Entry], lengths: list[int], stored: list[Array]) -> None:
-        count = stored[0].shape[2]
-        if not entries or count == 0:
-            return
-        row, slot = np.divmod(np.array(lengths)[:, None] + np.arange(count), self.page_size)
-        page = np.stack([entry.pages[rows] for entry, rows in zip(entries, row, strict=True)])
-        for part, tokens in zip(self._parts, stored, strict=True):
-            # The slice between index arrays puts their axes first: (sequences, tokens, heads, ...).
-            part[page, :, slot] = tokens.swapaxes(1, 2)
+        for index, (entry, first) in enumerate(zip(entries, lengths, strict=True)):
+            done = 0
+            while first + done < entry.length:
+                # Plain slices, a page at a time: what a step does beside attention finds no cache warm.
+                page, slot = divmod(first + done, self.page_size)
+                count = min(self.page_size - slot, entry.length - first - done)
+                for part, tokens in zip(self._parts, stored, strict=True):
+                    part[entry.pages[page], :, slot : slot + count] = tokens[index, :, done : done + count]
+                done += count
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.page_size)
