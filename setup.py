@@ -39,6 +39,7 @@ INSTRUCTION_SETS = {
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
 }
 ELEMENTS = {
@@ -46,6 +47,7 @@ ELEMENTS = {
     "avx2": ["float32", "float64"],
     "avx512": ["float32", "float64"],
     "avx512bf16": ["bf16dot"],
+    "amx": ["bf16tile"],
 }
 
 

@@ -5,13 +5,17 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 extern const fa_kernel fa_float32_baseline, fa_float64_baseline;
 
 #if defined(__x86_64__)
 extern const fa_kernel fa_float32_avx2, fa_float64_avx2;
 extern const fa_kernel fa_float32_avx512, fa_float64_avx512;
-extern const fa_kernel fa_bf16dot_avx512bf16;
+extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx;
 
 /* CPUID is read here because __builtin_cpu_supports answers 0 under some compilers' run-time
  * libraries; XGETBV, because the operating system must save the registers too. */
@@ -45,6 +49,25 @@ static bool has_avx512bf16(void)
     unsigned a, b, c, d;
     return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
 }
+
+/* Linux gives a process the tile registers only when it asks. */
+static bool may_use_tiles(void)
+{
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of asm/prctl.h, in recent kernels */
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+static bool has_amx(void)
+{
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+           os_saves(0x600e6) && may_use_tiles();
+}
 #endif
 
 static bool has_baseline(void)
@@ -59,6 +82,7 @@ static const struct {
     const fa_kernel *float32, *float64, *bfloat16;
 } table[] = {
 #if defined(__x86_64__)
+    {"amx", has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx},
     {"avx512bf16", has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16},
     {"avx512", has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL},
     {"avx2", has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL},

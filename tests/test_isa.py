@@ -11,7 +11,7 @@ CONFIG = fastattn.show_config(mode="dicts")
 
 
 def test_isas_are_listed_best_first():
-    order = ["avx512bf16", "avx512", "avx2", "neon", "baseline"]
+    order = ["amx", "avx512bf16", "avx512", "avx2", "neon", "baseline"]
     assert CONFIG["isas"] == sorted(CONFIG["isas"], key=order.index)
     assert CONFIG["isas"][-1] == "baseline"
     assert CONFIG["isa"] in CONFIG["isas"]

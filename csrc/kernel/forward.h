@@ -7,31 +7,6 @@
 #include "partial.h"
 #include "top.h"
 
-/* out[e][m] += Σ_r V[first + r][e] p[r][m]. The sum over the block is formed apart and then added: of
- * many keys, rounding errors grow with the blocks and not with the keys. */
-FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
-                              const operand_block *value, const panel *probabilities, const lookahead *ahead,
-                              int vectors, bool visible_only)
-{
-    const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
-    const int length = num_keys(range) / REDUCTION;
-    const int rows = MICRO_ROWS(vectors);
-    for (int e = 0; e < p->head_dim_v; e += rows) {
-        const char *a[MAX_MICRO_ROWS];
-        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
-        vec *out = t->out + e * vectors;
-        for (int i = 0; i < rows; i++)
-            a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
-        prefetch_values_and_out(p, t, ahead, e, rows);
-        product(a, value->row, probabilities, length, vectors, visible_only, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                out[i * vectors + m] = t->fresh ? c[i][m] : out[i * vectors + m] + c[i][m];
-    }
-}
-
 /* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
 FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 {
@@ -179,9 +154,10 @@ static operand_block load_key_block(const fa_problem *p, const item_arrays *a, i
     source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
     if (narrow ? lies_in_vectors(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
         return in_place(&src, begin, operand_step(&p->key));
-    stage_key(&src, (int)(end - begin), (int)p->head_dim, stage);
+    int lead = narrow ? 0 : (int)(begin % KEY_STEP);
+    stage_key(&src, lead, (int)(end - begin), (int)p->head_dim, stage);
     return (operand_block){.data = stage,
-                           .first = begin,
+                           .first = begin - lead,
                            .row = staged_row_bytes(p->head_dim),
                            .col = sizeof(operand),
                            .dtype = FA_REAL_DTYPE};
@@ -202,7 +178,7 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
     stage_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, stage);
     return (operand_block){.data = stage,
                            .first = begin / REDUCTION,
-                           .row = staged_row_bytes(p->head_dim_v),
+                           .row = staged_value_bytes(p->head_dim_v),
                            .col = sizeof(operand),
                            .dtype = FA_REAL_DTYPE};
 }
@@ -435,6 +411,26 @@ static void locate_tiles(item_state *s, const fa_item *item)
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);
 }
 
+static void attend_item(item_state *s)
+{
+    const fa_problem *p = s->problem;
+    if (s->item->num_splits == 1) {
+        attend_whole(s);
+    } else {
+        if (!attend_splits(s))
+            return;
+        finish_tiles(s);
+    }
+    if (p->lse.data)
+        for (int i = 0; i < s->num_tiles; i++)
+            store_lse(p, &s->arrays, &s->w.tiles[i]);
+    if (p->top_count > 0)
+        for (int i = 0; i < s->num_tiles; i++)
+            store_top(p, &s->arrays, &s->w.tiles[i]);
+    if (p->weights.data || p->totals.data)
+        attend_weights(s);
+}
+
 static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch,
                          fa_run *run, bool is_caller)
 {
@@ -447,49 +443,15 @@ static void forward_item(const fa_problem *p, const fa_item *item, const fa_item
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);
-    if (item->num_splits == 1) {
-        attend_whole(&s);
-    } else {
-        if (!attend_splits(&s))
-            return;
-        finish_tiles(&s);
-    }
-    if (p->lse.data)
-        for (int i = 0; i < s.num_tiles; i++)
-            store_lse(p, &s.arrays, &s.w.tiles[i]);
-    if (p->top_count > 0)
-        for (int i = 0; i < s.num_tiles; i++)
-            store_top(p, &s.arrays, &s.w.tiles[i]);
-    if (p->weights.data || p->totals.data)
-        attend_weights(&s);
+    begin_products();
+    attend_item(&s);
+    end_products();
 }
 
 static size_t scratch_bytes(const fa_problem *p, int tiles)
 {
     workspace unused;
     return lay_out(p, tiles, NULL, &unused);
-}
-
-/* The micro-kernel's multiply-adds with nothing else: all chains in registers. */
-static double measure_peak_rounds(int64_t rounds)
-{
-    enum { CHAINS = MICRO_ROWS(1) == 8 && FA_VECTOR_BYTES == 64 ? 24 : 12 };
-    volatile operand source = 0;
-    operand a = source;
-    vec c[CHAINS];
-    for (int i = 0; i < CHAINS; i++)
-        c[i] = vec_splat((real)source);
-    for (int64_t round = 0; round < rounds; round++) {
-#pragma GCC unroll 24
-        for (int i = 0; i < CHAINS; i++)
-            c[i] = multiply_add(a, (panel)c[i], c[i]); /* nothing that could be computed once for all */
-    }
-    real sum = 0;
-    for (int i = 0; i < CHAINS; i++)
-        sum += c[i][0];
-    volatile real sink = sum;
-    (void)sink;
-    return (double)rounds * CHAINS * LANES * 2 * REDUCTION;
 }
 
 const fa_kernel FA_KERNEL = {

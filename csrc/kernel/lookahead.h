@@ -9,6 +9,11 @@ typedef struct {
     int64_t key_lo, key_hi;
 } key_range;
 
+FA_INLINE int num_keys(const key_range *range)
+{
+    return (int)(range->last - range->first);
+}
+
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
  * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
  * over the rows of the first product, values and results over those of the second: memory serves few

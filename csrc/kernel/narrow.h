@@ -82,14 +82,13 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             sums[r][i] = vec_splat(0);
     const char *value = a->value + first * LANES * element_size(dtype);
     const real *p = a->p;
-    const char *next = a->next.data + first * a->next.span;
     for (int n = 0; n < a->num_keys; n++, value += a->row, p += rows) {
         vec v[4];
 #pragma GCC unroll 4
         for (int i = 0; i < width; i++)
             v[i] = load_nth(value, dtype, i);
         if (n < a->next.count)
-            prefetch(next + n * a->next.row, width * a->next.span);
+            prefetch(a->next.data + n * a->next.row + first * a->next.span, width * a->next.span);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             if (visible_only && p[r] == 0 && signbit(p[r]))
@@ -173,8 +172,9 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
             k[j] = key->data + (index - key->first) * key->row;
         }
         next.count = (int)max_i64(min_i64(ahead->key_rows - n, keys), 0);
+        if (next.count > 0)
+            next.data = ahead->key + n * next.row;
         scores[n / keys] = dot_keys(k, dtype, t->query, key_vectors(p->head_dim), rows, &next) * scale;
-        next.data += keys * next.row;
     }
 }
 
@@ -182,7 +182,7 @@ FA_INLINE void dot_range_of(const fa_problem *p, const tile *t, const key_range 
                             const operand_block *key, const lookahead *ahead, int rows, real scale,
                             vec *scores)
 {
-    if (REDUCTION == 2)
+    if (PRODUCTS_IN_BFLOAT16)
         dot_range(p, t, range, key, ahead, FA_BFLOAT16, rows, scale, scores);
     else if (key->dtype == FA_FLOAT16)
         dot_range(p, t, range, key, ahead, FA_FLOAT16, rows, scale, scores);

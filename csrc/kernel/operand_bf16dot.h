@@ -1,118 +1,12 @@
-/* Products of bfloat16 pairs, summed in float32: the operand of the micro-kernel is a pair along the
- * reduction axis, broadcast against lanes of pairs. Keys lie in pairs already; values are interleaved
- * by two keys; queries and probabilities are packed as pairs.
- *
- * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`. */
+/* Products of bfloat16 pairs: the operand of the micro-kernel is a pair along the reduction axis, broadcast
+ * against lanes of pairs. Keys lie in pairs already; values are interleaved by two keys. */
 #ifndef FA_KERNEL_OPERAND_H
 #define FA_KERNEL_OPERAND_H
 
-#include "elements.h"
-
-typedef uint32_t operand;
-typedef uvec panel;
+#include "pairs.h"
 
 #define REDUCTION 2
-
-FA_INLINE vec multiply_add(operand a, panel b, vec c)
-{
-    return dot_pairs(a - (uvec){0}, b, c);
-}
-
-/* The same, but where half of b is -0, that half of a is taken as 0: it is masked, be it NaN. */
-FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
-{
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
-    halves visible = (halves)((halves)b != 0x8000);
-    return dot_pairs((a - (uvec){0}) & (uvec)visible, b, c);
-}
-
-FA_INLINE uint32_t load_pair(const char *src, ptrdiff_t col, int count)
-{
-    uint16_t low, high = 0;
-    memcpy(&low, src, sizeof low);
-    if (count > 1)
-        memcpy(&high, src + col, sizeof high);
-    return low | (uint32_t)high << 16;
-}
-
-/* Up to LANES pairs from `count` elements; 0 beyond them, where nothing is read. */
-FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
-{
-    if (col == 2 && count >= 2 * LANES)
-        return (uvec)vec_load(src);
-    uint32_t pairs[LANES] = {0};
-    for (int i = 0; i < LANES && 2 * i < count; i++)
-        pairs[i] = load_pair(src + 2 * i * col, col, count - 2 * i);
-    return (uvec)vec_load(pairs);
-}
-
-/* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). */
-FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
-                          real sign, panel *query)
-{
-    (void)dtype;
-    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
-    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
-    for (int m = 0; m < vectors; m++) {
-        for (int d = 0; d < head_dim; d += 2 * LANES) {
-            vec x[LANES];
-            for (int j = 0; j < LANES; j++)
-                x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
-            vec_transpose(x);
-            for (int j = 0; j < LANES && d + 2 * j < head_dim; j++)
-                query[(d / 2 + j) * vectors + m] = ((uvec)x[j] ^ flip) & keep;
-        }
-    }
-}
-
-/* Of a narrow tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
- * zeros. */
-FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
-{
-    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
-    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
-    for (int d = 0; d < p->head_dim; d += 2 * LANES)
-        *query++ = (load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d) ^ flip) & keep;
-}
-
-FA_INLINE int key_vectors(int64_t head_dim)
-{
-    return vectors_of((head_dim + 1) / 2);
-}
-
-FA_INLINE int keys_at_once(fa_dtype dtype)
-{
-    (void)dtype;
-    return 1;
-}
-
-FA_INLINE int key_vector_bytes(fa_dtype dtype)
-{
-    (void)dtype;
-    return FA_VECTOR_BYTES;
-}
-
-FA_INLINE panel load_key_vector(const char *src, fa_dtype dtype, int i)
-{
-    (void)dtype;
-    return (uvec)vec_load(src + i * FA_VECTOR_BYTES);
-}
-
-FA_INLINE vec multiply_lanes(panel a, panel b, vec c)
-{
-    return dot_pairs(a, b, c);
-}
-
-/* Rows n and n + 1 become row n / 2 of pairs, in place: its lanes are read before they are written.
- * num_keys is even. */
-FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors)
-{
-    for (int n = 0; n < num_keys; n += 2)
-        for (int m = 0; m < vectors; m++)
-            scores[n / 2 * vectors + m] =
-                (vec)round_pairs(scores[n * vectors + m], scores[(n + 1) * vectors + m]);
-    return (const panel *)scores;
-}
+#define KEY_STEP 1
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {
@@ -131,25 +25,14 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return false;
 }
 
-FA_INLINE void stage_key(const source_rows *src, int num_keys, int head_dim, char *stage)
+FA_INLINE void stage_key(const source_rows *key, int lead, int num_keys, int head_dim, char *stage)
 {
-    const fa_array *key = src->array;
-    for (int n = 0; n < num_keys; n++) {
-        char *dst = stage + n * staged_row_bytes(head_dim);
-        for (int d = 0; d < head_dim; d += 2 * LANES)
-            vec_store(dst + 2 * d,
-                      (vec)load_pairs(src->data + n * key->row + d * key->col, key->col, head_dim - d));
-    }
+    stage_pairs(key, lead, num_keys, head_dim, stage);
 }
 
-FA_INLINE uvec load_halves(const char *src, ptrdiff_t col, int count)
+FA_INLINE ptrdiff_t staged_value_bytes(int64_t head_dim_v)
 {
-    if (col == 2 && count >= LANES)
-        return uvec_load_halves(src);
-    uint32_t x[LANES] = {0};
-    for (int i = 0; i < LANES && i < count; i++)
-        x[i] = load_pair(src + i * col, col, 1);
-    return (uvec)vec_load(x);
+    return staged_row_bytes(head_dim_v);
 }
 
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */

@@ -9,6 +9,13 @@ typedef vec panel;
 
 /* Elements along the reduction axis that one operand holds. */
 #define REDUCTION 1
+#define KEY_STEP 1
+#define PRODUCTS_IN_BFLOAT16 0
+
+FA_INLINE int64_t query_panel_rows(int64_t head_dim)
+{
+    return head_dim;
+}
 
 FA_INLINE vec multiply_add(operand a, panel b, vec c)
 {
@@ -101,12 +108,18 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return key_is_operand(value, 0);
 }
 
-FA_INLINE void stage_key(const source_rows *key, int num_keys, int head_dim, char *stage)
+/* `lead` is always 0: keys go one by one. */
+FA_INLINE void stage_key(const source_rows *key, int lead, int num_keys, int head_dim, char *stage)
 {
+    (void)lead;
     stage_rows(key, num_keys, head_dim, stage);
 }
 
-/* `lead` is always 0: keys go one by one. */
+FA_INLINE ptrdiff_t staged_value_bytes(int64_t head_dim_v)
+{
+    return staged_row_bytes(head_dim_v);
+}
+
 FA_INLINE void stage_value(const source_rows *value, int lead, int num_keys, int head_dim_v, char *stage)
 {
     (void)lead;

@@ -5,6 +5,9 @@
 #define MAX_VECTORS 3
 #define MAX_MICRO_ROWS 8
 
+/* Rows that a product may write beyond the last. */
+#define MAX_SPARE_ROWS 16
+
 /* c[i][m] += Σ_k a[i][k] · b[k][m] for i < MICRO_ROWS(vectors): operands of row i at a[i], `step` bytes
  * apart, each broadcast against the `vectors` lanes of b[k]. */
 FA_INLINE void product(const char *const *a, ptrdiff_t step, const panel *b, int length, int vectors,

@@ -8,11 +8,6 @@
 #include "math.h"
 #include "narrow.h"
 
-FA_INLINE int num_keys(const key_range *range)
-{
-    return (int)(range->last - range->first);
-}
-
 /* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
 FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
 {
@@ -22,32 +17,6 @@ FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
 FA_INLINE int keys_per_row(const tile *t, bool narrow)
 {
     return narrow ? 1 << t->key_shift : 1;
-}
-
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
- * the micro-kernel's height, repeat the nearest key. */
-FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  vec *scores)
-{
-    const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
-    const int rows = MICRO_ROWS(vectors);
-    for (int r = 0; r < num_keys(range); r += rows) {
-        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
-        const char *a[MAX_MICRO_ROWS];
-        for (int i = 0; i < rows; i++) {
-            int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
-            a[i] = key->data + (n - key->first) * key->row;
-        }
-        prefetch_keys(p, ahead, r, rows);
-        prefetch_queries(p, ahead, r, rows);
-        product(a, key->col, t->query, length, vectors, false, c);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                scores[(r + i) * vectors + m] = scale == 1 ? c[i][m] : c[i][m] * scale;
-    }
 }
 
 FA_INLINE void cap(const fa_problem *p, int count, vec *scores)

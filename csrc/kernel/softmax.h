@@ -16,7 +16,7 @@
 /* 2^t, to the precision that operands have. */
 FA_INLINE vec probability(vec t)
 {
-    return REDUCTION == 2 ? vec_exp2_coarse(t) : vec_exp2(t);
+    return PRODUCTS_IN_BFLOAT16 ? vec_exp2_coarse(t) : vec_exp2(t);
 }
 
 /* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */

@@ -40,8 +40,8 @@ typedef struct {
     int64_t *top_keys;
     int top_size[TILE_ROWS];
     vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
-    panel *query; /* [head_dim / REDUCTION][vectors]; narrow: [row][head_dim / LANES] of reals */
-    vec *out;     /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
+    panel *query;               /* [query_panel_rows][vectors]; narrow: [row][head_dim / LANES] of reals */
+    vec *out;                   /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
 } tile;
 
 FA_INLINE bool is_narrow(const tile *t)
@@ -117,7 +117,7 @@ FA_INLINE size_t larger(size_t a, size_t b)
 
 static size_t query_bytes(const fa_problem *p)
 {
-    size_t wide = (size_t)(p->head_dim + 1) / REDUCTION * MAX_VECTORS * sizeof(vec);
+    size_t wide = (size_t)query_panel_rows(p->head_dim) * MAX_VECTORS * sizeof(vec);
     return larger(wide, (size_t)(NARROW_ROWS * vectors_of(p->head_dim)) * sizeof(vec));
 }
 
@@ -128,7 +128,7 @@ static size_t out_bytes(const fa_problem *p, int64_t rows)
     if (rows <= NARROW_ROWS)
         return narrow;
     /* The last micro-tile stores whole. */
-    return larger(narrow, ((size_t)p->head_dim_v + MAX_MICRO_ROWS) * MAX_VECTORS * sizeof(vec));
+    return larger(narrow, ((size_t)p->head_dim_v + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
 }
 
 static size_t partial_bytes(const fa_problem *p, int64_t rows)
@@ -154,7 +154,7 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
             w->tiles[t].top_scores = top_scores;
         }
     }
-    w->scores = take(base, &offset, (KEY_BLOCK + MAX_MICRO_ROWS) * vector_row);
+    w->scores = take(base, &offset, (KEY_BLOCK + MAX_SPARE_ROWS) * vector_row);
     bool stages_key = !key_is_operand(&p->key, p->head_dim) || !lies_in_vectors(&p->key, p->head_dim);
     bool stages_value = !value_is_operand(&p->value) || !lies_in_vectors(&p->value, p->head_dim_v);
     w->key_stage = take(base, &offset, stages_key ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim) : 0);

@@ -1,0 +1,9 @@
+#define FA_KERNEL fa_bf16tile_amx
+#define FA_NAME "bf16tile"
+#define FA_ISA "amx"
+
+#include "../kernel/element_float32.h"
+#include "avx512bf16.h"
+#include "../kernel/operand_amx.h"
+#include "../kernel/wide_amx.h"
+#include "../kernel/forward.h"

@@ -1,0 +1,85 @@
+/* Products of a tile whose lanes are query rows, by the micro-kernel. */
+#ifndef FA_KERNEL_WIDE_H
+#define FA_KERNEL_WIDE_H
+
+#include "lookahead.h"
+
+/* The micro-kernel needs the CPU in no state of its own. */
+FA_INLINE void begin_products(void) {}
+
+FA_INLINE void end_products(void) {}
+
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
+ * the micro-kernel's height, repeat the nearest key. */
+FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
+                                  const operand_block *key, const lookahead *ahead, real scale, int vectors,
+                                  vec *scores)
+{
+    const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
+    const int rows = MICRO_ROWS(vectors);
+    for (int r = 0; r < num_keys(range); r += rows) {
+        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
+        const char *a[MAX_MICRO_ROWS];
+        for (int i = 0; i < rows; i++) {
+            int64_t n = min_i64(max_i64(range->first + r + i, range->key_lo), range->key_hi - 1);
+            a[i] = key->data + (n - key->first) * key->row;
+        }
+        prefetch_keys(p, ahead, r, rows);
+        prefetch_queries(p, ahead, r, rows);
+        product(a, key->col, t->query, length, vectors, false, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int m = 0; m < vectors; m++)
+                scores[(r + i) * vectors + m] = scale == 1 ? c[i][m] : c[i][m] * scale;
+    }
+}
+
+/* out[e][m] += Σ_r V[first + r][e] p[r][m]. The sum over the block is formed apart and then added: of
+ * many keys, rounding errors grow with the blocks and not with the keys. */
+FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
+                              const operand_block *value, const panel *probabilities, const lookahead *ahead,
+                              int vectors, bool visible_only)
+{
+    const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
+    const int length = num_keys(range) / REDUCTION;
+    const int rows = MICRO_ROWS(vectors);
+    for (int e = 0; e < p->head_dim_v; e += rows) {
+        const char *a[MAX_MICRO_ROWS];
+        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
+        vec *out = t->out + e * vectors;
+        for (int i = 0; i < rows; i++)
+            a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
+        prefetch_values_and_out(p, t, ahead, e, rows);
+        product(a, value->row, probabilities, length, vectors, visible_only, c);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 3
+            for (int m = 0; m < vectors; m++)
+                out[i * vectors + m] = t->fresh ? c[i][m] : out[i * vectors + m] + c[i][m];
+    }
+}
+
+/* The micro-kernel's multiply-adds with nothing else: all chains in registers. */
+static double measure_peak_rounds(int64_t rounds)
+{
+    enum { CHAINS = MICRO_ROWS(1) == 8 && FA_VECTOR_BYTES == 64 ? 24 : 12 };
+    volatile operand source = 0;
+    operand a = source;
+    vec c[CHAINS];
+    for (int i = 0; i < CHAINS; i++)
+        c[i] = vec_splat((real)source);
+    for (int64_t round = 0; round < rounds; round++) {
+#pragma GCC unroll 24
+        for (int i = 0; i < CHAINS; i++)
+            c[i] = multiply_add(a, (panel)c[i], c[i]); /* nothing that could be computed once for all */
+    }
+    real sum = 0;
+    for (int i = 0; i < CHAINS; i++)
+        sum += c[i][0];
+    volatile real sink = sum;
+    (void)sink;
+    return (double)rounds * CHAINS * LANES * 2 * REDUCTION;
+}
+
+#endif
