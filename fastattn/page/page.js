@@ -138,7 +138,8 @@ function makePage() {
 // --- what changes --------------------------------------------------------------------------------
 
 function choose(word) {
-  state.chosen = word;
+  // What was chosen last wins over a pointer that rests on some word.
+  Object.assign(state, { chosen: word, pointed: null });
   if (word) {
     for (const button of buttons[word.side]) button.tabIndex = -1;
     buttons[word.side][word.index].tabIndex = 0;
@@ -197,7 +198,7 @@ function showTable({ side, index }, shares) {
   if (looking && others >= 10 ** -digits) rows.push(row("other words", "", others));
   byId("rows").replaceChildren(...rows);
   const name = `“${wordsOf(side)[index]}” (position ${index})`;
-  const asked = looking ? `what ${name} looks at` : `who looks at ${name}`;
+  const asked = looking ? `what ${name} looks at` : `which words look at ${name}`;
   byId("caption").textContent = capital(`${fullName(state.layer, state.head)}: ${asked}`);
 }
 
@@ -211,7 +212,7 @@ function finding(word) {
   const best = shares.indexOf(Math.max(...shares));
   const name = `“${wordsOf(word.side)[word.index]}”`;
   const passive = word.side === "keys";
-  if (!shares[best]) return passive ? `nobody looks at ${name}` : `${name} looks at nothing`;
+  if (!shares[best]) return passive ? `no word looks at ${name}` : `${name} looks at nothing`;
   const other = `“${wordsOf(otherSide(word.side))[best]}”, ${shares[best].toFixed(2)}`;
   return passive ? `${name} is looked at most by ${other}` : `${name} looks most at ${other}`;
 }
