@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,20 +197,15 @@ def page_part(name: str) -> str:
 
 def write_whole(path: File, content: bytes) -> None:
     """Write a file under a temporary name beside it, then rename it: there is never half of one."""
-    import tempfile
-
     target = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(target) or ".", prefix=".", suffix=".tmp")
+    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
-        # A temporary file is its owner's alone; this one gets what any new file would.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
@@ -394,7 +391,8 @@ class AttentionView:
         Returns
         -------
         Certain
-            A tuple of layer, head, query (the word's index), key (that of the other word) and weight.
+            A tuple of layer, head, query (the word's index), key (that of the other word, or -1 if none is listed) and
+            weight.
 
         Raises
         ------

@@ -117,7 +117,7 @@ function makePage() {
   }
   const headNames = Array.from({ length: choices }, (_, i) => (i === MEAN && heads > 1 ? "mean" : String(i)));
   fillSelect(byId("layer"), Array.from({ length: layers }, (_, i) => String(i)), (i) => chooseHead(i, state.head));
-  fillSelect(byId("head"), headNames.map((n) => n.replace("mean", "mean over heads")), (i) => chooseHead(state.layer, i));
+  fillSelect(byId("head"), headNames, (i) => chooseHead(state.layer, i));
   byId("layer").parentElement.hidden = layers === 1;
   byId("all").addEventListener("click", () => choose(null));
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
