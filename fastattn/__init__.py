@@ -24,8 +24,10 @@ from fastattn.api import (
     top_keys,
 )
 from fastattn.cache import KVCache
+from fastattn.view import AttentionView
 
 __all__ = [
+    "AttentionView",
     "KVCache",
     "Plan",
     "__version__",

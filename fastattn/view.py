@@ -1,0 +1,703 @@
+"""Attention weights to look at: a table for the terminal, figures of each head, one self-contained page, a plot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.cache import checked_integer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["AttentionView"]
+
+Array = NDArray[Any]
+Integers = NDArray[np.integer[Any]]
+File = str | os.PathLike[str]
+
+SPECIAL_TOKENS = (
+    "[CLS]", "[SEP]", "[PAD]", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>",
+    "<|end_of_text|>", "<|im_start|>", "<|im_end|>",
+)  # fmt: skip
+
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+# Less would read 0.000.
+VISIBLE = 0.0005
+
+# A page draws every token, and a browser keeps every head: beyond these it would be slow, not merely large.
+MAX_PAGE_TOKENS = 1024
+MAX_PAGE_WEIGHTS = 4_000_000
+# The finest steps whose code has at most so many characters are taken. The coarsest are for whatever is left.
+STEPS = (4095, 1023, 255)
+SMALL_PAGE_WEIGHTS = 400_000
+
+
+class Certain(NamedTuple):
+    """What one head is most certain of: the weight that a query gives a key."""
+
+    layer: int
+    head: int
+    query: int
+    key: int
+    weight: float
+
+
+class HeadSummary(NamedTuple):
+    """How one head attends, as means over the queries that see a key."""
+
+    layer: int
+    head: int
+    entropy: float
+    distance: float
+    diagonal: float
+    special: float
+
+
+class HeadSummaries(list[HeadSummary]):
+    """Summaries of heads, whose text is a table of one line a head."""
+
+    def __str__(self) -> str:
+        titles = ("layer", "head", "entropy (bits)", "distance", "diagonal", "special")
+        rows = [[str(s.layer), str(s.head), *(f"{figure:.2f}" for figure in s[2:])] for s in self]
+        lines = ["  ".join(cell.rjust(len(title)) for cell, title in zip(row, titles, strict=True)) for row in rows]
+        return "\n".join(["  ".join(titles), *lines])
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
+    if isinstance(tokens, str):
+        raise TypeError(f"{name} must be a sequence of str, one for each token, not the one str {tokens!r}")
+    listed = list(tokens)
+    for i, token in enumerate(listed):
+        if not isinstance(token, str):
+            raise TypeError(f"{name}[{i}] must be a str, not {token!r}")
+    return listed
+
+
+def checked_floats(weights: ArrayLike) -> Array:
+    array = np.asarray(weights)
+    if array.dtype.name not in EPSILON:
+        raise TypeError(f"weights has dtype {array.dtype}; accepted are {', '.join(EPSILON)}")
+    if not 2 <= array.ndim <= 4:
+        raise ValueError(
+            f"weights has shape {array.shape}; accepted are (Sq, Sk), (heads, Sq, Sk) and (layers, heads, Sq, Sk)"
+        )
+    if 0 in array.shape:
+        raise ValueError(f"weights has shape {array.shape}; at least one of everything is needed")
+    return array
+
+
+def place(shape: tuple[int, ...], flat: np.intp) -> str:
+    """Say where an element or a row is, by the indices that the caller's own array has."""
+    return f"weights[{', '.join(str(int(i)) for i in np.unravel_index(flat, shape))}]"
+
+
+def check_distributions(weights: Array, num_keys: int, complete: bool) -> None:
+    """Raise unless each row is 0 or sums to 1; to at most 1 if it may lack keys.
+
+    Rounding each weight moves a row's sum by at most the dtype's epsilon. Sums over keys and logarithms of sums,
+    which are up to 2**10, are rounded in float32, or float64 for float64.
+    """
+    # Written so that NaN is found, too.
+    wrong = ~(weights >= 0)
+    if wrong.any():
+        first = np.argmax(wrong)
+        raise ValueError(f"{place(weights.shape, first)} is {weights.flat[first]}; weights must be 0 or more")
+    epsilon = EPSILON[weights.dtype.name]
+    tolerance = epsilon + (num_keys + 2**10) * min(epsilon, EPSILON["float32"])
+    sums = weights.sum(axis=-1, dtype=np.float64)
+    wrong = ~(sums <= 1 + tolerance)
+    if complete:
+        wrong |= (sums != 0) & (sums < 1 - tolerance)
+    if wrong.any():
+        first = np.argmax(wrong)
+        accepted = "1, or 0 where no key is seen" if complete else "at most 1"
+        raise ValueError(f"{place(sums.shape, first)} sums to {sums.flat[first]:.6g}; a row must sum to {accepted}")
+
+
+def check_keys(indices: Integers, weights: Array, num_keys: int) -> None:
+    """Raise unless each row lists different keys that exist, or -1 with weight 0."""
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"indices has dtype {indices.dtype}; accepted are integers")
+    if indices.shape != weights.shape:
+        raise ValueError(f"indices and weights must have one shape, but have {indices.shape} and {weights.shape}")
+    if indices.min() < -1 or indices.max() >= num_keys:
+        raise ValueError(f"indices must be from -1 to {num_keys - 1}, but are {indices.min()} to {indices.max()}")
+    if weights[indices == -1].any():
+        raise ValueError("weights must be 0 where indices are -1")
+    ordered = np.sort(indices, axis=-1)
+    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+        raise ValueError("indices must list a key at most once in a row")
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def shown(token: str) -> str:
+    """A token as it can be printed on one line: blanks, newlines and control characters as Python writes them."""
+    return token if token.isprintable() and token.strip() else repr(token)
+
+
+def stars(weight: float) -> str:
+    return "*" * min(5, int(5 * weight) + 1)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def rice_code(counts: Integers, limit: int) -> tuple[int, str]:
+    """Code counts in base64, each as a quotient by ``2**k`` in unary and ``k`` bits of remainder.
+
+    The best ``k`` is found and returned, too. Counts of one row sum to about the number of steps, and so do
+    the lengths of their unary parts divided by ``2**k``: that bounds the code, whatever the weights are.
+    """
+    import base64
+
+    def length(k: int) -> int:
+        return int((counts >> k).sum(dtype=np.int64)) + (k + 1) * counts.size
+
+    k = min(range(12), key=length)
+    if length(k) > 6 * limit:
+        return k, ""
+    quotients = counts >> k
+    ends = np.cumsum(quotients + (k + 1), dtype=np.int64)
+    bits = np.ones(length(k), np.uint8)
+    bits[ends - (k + 1)] = 0
+    for i in range(k):
+        bits[ends - (k - i)] = (counts >> (k - 1 - i)) & 1
+    return k, base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def coded(weights: Array) -> dict[str, Any]:
+    """Code weights for the page, in the finest steps that leave it small."""
+    for steps in STEPS:
+        counts = np.rint(weights.reshape(-1) * steps).astype(np.int32)
+        k, code = rice_code(counts, MAX_PAGE_WEIGHTS if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
+        if code:
+            return {"steps": steps, "rice": k, "code": code}
+    raise ValueError(f"weights take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may hold: "
+                     "show fewer layers or heads")  # fmt: skip
+
+
+def page_part(name: str) -> str:
+    from importlib.resources import files
+
+    return files("fastattn").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def write_whole(path: File, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename it: there is never half of one."""
+    target = os.fspath(path)
+    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+# --- the view -------------------------------------------------------------------------------------
+
+
+class AttentionView:
+    """Attention weights beside the words that they belong to, to be looked at.
+
+    ``print(view)`` shows what the most certain head attends to, `heads` how each head attends, `save` writes a page
+    for the browser, and notebooks show that page by themselves.
+
+    Parameters
+    ----------
+    weights : array_like, shape (Sq, Sk), (heads, Sq, Sk) or (layers, heads, Sq, Sk)
+        As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16. They are copied. Each row is
+        0 or more and sums to 1, or is all 0 where a query sees no key. A head with a sink sums to less: give it the
+        sink's share as one more key.
+    tokens : sequence of str, of length Sq
+        The words of the queries, as the tokenizer splits them.
+    key_tokens : sequence of str, of length Sk, optional
+        The words of the keys, where they are other ones (cross attention). Default `tokens`.
+    special_tokens : sequence of str
+        Tokens that are no words, such as "[CLS]", "</s>" or "<|endoftext|>". No head is called certain of them.
+
+    Raises
+    ------
+    TypeError
+        Tokens that are not str, or weights of another dtype.
+    ValueError
+        Shapes that do not match, or a row that is not a distribution.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> weights = np.array([[0.5, 0.5, 0.0], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]])
+    >>> view = fastattn.AttentionView(weights, ["[CLS]", "it", "tiger"])
+    >>> print(view)
+    Head 0: "it" attends to
+      tiger  0.800  *****
+      [CLS]  0.100  *
+      it     0.100  *
+    >>> view.most_certain("it").weight
+    0.8
+    """
+
+    def __init__(
+        self,
+        weights: ArrayLike,
+        tokens: Sequence[str],
+        *,
+        key_tokens: Sequence[str] | None = None,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> None:
+        array = checked_floats(weights)
+        self._name(tokens, key_tokens, special_tokens)
+        if array.shape[-1] != self._num_keys:
+            named = "tokens" if key_tokens is None else "key_tokens"
+            raise ValueError(f"weights has shape {array.shape}, so Sk is {array.shape[-1]}, but {named} are "
+                             f"{self._num_keys}")  # fmt: skip
+        check_distributions(array, self._num_keys, complete=True)
+        self._hold(np.broadcast_to(np.arange(self._num_keys, dtype=np.int32), array.shape), array)
+        self._complete = True
+
+    @classmethod
+    def from_top_keys(
+        cls,
+        indices: ArrayLike,
+        weights: ArrayLike,
+        tokens: Sequence[str],
+        *,
+        key_tokens: Sequence[str] | None = None,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> AttentionView:
+        """Make a view of only the keys that are attended most, for sequences whose weights would not fit in memory.
+
+        What a row lacks to 1 is the share of its other keys.
+
+        Parameters
+        ----------
+        indices : array_like of int, shape (Sq, k), (heads, Sq, k) or (layers, heads, Sq, k)
+            The keys, as `fastattn.top_keys` returns them; -1 where there are fewer than ``k``.
+        weights : array_like, of the same shape
+            Their weights.
+        tokens, key_tokens, special_tokens
+            As for the class. Without `key_tokens`, Sk is the number of `tokens`.
+
+        Returns
+        -------
+        AttentionView
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the class, and for indices that are not keys or are listed twice.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> query, key = np.random.default_rng(0).standard_normal((2, 1, 10_000, 64), np.float32)
+        >>> indices, weights = fastattn.top_keys(query, key, 4)
+        >>> view = fastattn.AttentionView.from_top_keys(indices, weights, [f"word{i}" for i in range(10_000)])
+        >>> view.table(5, count=1)  # doctest: +ELLIPSIS
+        'Head 0: "word5" attends to\\n  word...'
+        """
+        array, keys = checked_floats(weights), np.asarray(indices)
+        view = cls.__new__(cls)
+        view._name(tokens, key_tokens, special_tokens)
+        check_keys(keys, array, view._num_keys)
+        check_distributions(array, view._num_keys, complete=False)
+        view._hold(keys.astype(np.int32), array)
+        view._complete = False
+        return view
+
+    def _name(self, tokens: Sequence[str], key_tokens: Sequence[str] | None, special_tokens: Sequence[str]) -> None:
+        self._tokens = checked_tokens("tokens", tokens)
+        self._crossed = key_tokens is not None
+        self._key_tokens = self._tokens if key_tokens is None else checked_tokens("key_tokens", key_tokens)
+        self._num_keys = len(self._key_tokens)
+        self._special = frozenset(checked_tokens("special_tokens", special_tokens))
+
+    def _hold(self, keys: Integers, weights: Array) -> None:
+        """Keep the weights, and the key that each belongs to: (layers, heads, Sq, keys listed)."""
+        if weights.shape[-2] != len(self._tokens):
+            raise ValueError(f"weights has shape {weights.shape}, so Sq is {weights.shape[-2]}, but tokens are "
+                             f"{len(self._tokens)}")  # fmt: skip
+        missing = (None,) * (4 - weights.ndim)
+        self._keys = keys[missing]
+        self._weights = np.array(weights, np.float64 if weights.dtype == np.float64 else np.float32)[missing]
+
+    def __repr__(self) -> str:
+        layers, heads, queries, _ = self._weights.shape
+        return f"<AttentionView: layers={layers}, heads={heads}, queries={queries}, keys={self._num_keys}>"
+
+    def __str__(self) -> str:
+        return self.table()
+
+    # --- choosing ---------------------------------------------------------------------------------
+
+    def _query(self, word: str | int) -> int:
+        if not isinstance(word, str):
+            return checked_integer("word", word, 0, len(self._tokens) - 1)
+        if word not in self._tokens:
+            raise ValueError(f"word is {word!r}, which is none of the tokens; an index is accepted, too")
+        return self._tokens.index(word)
+
+    def _layer(self, layer: int | None) -> int | None:
+        return None if layer is None else checked_integer("layer", layer, 0, self._weights.shape[0] - 1)
+
+    def _choice(self, word: str | int | None, layer: int | None, head: int | str) -> tuple[int, int | None, int | None]:
+        """Return query, layer and head. None stands for all layers, and for the mean over heads."""
+        layers, heads = self._weights.shape[:2]
+        if isinstance(head, str) and head not in ("mean", "certain"):
+            raise ValueError(f'head must be an int, "mean" or "certain", not {head!r}')
+        if not isinstance(head, str):
+            head = checked_integer("head", head, 0, heads - 1)
+            if layer is None and layers > 1:
+                raise ValueError(f"layer must be given with head {head}: there are {layers} layers")
+            layer = layer or 0
+        layer = self._layer(layer)
+        if head == "certain" or word is None:
+            certain = self.most_certain(word, layer=layer)
+            word = certain.query if word is None else word
+            if head == "certain":
+                layer, head = certain.layer, certain.head
+        return self._query(word), layer, None if isinstance(head, str) else head
+
+    def most_certain(self, word: str | int | None = None, *, layer: int | None = None) -> Certain:
+        """Find the head that gives another word the largest weight.
+
+        Another word is a key that is no special token and not the query itself. Where no such key is listed, any
+        key counts.
+
+        Parameters
+        ----------
+        word : str or int, optional
+            A token, of which the first occurrence counts, or its index. Default: any that is no special token.
+        layer : int, optional
+            Default: any.
+
+        Returns
+        -------
+        Certain
+            A tuple of layer, head, query (the word's index), key (that of the other word, or -1 if none is listed) and
+            weight.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word or a layer that there is not.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = np.array([[[0.5, 0.5], [0.1, 0.9]], [[0.2, 0.8], [1.0, 0.0]]])  # two heads
+        >>> fastattn.AttentionView(weights, ["red", "tree"]).most_certain("red")
+        Certain(layer=0, head=1, query=0, key=1, weight=0.8)
+        """
+        words = [i for i, token in enumerate(self._tokens) if token not in self._special]
+        queries = np.array(words or range(len(self._tokens)) if word is None else [self._query(word)])
+        first = self._layer(layer) or 0
+        layers = slice(first, None if layer is None else first + 1)
+        keys, weights = self._keys[layers, :, queries], self._weights[layers, :, queries]
+        # Key -1, which is no key, is the last of these.
+        ordinary = np.array([token not in self._special for token in self._key_tokens] + [False])
+        allowed = ordinary[keys] & (self._crossed | (keys != queries[:, None]))
+        if not allowed.any():
+            allowed = keys >= 0
+        scores = np.where(allowed, weights, -1)
+        best = np.unravel_index(np.argmax(scores), scores.shape)
+        in_layer, head, query = (int(i) for i in best[:3])
+        return Certain(first + in_layer, head, int(queries[query]), int(keys[best]), float(weights[best]))
+
+    def _rows(self, layer: int | None, head: int | None, queries: slice) -> Array:
+        """Return weights (layers, heads, queries, Sk + 1), dense; the last column is that of all other keys."""
+        layers, heads = (slice(None) if i is None else slice(i, i + 1) for i in (layer, head))
+        keys, weights = self._keys[layers, heads, queries], self._weights[layers, heads, queries]
+        rows = np.zeros((*weights.shape[:3], self._num_keys + 1), weights.dtype)
+        # Key -1, which is no key and has weight 0, is the last column.
+        np.put_along_axis(rows, keys, weights, axis=-1)
+        if not self._complete:
+            sums = weights.sum(axis=-1)
+            rows[..., -1] = np.where(sums > 0, np.maximum(1 - sums, 0), 0)
+        return rows
+
+    def _title(self, layer: int | None, head: int | None) -> str:
+        layers = self._weights.shape[0]
+        if layer is None and layers > 1:
+            return "Mean over all layers and heads"
+        parts = [f"layer {layer}"] * (layers > 1) + ["mean over heads" if head is None else f"head {head}"]
+        return ", ".join(parts).capitalize()
+
+    # --- text -------------------------------------------------------------------------------------
+
+    def table(
+        self,
+        word: str | int | None = None,
+        *,
+        layer: int | None = None,
+        head: int | str = "certain",
+        count: int = 8,
+    ) -> str:
+        """Return a table of the words that a word attends to, with their weights and one to five stars.
+
+        Stars are steps of a fifth: one below 0.2, two from there on, five from 0.8 on. Keys whose weight would
+        read 0.000 are left out.
+
+        Parameters
+        ----------
+        word : str or int, optional
+            A token, of which the first occurrence counts, or its index. Default: that of which a head is most certain.
+        layer : int, optional
+            From 0. Default: the most certain, or for the mean over heads all; needed for a head by number if there are
+            several.
+        head : int or {"certain", "mean"}
+            From 0, or the head that is most certain (see `most_certain`), or the mean over heads.
+        count : int
+            How many words to list. The others are added up in the last line.
+
+        Returns
+        -------
+        str
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word, layer, head or count that is not accepted.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = np.array([[[0.50, 0.50], [0.10, 0.90]], [[0.25, 0.75], [1.00, 0.00]]])
+        >>> view = fastattn.AttentionView(weights, ["red", "tree"])
+        >>> print(view.table("tree", head="mean"))
+        Mean over heads: "tree" attends to
+          red   0.550  ***
+          tree  0.450  ***
+        """
+        checked_integer("count", count, 1)
+        query, layer, head_index = self._choice(word, layer, head)
+        row = self._rows(layer, head_index, slice(query, query + 1)).mean(axis=(0, 1, 2), dtype=np.float64)
+        listed = [int(key) for key in np.argsort(-row[:-1], kind="stable")[:count] if row[key] >= VISIBLE]
+        others = float(row.sum() - row[listed].sum())
+        names = [shown(self._key_tokens[key]) for key in listed]
+        rest = "other keys" if others >= VISIBLE else ""
+        width = max(len(name) for name in [*names, rest])
+        pairs = zip(names, row[listed], strict=True)
+        lines = [f"  {name:<{width}}  {weight:.3f}  {stars(weight)}" for name, weight in pairs]
+        if rest:
+            lines.append(f"  {rest:<{width}}  {others:.3f}")
+        title = f'{self._title(layer, head_index)}: "{shown(self._tokens[query])}" attends to'
+        return "\n".join([title, *(lines or ["  nothing"])])
+
+    def heads(self) -> HeadSummaries:
+        """Summarise how each head attends.
+
+        Each figure is a mean over the queries that see a key:
+
+        - entropy, in bits: 0 for one key alone, ``log2(n)`` for n keys alike;
+        - distance: between query and key, in tokens, weighted;
+        - diagonal: the weight on the query itself and its two neighbours;
+        - special: the weight on special tokens.
+
+        For cross attention distance and diagonal are NaN. Of a view `from_top_keys`, the other keys count as one key in
+        the entropy and nowhere else, so that no figure is more than the true one.
+
+        Returns
+        -------
+        list of HeadSummary
+            Tuples of layer, head and the figures, in order. Its ``str`` is a table of one line a head.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = np.array([[[0.5, 0.5], [0.5, 0.5]], [[1.0, 0.0], [1.0, 0.0]]])
+        >>> print(fastattn.AttentionView(weights, ["[CLS]", "tree"]).heads())
+        layer  head  entropy (bits)  distance  diagonal  special
+            0     0            1.00      0.50      1.00     0.50
+            0     1            0.00      0.50      1.00     1.00
+        """
+        layers, heads = self._weights.shape[:2]
+        return HeadSummaries(self._summary(layer, head) for layer in range(layers) for head in range(heads))
+
+    def _summary(self, layer: int, head: int) -> HeadSummary:
+        keys, weights = self._keys[layer, head], self._weights[layer, head].astype(np.float64)
+        sums = weights.sum(axis=-1, keepdims=True)
+        seeing = max(np.count_nonzero(sums), 1)
+        rest = np.where((sums > 0) & (sums < 1) & (not self._complete), 1 - sums, 0)
+        parts = np.concatenate([weights, rest], axis=-1)
+        entropy = -(parts * np.log2(np.where(parts > 0, parts, 1))).sum() / seeing
+        special = np.array([token in self._special for token in self._key_tokens] + [False])
+        distance = np.full(keys.shape, np.nan) if self._crossed else np.abs(keys - np.arange(len(keys))[:, None])
+        near = np.where(np.isnan(distance), np.nan, distance <= 1)
+        means = ((weights * part).sum() / seeing for part in (distance, near, special[keys]))
+        # Adding 0 makes -0.0, the entropy of one key alone, 0.0.
+        return HeadSummary(layer, head, float(entropy) + 0.0, *(float(mean) for mean in means))
+
+    # --- pictures ---------------------------------------------------------------------------------
+
+    def _check_drawable(self) -> None:
+        longest = max(len(self._tokens), self._num_keys)
+        if longest > MAX_PAGE_TOKENS:
+            raise ValueError(f"tokens are {longest}; at most {MAX_PAGE_TOKENS} can be drawn: use table() and heads(), "
+                             "or a view of a part")  # fmt: skip
+
+    def _page(self, title: str | None, word: str | int | None, layer: int | None, head: int | str) -> bytes:
+        import html
+        import json
+        from string import Template
+
+        query, chosen_layer, chosen_head = self._choice(word, layer, head)
+        if chosen_layer is None:
+            chosen_layer = self.most_certain(query).layer
+        layers, heads = self._weights.shape[:2]
+        self._check_drawable()
+        # A weight takes at least one bit, and a character holds six: seen before anything is built.
+        if self._weights[..., 0].size * self._num_keys > 6 * MAX_PAGE_WEIGHTS:
+            raise ValueError(f"weights take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may hold: "
+                             "show fewer layers or heads")  # fmt: skip
+        rows = self._rows(None, None, slice(None))
+        data = {
+            "tokens": [shown(token) for token in self._tokens],
+            "keys": [shown(token) for token in self._key_tokens],
+            "crossed": self._crossed,
+            "complete": self._complete,
+            "layers": layers,
+            "heads": heads,
+            "query": query,
+            "layer": chosen_layer,
+            "head": "mean" if chosen_head is None else chosen_head,
+            **coded(rows[..., :-1] if self._complete else rows),
+        }
+        page = Template(page_part("page.html")).substitute(
+            title=html.escape(title or "Attention"),
+            style=page_part("page.css"),
+            # Nothing in the data can then end the script element.
+            data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+            script=page_part("page.js"),
+        )
+        return page.encode("utf-8", "replace")
+
+    def save(
+        self,
+        path: File,
+        *,
+        title: str | None = None,
+        word: str | int | None = None,
+        layer: int | None = None,
+        head: int | str = "certain",
+    ) -> None:
+        """Write a page for the browser: one file that needs no network, with every layer and head.
+
+        Parameters
+        ----------
+        path : str or path
+            A file that exists is replaced once the page is complete.
+        title : str, optional
+            Default "Attention".
+        word, layer, head
+            What the page shows first, as for `table`. The mean over heads is that of one layer.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than 4,000,000
+            characters on the page. Nothing has then been written.
+        OSError
+            As from `open`.
+
+        Notes
+        -----
+        Weights are rounded to 4095ths, 1023rds or 255ths, the finest whose code has at most 400,000 characters
+        (255ths if none has), so they are off by at most 1/510. The code is that of Golomb and Rice [1]_, in base64.
+        As counts of 255ths in a row sum to about 255, ``Sk`` of them take at most ``3 Sk + (255 + Sk / 2) / 4``
+        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights.
+
+        References
+        ----------
+        .. [1] Rice and Plaunt, "Adaptive variable-length coding for efficient compression of spacecraft television
+           data", 1971.
+
+        Examples
+        --------
+        >>> import os
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import fastattn
+        >>> view = fastattn.AttentionView(np.eye(3), ["a", "red", "tree"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     view.save(f"{folder}/page.html", title="A tree")
+        ...     os.listdir(folder)
+        ['page.html']
+        """
+        write_whole(path, self._page(title, word, layer, head))
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, where neither styles nor names can clash with those of a notebook."""
+        import html
+
+        try:
+            page = self._page(None, None, None, "certain").decode()
+        except ValueError as reason:
+            return f"<pre>{html.escape(str(self))}\n\n{html.escape(str(reason))}</pre>"
+        return (
+            '<iframe title="Attention" sandbox="allow-scripts" style="width: 100%; height: 44rem; border: 0" '
+            f'srcdoc="{html.escape(page)}"></iframe>'
+        )
+
+    def plot(self, ax: Axes | None = None, *, layer: int | None = None, head: int | str = "certain") -> Axes:
+        """Draw a head as a heat map with matplotlib: queries down, keys across.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            Default: those of a new figure.
+        layer, head
+            As for `table`.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib.
+        TypeError, ValueError
+            A layer or head that is not accepted, or more than 1024 tokens.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> view = fastattn.AttentionView(np.eye(3), ["a", "red", "tree"])
+        >>> axes = view.plot()  # doctest: +SKIP
+        """
+        _, layer, head_index = self._choice(None, layer, head)
+        self._check_drawable()
+        if ax is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError as failure:
+                raise ImportError("plot needs matplotlib: pip install matplotlib") from failure
+            _, ax = pyplot.subplots(layout="constrained")
+        weights = self._rows(layer, head_index, slice(None))[..., :-1].mean(axis=(0, 1))
+        ax.imshow(weights, cmap="Blues", vmin=0)
+        ax.set_xticks(range(self._num_keys), [shown(token) for token in self._key_tokens], rotation=90)
+        ax.set_yticks(range(len(self._tokens)), [shown(token) for token in self._tokens])
+        ax.set(title=self._title(layer, head_index), xlabel="key", ylabel="query")
+        return ax

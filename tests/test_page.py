@@ -1,0 +1,265 @@
+"""The page of AttentionView in a real browser: what it shows, by mouse, by keyboard and to a screen reader."""
+
+import shutil
+
+import numpy as np
+import pytest
+from oracle import make_rng
+
+from fastattn import AttentionView
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+
+LAYERS, HEADS = 2, 3
+TOKENS = ["[CLS]", "<b>tiger</b>", "jumped", "it", "it"]
+WEIGHTS = make_rng().dirichlet(np.full(len(TOKENS), 0.5), (LAYERS, HEADS, len(TOKENS)))
+WEIGHTS[1, 2, 3] = [0.03, 0.8125, 0.0975, 0.0, 0.06]
+LOUD = [
+    "<img src=x onerror=document.title='run'>",
+    "</script><script>document.title='run'</script>",
+    '"><svg onload=1>',
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        system = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            launched = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except sync_api.Error as failure:
+            pytest.skip(f"no browser: {failure}")
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """Open a view's page from its file; at the end, that it was quiet and fetched nothing but itself is checked."""
+    contexts, noise, requests = [], [], []
+
+    def open_it(view=None, choice=None, **context):
+        view = view or AttentionView(WEIGHTS, TOKENS)
+        view.save(tmp_path / "page.html", **(choice or {"word": 3, "layer": 1, "head": 2}))
+        contexts.append(browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **context}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(3000)
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((tmp_path / "page.html").as_uri())
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    # Chromium remarks that these tests read pixels.
+    assert [text for text in noise if not text.startswith("Canvas2D: Multiple readback")] == []
+    assert {url for url in requests if not url.startswith("data:")} == {(tmp_path / "page.html").as_uri()}
+
+
+def shares(page, side="keys"):
+    return page.locator(f"#{side} .share").all_text_contents()
+
+
+def table(page):
+    """The rows as (word, position, share), read by header cells as a screen reader does."""
+    rows = page.locator("tbody tr")
+    cells = [(row.locator("th[scope=row]").inner_text(), *row.locator("td").all_inner_texts()) for row in rows.all()]
+    return [(word, int(at) if at else None, float(share)) for word, at, share in cells]
+
+
+def check_shown(page, layer, head, query):
+    """Pickers, grid, table and the shares beside the words all tell of this head and this word."""
+    row = WEIGHTS[layer].mean(axis=0)[query] if head == HEADS else WEIGHTS[layer, head, query]
+    assert page.locator("#layer").input_value() == str(layer)
+    assert page.locator("#head").input_value() == str(head)
+    pressed = page.locator('#grid [aria-pressed="true"]')
+    assert pressed.count() == 1
+    name = "mean over heads" if head == HEADS else f"head {head}"
+    assert pressed.get_attribute("aria-label") == f"Layer {layer}, {name}"
+    listed = {at: (word, share) for word, at, share in table(page)}
+    assert list(listed) == sorted(listed, key=lambda at: -row[at])
+    assert set(listed) >= set(np.flatnonzero(row > 0.0005))
+    for at, (word, share) in listed.items():
+        assert word == TOKENS[at]
+        assert abs(share - row[at]) <= 0.0005 + 0.5 / 4095
+    for share, weight in zip(shares(page), row, strict=True):
+        assert abs(float(share or 0) - weight) <= 0.005 + 0.5 / 4095
+    assert f"Layer {layer}, {name}: what “{TOKENS[query]}” (position {query}) looks at" in page.inner_text("caption")
+
+
+def lines(page):
+    """How much is drawn at the left end of each line, for each query word."""
+    return page.evaluate("""() => {
+        const canvas = document.getElementById("lines"), box = canvas.getBoundingClientRect();
+        const scale = canvas.width / box.width, pen = canvas.getContext("2d");
+        return [...document.querySelectorAll("#queries .word")].map((word) => {
+            const at = word.getBoundingClientRect();
+            const y = ((at.top + at.bottom) / 2 - box.top) * scale, x = (at.right - box.left + 4) * scale;
+            const pixels = pen.getImageData(x, y - 3, 4, 6).data;
+            return Math.max(...pixels.filter((_, i) => i % 4 === 3));
+        });
+    }""")
+
+
+def test_what_is_shown_first(open_page):
+    page = open_page(choice={"word": 3, "layer": 1, "head": 2, "title": "A <i>tiger</i>"})
+    assert page.title() == page.inner_text("h1") == "A <i>tiger</i>"
+    check_shown(page, 1, 2, 3)
+    assert page.inner_text("#status") == "Layer 1, head 2: “it” looks most at “<b>tiger</b>”, 0.81."
+    assert shares(page) == ["0.03", "0.81", "0.10", "", "0.06"]
+
+
+def test_hover_shows_a_word_and_leaves_again(open_page):
+    page = open_page()
+    page.hover("#queries .word >> nth=2")
+    check_shown(page, 1, 2, 2)
+    drawn = lines(page)
+    assert drawn[2] > 150 > 40 > max(drawn[:2] + drawn[3:])
+    page.hover("h1")
+    check_shown(page, 1, 2, 3)
+    assert lines(page)[3] > 150
+
+
+def test_hover_on_a_word_that_is_looked_at(open_page):
+    page = open_page()
+    page.hover("#keys .word >> nth=1")
+    column = WEIGHTS[1, 2, :, 1]
+    assert np.allclose([float(share or 0) for share in shares(page, "queries")], column, atol=0.0052)
+    assert "which words look at “<b>tiger</b>” (position 1)" in page.inner_text("caption")
+    assert [at for _, at, _ in table(page)] == [at for at in np.argsort(-column) if column[at] > 0.0002]
+
+
+def test_pickers(open_page):
+    page = open_page()
+    page.select_option("#layer", "0")
+    check_shown(page, 0, 2, 3)
+    page.select_option("#head", "1")
+    check_shown(page, 0, 1, 3)
+    page.select_option("#head", label="mean")
+    check_shown(page, 0, HEADS, 3)
+
+
+def test_click_in_the_grid(open_page):
+    page = open_page()
+    page.click("#grid button >> nth=1")
+    check_shown(page, 0, 1, 3)
+    page.get_by_role("button", name="Layer 1, mean over heads").click()
+    check_shown(page, 1, HEADS, 3)
+
+
+def test_keyboard_alone(open_page):
+    page = open_page()
+    focused = "document.activeElement"
+    stops = []
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        stops.append(page.evaluate(f"{focused}.id || {focused}.parentElement.id"))
+    assert stops == ["layer", "head", "all", "queries", "keys", "grid"]
+    assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Enter")
+    assert page.locator('#grid [aria-pressed="true"]').get_attribute("aria-label") == "Layer 0, head 1"
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    check_shown(page, 0, 1, 1)
+    assert "“<b>tiger</b>” looks most at" in page.inner_text("#status")
+
+
+def test_all_words(open_page):
+    page = open_page()
+    page.click("#all")
+    assert page.get_attribute("#all", "aria-pressed") == "true"
+    assert min(lines(page)) > 60
+    assert page.inner_text("#status") == "Layer 1, head 2: all words."
+    page.click("#queries .word >> nth=0")
+    check_shown(page, 1, 2, 0)
+    page.keyboard.press("Escape")
+    assert page.get_attribute("#all", "aria-pressed") == "true"
+
+
+def test_heat_maps_follow_the_weights(open_page):
+    weights = np.array([[0, 0, 1], [0, 1, 0], [0.25, 0.75, 0]])
+    page = open_page(AttentionView(weights, ["a", "b", "c"]), {"word": "a"})
+    reds = page.evaluate("""() => {
+        const canvas = document.querySelector("#grid canvas");
+        return [...canvas.getContext("2d").getImageData(0, 0, 3, 3).data].filter((_, i) => i % 4 === 0);
+    }""")
+    # The ramp's three colours stand for 0, a quarter and 1, as the legend says.
+    ramp = [0xEE, 0x4A, 0x06]
+    assert np.allclose(reds, np.interp(np.sqrt(weights).ravel(), [0, 0.5, 1], ramp), rtol=0, atol=2)
+
+
+def luminance(colour):
+    channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_in_light_and_dark(scheme, open_page):
+    page = open_page(color_scheme=scheme)
+    ground = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert ground > 0.8 if scheme == "light" else ground < 0.1
+    # A colour that is changing is not yet the one that is meant.
+    page.wait_for_timeout(200)
+    for part in ("h1", ".lead", "#status", "caption", "th", ".word.faded", ".word.shown .text", ".note", ".grid span"):
+        text = luminance(page.evaluate("part => getComputedStyle(document.querySelector(part)).color", part))
+        assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5, part
+
+
+def test_a_phone_scrolls_only_the_grid_sideways(open_page):
+    tokens = [*LOUD, "Donaudampfschifffahrtsgesellschaft" * 3, "a"]
+    weights = np.broadcast_to(np.eye(5), (2, 12, 5, 5))
+    page = open_page(AttentionView(weights, tokens), {"word": 3}, viewport={"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("(s => s.scrollWidth > s.clientWidth)(document.querySelector('.scroll'))")
+    boxes = [box.bounding_box() for box in page.locator("#queries .word, #keys .word").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 360 for box in boxes)
+
+
+def test_tokens_do_not_run(open_page):
+    page = open_page(AttentionView(np.eye(3), LOUD), {"word": 1, "title": LOUD[0]})
+    assert page.title() == LOUD[0]
+    assert page.locator("#queries .text").all_text_contents() == LOUD
+    assert page.locator("img, svg").count() == 0
+    assert page.locator("script").count() == 2
+    assert table(page) == [(LOUD[1], 1, 1.0)]
+
+
+def test_other_keys_of_a_sparse_view(open_page):
+    view = AttentionView.from_top_keys([[0], [-1]], [[0.75], [0.0]], ["a", "b"])
+    page = open_page(view, {"word": "a"})
+    assert table(page) == [("a", 0, 0.75), ("other words", None, 0.25)]
+    page.click("#queries .word >> nth=1")
+    assert table(page) == []
+    assert page.inner_text("#status") == "Head 0: “b” looks at nothing."
+
+
+def test_cross_attention(open_page):
+    view = AttentionView(np.array([[0.25, 0.5, 0.25]]), ["one"], key_tokens=["un", "deux", "trois"])
+    page = open_page(view, {"word": 0})
+    assert shares(page) == ["0.25", "0.50", "0.25"]
+    assert not page.is_visible("#layer")
+
+
+def test_notebook_frame(open_page):
+    notebook = open_page().context.new_page()
+    notebook.set_content(AttentionView(WEIGHTS, TOKENS)._repr_html_())
+    frame = notebook.frame_locator("iframe")
+    frame.locator("tbody tr >> nth=0").wait_for(timeout=3000)
+    assert frame.locator("#queries .text").all_text_contents() == TOKENS
+
+
+def test_dark_mode_is_followed_while_the_page_is_open(open_page):
+    page = open_page(color_scheme="light")
+    first = "document.querySelector('#grid canvas').getContext('2d').getImageData(0, 0, 1, 1).data.join()"
+    before = page.evaluate(first)
+    page.emulate_media(color_scheme="dark")
+    # Queries of media are told of a change when the next frame is drawn.
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.evaluate(first) != before
