@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -378,8 +379,9 @@ class AttentionView:
     def most_certain(self, word: str | int | None = None, *, layer: int | None = None) -> Certain:
         """Find the head that gives another word the largest weight.
 
-        Another word is a key that is no special token and not the query itself. Where no such key is listed, any
-        key counts.
+        Another word is a key that is no special token and not the query itself. Passed over is what a head does by
+        position: where other words, too, give the key at that distance more than half of their weight on average,
+        the head says nothing about this one. Where nothing is left, any other word counts, and then any key.
 
         Parameters
         ----------
@@ -407,20 +409,37 @@ class AttentionView:
         >>> fastattn.AttentionView(weights, ["red", "tree"]).most_certain("red")
         Certain(layer=0, head=1, query=0, key=1, weight=0.8)
         """
-        words = [i for i, token in enumerate(self._tokens) if token not in self._special]
-        queries = np.array(words or range(len(self._tokens)) if word is None else [self._query(word)])
-        first = self._layer(layer) or 0
-        layers = slice(first, None if layer is None else first + 1)
-        keys, weights = self._keys[layers, :, queries], self._weights[layers, :, queries]
+        ordinary_queries = [i for i, token in enumerate(self._tokens) if token not in self._special]
+        queries = np.array(ordinary_queries or range(len(self._tokens)) if word is None else [self._query(word)])
         # Key -1, which is no key, is the last of these.
         ordinary = np.array([token not in self._special for token in self._key_tokens] + [False])
-        allowed = ordinary[keys] & (self._crossed | (keys != queries[:, None]))
-        if not allowed.any():
-            allowed = keys >= 0
-        scores = np.where(allowed, weights, -1)
-        best = np.unravel_index(np.argmax(scores), scores.shape)
-        in_layer, head, query = (int(i) for i in best[:3])
-        return Certain(first + in_layer, head, int(queries[query]), int(keys[best]), float(weights[best]))
+        number, heads = self._weights.shape[:2]
+        layers = range(number) if layer is None else [checked_integer("layer", layer, 0, number - 1)]
+        best, highest = Certain(0, 0, 0, -1, 0.0), -np.inf
+        for in_layer, head in itertools.product(layers, range(heads)):
+            keys, weights = self._keys[in_layer, head, queries], self._weights[in_layer, head, queries]
+            words = ordinary[keys] & (self._crossed | (keys != queries[:, None]))
+            telling = words & (weights >= VISIBLE) & (self._habit(in_layer, head, queries) <= 0.5)
+            # Any key of a better kind comes before all of the next.
+            scores = weights - np.select([telling, words, keys >= 0], [0.0, 2.0, 4.0], 6.0)
+            query, listed = np.unravel_index(np.argmax(scores), scores.shape)
+            if scores[query, listed] > highest:
+                highest = scores[query, listed]
+                key, weight = int(keys[query, listed]), float(weights[query, listed])
+                best = Certain(in_layer, head, int(queries[query]), key, weight)
+        return best
+
+    def _habit(self, layer: int, head: int, queries: Integers) -> Array:
+        """Return the mean weight that the other queries give the key at the same distance, (queries, listed)."""
+        keys, weights = self._keys[layer, head], self._weights[layer, head]
+        if self._crossed:
+            return np.zeros((len(queries), keys.shape[-1]))
+        count = len(keys)
+        distances = keys - np.arange(count)[:, None] + count
+        sums = np.bincount(distances.reshape(-1), weights.reshape(-1), minlength=2 * count)
+        others = np.maximum(count - np.abs(np.arange(2 * count) - count) - 1, 1)
+        chosen = distances[queries]
+        return np.asarray((sums[chosen] - weights[queries]) / others[chosen])
 
     def _rows(self, layer: int | None, head: int | None, queries: slice) -> Array:
         """Return weights (layers, heads, queries, Sk + 1), dense; the last column is that of all other keys."""

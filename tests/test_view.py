@@ -125,6 +125,18 @@ def test_table_keeps_to_its_lines():
 # --- the most certain head ------------------------------------------------------------------------
 
 
+def test_most_certain_passes_over_what_a_head_does_by_position():
+    tokens = ["a", "b", "c", "d", "e", "f"]
+    weights = np.full((2, 6, 6), 0.02)
+    weights[0] += 0.88 * np.roll(np.eye(6), -1, axis=0)  # the word after, whichever it is
+    weights[1] += 0.88 / 6
+    weights[1, 4] = [0.02, 0.7, 0.02, 0.22, 0.02, 0.02]
+    view = fastattn.AttentionView(weights, tokens)
+    assert view.most_certain("e") == (0, 1, 4, 1, 0.7)
+    # Where there is nothing else to tell, it counts.
+    assert fastattn.AttentionView(np.roll(np.eye(6), -1, axis=0), tokens).most_certain("e") == (0, 0, 4, 5, 1.0)
+
+
 def test_most_certain_leaves_out_special_tokens_and_the_word_itself():
     assert view_of().most_certain("it") == (1, 1, 3, 2, 0.85)
     assert view_of().most_certain() == (1, 1, 3, 2, 0.85)
