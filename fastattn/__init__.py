@@ -24,9 +24,11 @@ from fastattn.api import (
     top_keys,
 )
 from fastattn.cache import KVCache
+from fastattn.layer import MultiHeadAttention, rotary
 
 __all__ = [
     "KVCache",
+    "MultiHeadAttention",
     "Plan",
     "__version__",
     "attention",
@@ -37,6 +39,7 @@ __all__ = [
     "merge",
     "plan",
     "reference",
+    "rotary",
     "set_num_threads",
     "show_config",
     "top_keys",
