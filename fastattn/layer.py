@@ -823,7 +823,9 @@ class MultiHeadAttention:
         shape = (*joined.shape[:-2], self.out_features)
         check_result(out, shape, self.dtype)
         flat = joined.reshape(math.prod(shape[:-1]), self.num_heads * self.head_dim_v)
-        return self._output(flat, None if out is None else out.reshape(len(flat), shape[-1])).reshape(shape)
+        out = np.empty(shape, self.dtype) if out is None else out
+        self._output(flat, out.reshape(len(flat), self.out_features))
+        return out
 
     def _checked_input(self, parts: str, x: ArrayLike) -> Array:
         """Return what the projections to these parts are applied to, in the layer's dtype."""
