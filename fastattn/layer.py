@@ -1,0 +1,893 @@
+"""The attention layer of a transformer, and rotary positions: NumPy's matmul around `fastattn.attention`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastattn.api import Options as AttentionOptions
+from fastattn.api import attention, attention_varlen
+from fastattn.cache import KVCache, SequenceIds, check_shape, checked_ids, checked_integer
+
+__all__ = ["MultiHeadAttention", "rotary"]
+
+Array = NDArray[Any]
+Window = tuple[int | None, int | None]
+
+HALF = ("float16", "bfloat16")
+NAMES = {"q": "query", "k": "key", "v": "value"}
+DTYPES = ("float32", "float64", *HALF)
+
+# Elements of x that are turned at a time: what is computed on the way then stays in a core's cache.
+ROTARY_BLOCK = 2**16
+
+
+class RotaryOptions(TypedDict, total=False):
+    """Keywords of `rotary` that belong to a model."""
+
+    base: float
+    dim: int | None
+    interleaved: bool
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keywords of every kind of attention: dense, packed, and to a cache."""
+
+    scale: float | None
+    causal: bool
+    window: Window | None
+    alibi_slopes: ArrayLike | None
+    softcap: float | None
+    sinks: ArrayLike | None
+    num_threads: int | None
+
+
+class Options(ScoreOptions, total=False):
+    """Keywords of `MultiHeadAttention` that do not change what it returns."""
+
+    mask: ArrayLike | None
+    bias: ArrayLike | None
+    key_lengths: ArrayLike | None
+    cu_seqlens: ArrayLike | None
+    cache: KVCache | None
+    sequences: int | SequenceIds | None
+    positions: ArrayLike | None
+    out: Array | None
+
+
+# --- rotary positions -----------------------------------------------------------------------------
+
+
+def rotary(
+    x: ArrayLike,
+    positions: ArrayLike | None = None,
+    *,
+    base: float = 10000.0,
+    dim: int | None = None,
+    interleaved: bool = False,
+    out: Array | None = None,
+) -> Array:
+    """Rotary position embedding: turn pairs of elements by angles that grow with the position.
+
+    Pair ``i`` of a row at position ``p`` is turned by ``p * base ** (-2 i / dim)``. A product of a turned
+    query and a turned key then depends on their positions only by the difference [1]_.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., heads, seq, head_dim)
+        float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. 2-D arrays are one head.
+    positions : int or array_like of int, optional
+        The position of the first row, or those of all rows, broadcastable to (..., seq): batch axes, then
+        rows, the same for all heads. Default 0.
+    base : float
+        Greater than 0.
+    dim : int, optional
+        Only the first `dim` elements of a row are turned. Even, from 2 to head_dim; default head_dim.
+    interleaved : bool
+        Whether a pair is elements ``2 i`` and ``2 i + 1`` (RoFormer, GPT-J), or else elements ``i`` and
+        ``i + dim / 2`` (GPT-NeoX, Llama).
+    out : ndarray, shape (..., heads, seq, head_dim), optional
+        Where to store the result, in x's dtype: x itself, or memory apart from it.
+
+    Returns
+    -------
+    ndarray, shape (..., heads, seq, head_dim)
+        In x's dtype. Angles are computed in float64; float16 and bfloat16 are turned in float32 and
+        rounded once.
+
+    Raises
+    ------
+    TypeError
+        A dtype or kind that is not accepted.
+    ValueError
+        A shape or a value that is not accepted, or `out` that overlaps x without being x.
+        In each of these cases nothing has been written.
+
+    References
+    ----------
+    .. [1] Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position
+       Embedding", 2021.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> query, key = np.random.default_rng(0).standard_normal((2, 8, 1, 64))
+    >>> def score(p, q):
+    ...     return (fastattn.rotary(query, p) * fastattn.rotary(key, q)).sum(axis=-1)
+    >>> bool(np.allclose(score(7, 3), score(1007, 1003)))
+    True
+    """
+    array = checked_dtype("x", np.asarray(x))
+    if array.ndim < 2:
+        raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
+    turned = checked_rotary(array.shape[-1], base, dim)
+    rows = checked_positions(positions, array.shape)
+    result = np.empty(array.shape, array.dtype) if out is None else checked_out(out, array.shape, array.dtype)
+    if not same_place(result, array):
+        if np.shares_memory(result, array):
+            raise ValueError("out overlaps x in memory, but is not x itself")
+        result[..., turned:] = array[..., turned:]
+
+    frequencies = float(base) ** (np.arange(0, turned, 2) / -turned)
+    low, high = (slice(0, turned, 2), slice(1, turned, 2)) if interleaved else halves(turned)
+    work = np.float64 if array.dtype == np.float64 else np.float32
+    for block in row_blocks(array.shape):
+        angles = rows[..., block, None] * frequencies
+        if angles.ndim > 2:
+            angles = np.expand_dims(angles, -3)
+        turn(array[..., block, :], result[..., block, :], low, high, angles, work)
+    return result
+
+
+def turn(x: Array, out: Array, low: slice, high: slice, angles: Array, work: type[np.floating[Any]]) -> None:
+    """Multiply the complex numbers x[low] + i x[high] by exp(i angles); out may be x."""
+    cos, sin = np.cos(angles).astype(work), np.sin(angles).astype(work)
+    real, imaginary = x[..., low].astype(work), x[..., high].astype(work)
+    part = real * cos
+    part -= imaginary * sin
+    out[..., low] = part
+    real *= sin
+    imaginary *= cos
+    imaginary += real
+    out[..., high] = imaginary
+
+
+def halves(dim: int) -> tuple[slice, slice]:
+    return slice(0, dim // 2), slice(dim // 2, dim)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Return slices of the axis of rows, over which a block of all else has about ROTARY_BLOCK elements."""
+    seq = shape[-2]
+    step = max(1, ROTARY_BLOCK * seq // max(math.prod(shape), 1))
+    return (slice(begin, begin + step) for begin in range(0, seq, step))
+
+
+def same_place(a: Array, b: Array) -> bool:
+    """Return whether two arrays of one shape and dtype are the same elements in memory."""
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def checked_dtype(name: str, array: Array) -> Array:
+    if array.dtype.name not in DTYPES or not array.dtype.isnative:
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are {', '.join(DTYPES)}, in native byte order")
+    return array
+
+
+def checked_rotary(head_dim: int, base: float, dim: int | None) -> int:
+    """Return how many elements of a row are turned."""
+    if not (isinstance(base, (int, float, np.integer, np.floating)) and 0 < base < math.inf):
+        raise ValueError(f"base must be a finite number greater than 0, but is {base!r}")
+    turned = head_dim if dim is None else checked_integer("dim", dim, 2, head_dim)
+    if turned % 2:
+        raise ValueError(f"dim must be even, but is {turned}, of a head_dim of {head_dim}")
+    return turned
+
+
+def checked_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> Array:
+    """Return the positions of the rows of x, (seq,) or (..., seq)."""
+    seq = shape[-2]
+    array = np.asarray(0 if positions is None else positions)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"positions must be an int or an array of ints, but has dtype {array.dtype}")
+    if array.ndim == 0:
+        return np.arange(int(array), int(array) + seq)
+    rows = (*shape[:-3], seq)
+    try:
+        np.broadcast_to(array, rows)
+    except ValueError:
+        raise ValueError(f"positions has shape {array.shape}; accepted is one that broadcasts to {rows}") from None
+    # Batch axes that it lacks stay away, so that angles are not computed again for each item.
+    return np.broadcast_to(array, (*array.shape[:-1], seq))
+
+
+def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if out is not None and not checked_out(out, shape, dtype).flags.c_contiguous:
+        raise ValueError(f"out must be C-contiguous, but has strides {out.strides}")
+
+
+def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}; accepted is {dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    return out
+
+
+def checked_matrix(name: str, x: ArrayLike) -> Array:
+    array = checked_dtype(name, np.asarray(x))
+    if array.ndim != 2:
+        raise ValueError(f"{name} has shape {array.shape}; accepted is (out_features, in_features)")
+    return array
+
+
+def checked_bias(name: str, x: ArrayLike, weight: Array) -> Array:
+    array = checked_dtype(name, np.asarray(x))
+    check_shape(name, array, (len(weight),))
+    return array
+
+
+def common_dtype(arrays: Sequence[Array]) -> np.dtype[Any]:
+    """Return what to compute in: the dtype of all weights and biases, half types counted as float32."""
+    computed = {"float32" if array.dtype.name in HALF else array.dtype.name for array in arrays}
+    if len(computed) > 1:
+        raise TypeError("weights and biases must be all float64 or none, but come as float32 and float64")
+    return np.dtype(computed.pop())
+
+
+def per_head(name: str, features: int, of: str, count: int) -> int:
+    if features == 0 or features % count:
+        raise ValueError(f"{name} has {features} rows; accepted are multiples of {of}, {count}")
+    return features // count
+
+
+def checked_options(options: RotaryOptions, head_dim: int) -> RotaryOptions:
+    unknown = set(options) - {"base", "dim", "interleaved"}
+    if unknown:
+        raise TypeError(f"rotary has {', '.join(sorted(unknown))}; accepted are base, dim and interleaved")
+    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"))
+    return options.copy()
+
+
+def check_together(dense: dict[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
+    """Raise unless the keywords belong to one kind of call; `dense` are those of arrays of one length."""
+    if dense["key"] is None and dense["value"] is not None:
+        raise ValueError("value is given without key")
+    if (cache is None) != (sequences is None):
+        raise ValueError("cache and sequences must be given together")
+    if cache is not None and cu_seqlens is not None:
+        raise ValueError("cu_seqlens and cache cannot be given together")
+    if cache is None and cu_seqlens is None:
+        return
+    for name, given in dense.items():
+        if given is not None:
+            raise ValueError(f"{name} and {'cu_seqlens' if cache is None else 'cache'} cannot be given together")
+
+
+def check_axes(query: Array, cu_seqlens: object, sequences: int | SequenceIds | None) -> None:
+    """Raise unless query has the axes that packed sequences, or those in a cache, have."""
+    batch: tuple[int, ...] = ()
+    if sequences is not None:
+        ids, single = checked_ids(sequences)
+        batch = () if single else (len(ids),)
+    elif cu_seqlens is None:
+        return
+    check_shape("query", query, (*batch, "rows", query.shape[-1]))
+
+
+def broadcast_batches(parts: Sequence[Array]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*(part.shape[:-3] for part in parts))
+    except ValueError:
+        shapes = ", ".join(str(part.shape[:-3]) for part in parts)
+        raise ValueError(f"the batch axes of query, key and value do not broadcast: {shapes}") from None
+
+
+def positions_in_sequences(cu_seqlens: ArrayLike, total: int) -> Array:
+    """Return the position of each row in its own sequence; `attention_varlen` checks the lengths themselves."""
+    begins = np.asarray(cu_seqlens)
+    if begins.ndim != 1 or begins.size == 0 or begins.dtype.kind not in "iu":
+        raise ValueError(f"cu_seqlens must be a 1-D array of ints, but has shape {begins.shape}, dtype {begins.dtype}")
+    rows = np.arange(total)
+    return rows - begins[np.searchsorted(begins, rows, side="right") - 1].astype(np.int64)
+
+
+# --- projections ----------------------------------------------------------------------------------
+
+
+class Projection(NamedTuple):
+    """``x @ weight + bias`` for one or several outputs, side by side in the columns."""
+
+    weight: Array
+    bias: Array | None
+
+    def __call__(self, x: Array, out: Array | None = None) -> Array:
+        out = np.matmul(x, self.weight, out=out)
+        if self.bias is not None:
+            out += self.bias
+        return out
+
+    def columns(self, first: int, last: int) -> Projection:
+        """Return the projection to some of the outputs, on views of this one's arrays."""
+        return Projection(self.weight[:, first:last], None if self.bias is None else self.bias[first:last])
+
+
+def packed(weights: Sequence[Array], biases: Sequence[Array | None], dtype: np.dtype[Any]) -> Projection:
+    """Return the projections to all of the outputs as one; weights are (out_features, in_features)."""
+    sizes = [len(weight) for weight in weights]
+    weight = np.empty((weights[0].shape[1], sum(sizes)), dtype)
+    np.concatenate([part.T for part in weights], axis=1, out=weight)
+    if all(bias is None for bias in biases):
+        return Projection(weight, None)
+    each = [np.zeros(size) if bias is None else bias for size, bias in zip(sizes, biases, strict=True)]
+    return Projection(weight, np.concatenate([bias.astype(dtype) for bias in each]))
+
+
+def input_projections(
+    weights: Sequence[Array], biases: Sequence[Array | None], dtype: np.dtype[Any]
+) -> dict[str, Projection]:
+    """Return the projections to query ("q"), key, value, and to those together that may share an input.
+
+    Weights of as many in_features lie in one matrix, and each of its projections is a view of it.
+    """
+    query, key, value = (weight.shape[1] for weight in weights)
+    groups = ["qkv"] if query == key == value else ["q", "kv"] if key == value else ["q", "k", "v"]
+    projections = {}
+    for group in groups:
+        members = slice("qkv".index(group), "qkv".index(group) + len(group))
+        whole = packed(weights[members], biases[members], dtype)
+        ends = np.cumsum([0, *(len(weight) for weight in weights[members])])
+        for parts in ("qkv", "kv", "q", "k", "v"):
+            if parts in group:
+                begin = group.index(parts)
+                projections[parts] = whole.columns(ends[begin], ends[begin + len(parts)])
+    return projections
+
+
+class Scheme(NamedTuple):
+    """What a family of checkpoints calls the weights of a layer, and how it stores them."""
+
+    inputs: tuple[str, ...]  # of query, key and value; or one, if they are one packed matrix
+    output: str
+    transposed: bool = False  # (in_features, out_features)
+    rotary: RotaryOptions | None = None
+
+
+SCHEMES = {
+    "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense"),
+    "gpt2": Scheme(("c_attn",), "c_proj", transposed=True),
+    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}),
+}
+
+
+def found(mapping: Mapping[str, ArrayLike], name: str) -> Array:
+    try:
+        return np.asarray(mapping[name])
+    except KeyError:
+        raise KeyError(f"the mapping has no {name!r}") from None
+
+
+def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
+    return found(mapping, name) if name in mapping else None
+
+
+def thirds(name: str, array: Array | None) -> list[Any]:
+    """Return query's, key's and value's part of a packed weight or bias."""
+    if array is None:
+        return [None] * 3
+    if array.ndim == 0 or len(array) % 3:
+        raise ValueError(f"{name} has shape {array.shape}; accepted is three times the out_features, packed")
+    return np.split(array, 3)
+
+
+# --- the layer ------------------------------------------------------------------------------------
+
+
+class MultiHeadAttention:
+    """Multi-head attention with its projections: the attention layer of a transformer [1]_.
+
+    ``out = concatenated heads @ out_weight.T + out_bias``, where the heads are `attention` of what the other
+    weights make of the inputs. Query, key and value of self-attention are one matrix product; the heads are
+    views of its result, and are attended where they lie.
+
+    Parameters
+    ----------
+    query_weight : array_like, shape (num_heads * head_dim, embed_dim)
+        As in PyTorch, (out_features, in_features). Weights and biases are float32 or float64, all alike.
+        float16 and bfloat16 are widened to float32, once: NumPy multiplies matrices of them slowly.
+    key_weight : array_like, shape (num_kv_heads * head_dim, key_features)
+    value_weight : array_like, shape (num_kv_heads * head_dim_v, value_features)
+    out_weight : array_like, shape (out_features, num_heads * head_dim_v)
+    num_heads : int
+    num_kv_heads : int, optional
+        Fewer than `num_heads` for grouped queries. Default: what the shape of `key_weight` says.
+    query_bias, key_bias, value_bias, out_bias : array_like, shape (rows of the weight,), optional
+    rotary : dict, optional
+        Keywords ``base``, ``dim`` and ``interleaved`` of `fastattn.rotary`, which queries and keys then go
+        through; ``{}`` for its defaults. Default: no rotary positions.
+
+    Attributes
+    ----------
+    embed_dim, out_features : int
+        Features of the input, and of the result.
+    num_heads, num_kv_heads, head_dim, head_dim_v : int
+    dtype : dtype
+        float32 or float64: of the computation and its result.
+    rotary : dict or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        A dtype, a shape or a value that is not accepted.
+
+    References
+    ----------
+    .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.2.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastattn
+    >>> rng = np.random.default_rng(0)
+    >>> weights = rng.standard_normal((4, 64, 64), np.float32) / 8
+    >>> layer = fastattn.MultiHeadAttention(*weights, num_heads=4, rotary={"base": 10000.0})
+    >>> layer
+    MultiHeadAttention(embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, dtype=float32, rotary={'base': 10000.0})
+    >>> x = rng.standard_normal((2, 10, 64), np.float32)
+    >>> whole = layer(x, causal=True)
+    >>> whole.shape
+    (2, 10, 64)
+
+    Token by token, with the keys and values in a cache:
+
+    >>> cache = fastattn.KVCache(layer.num_kv_heads, layer.head_dim, num_pages=2)
+    >>> sequences = [cache.add(), cache.add()]
+    >>> steps = [layer(x[:, i : i + 1], causal=True, cache=cache, sequences=sequences) for i in range(10)]
+    >>> bool(np.allclose(np.concatenate(steps, axis=1), whole, atol=1e-5))
+    True
+    """
+
+    def __init__(
+        self,
+        query_weight: ArrayLike,
+        key_weight: ArrayLike,
+        value_weight: ArrayLike,
+        out_weight: ArrayLike,
+        *,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        query_bias: ArrayLike | None = None,
+        key_bias: ArrayLike | None = None,
+        value_bias: ArrayLike | None = None,
+        out_bias: ArrayLike | None = None,
+        rotary: RotaryOptions | None = None,
+    ) -> None:
+        names = ("query", "key", "value", "out")
+        given = (query_weight, key_weight, value_weight, out_weight)
+        weights = [checked_matrix(f"{name}_weight", weight) for name, weight in zip(names, given, strict=True)]
+        biases = [
+            None if bias is None else checked_bias(f"{name}_bias", bias, weight)
+            for name, bias, weight in zip(names, (query_bias, key_bias, value_bias, out_bias), weights, strict=True)
+        ]
+        self._set_heads(weights, num_heads, num_kv_heads)
+        self.embed_dim, self.out_features = weights[0].shape[1], len(weights[3])
+        self.dtype = common_dtype([*weights, *(bias for bias in biases if bias is not None)])
+        self.rotary = None if rotary is None else checked_options(rotary, self.head_dim)
+        self._output = packed(weights[3:], biases[3:], self.dtype)
+        self._inputs = input_projections(weights[:3], biases[:3], self.dtype)
+        of_keys, of_values = (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim_v)
+        self._shapes = {"q": (self.num_heads, self.head_dim), "k": of_keys, "v": of_values}
+
+    def _set_heads(self, weights: list[Array], num_heads: int, num_kv_heads: int | None) -> None:
+        query, key, value, out = weights
+        self.num_heads = checked_integer("num_heads", num_heads, 1)
+        self.head_dim = per_head("query_weight", len(query), "num_heads", self.num_heads)
+        self.num_kv_heads = per_head("key_weight", len(key), "head_dim", self.head_dim)
+        if num_kv_heads not in (None, self.num_kv_heads):
+            raise ValueError(f"num_kv_heads is {num_kv_heads!r}, but key_weight has {len(key)} rows: "
+                             f"{self.num_kv_heads} heads of {self.head_dim}")  # fmt: skip
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; accepted are multiples of num_kv_heads, "
+                             f"{self.num_kv_heads}")  # fmt: skip
+        self.head_dim_v = per_head("value_weight", len(value), "num_kv_heads", self.num_kv_heads)
+        if out.shape[1] != self.num_heads * self.head_dim_v:
+            raise ValueError(f"out_weight has {out.shape[1]} columns; accepted is num_heads * head_dim_v, "
+                             f"{self.num_heads * self.head_dim_v}")  # fmt: skip
+
+    @classmethod
+    def from_torch(cls, state: Mapping[str, ArrayLike], num_heads: int, *, prefix: str = "") -> MultiHeadAttention:
+        """Make the layer from the state of a ``torch.nn.MultiheadAttention``.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            Its ``state_dict()``, or one that holds it; tensors or arrays.
+        num_heads : int
+        prefix : str
+            What comes before ``in_proj_weight`` and the others in the names.
+
+        Returns
+        -------
+        MultiHeadAttention
+            In it True in a mask means attend, and in PyTorch's the reverse.
+
+        Raises
+        ------
+        KeyError
+            A name that is missing.
+        TypeError, ValueError
+            As for the class, and ``bias_k`` and ``bias_v``, which have no place in it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> state = {"in_proj_weight": np.zeros((192, 64)), "out_proj.weight": np.eye(64)}
+        >>> MultiHeadAttention.from_torch(state, 4).head_dim
+        16
+        """
+        if f"{prefix}bias_k" in state or f"{prefix}bias_v" in state:
+            raise ValueError(f"state holds {prefix}bias_k or {prefix}bias_v; accepted are layers without add_bias_kv")
+        if f"{prefix}q_proj_weight" in state:
+            weights: list[Any] = [found(state, f"{prefix}{part}_proj_weight") for part in "qkv"]
+        else:
+            weights = thirds(f"{prefix}in_proj_weight", found(state, f"{prefix}in_proj_weight"))
+        weights.append(found(state, f"{prefix}out_proj.weight"))
+        biases = thirds(f"{prefix}in_proj_bias", found_bias(state, f"{prefix}in_proj_bias"))
+        return cls(
+            *weights, num_heads=num_heads, query_bias=biases[0], key_bias=biases[1], value_bias=biases[2],
+            out_bias=found_bias(state, f"{prefix}out_proj.bias"),
+        )  # fmt: skip
+
+    @classmethod
+    def from_mapping(
+        cls,
+        mapping: Mapping[str, ArrayLike],
+        prefix: str,
+        num_heads: int,
+        *,
+        scheme: Literal["bert", "gpt2", "llama"],
+        num_kv_heads: int | None = None,
+        rotary: RotaryOptions | None = None,
+    ) -> MultiHeadAttention:
+        """Make the layer from the weights of a checkpoint, by their names.
+
+        Parameters
+        ----------
+        mapping : mapping of str to array_like
+            All weights of the model, as ``safetensors.numpy.load_file`` gives them.
+        prefix : str
+            What the names of the layer begin with: ``"encoder.layer.0.attention."`` (BERT),
+            ``"h.0.attn."`` (GPT-2), ``"model.layers.0.self_attn."`` (Llama).
+        num_heads : int
+        scheme : {"bert", "gpt2", "llama"}
+            How it goes on: ``self.query.weight`` and ``output.dense.weight``; ``c_attn.weight``, one
+            (in_features, 3 * out_features) matrix, and ``c_proj.weight``; ``q_proj.weight`` and
+            ``o_proj.weight``. A bias is taken where there is one.
+        num_kv_heads : int, optional
+        rotary : dict, optional
+            As for the class. Default for "llama": that of `fastattn.rotary`, whose ``base`` a checkpoint
+            calls ``rope_theta``.
+
+        Returns
+        -------
+        MultiHeadAttention
+
+        Raises
+        ------
+        KeyError
+            A name that is missing.
+        TypeError, ValueError
+            As for the class, and another scheme.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> mapping = {"h.0.attn.c_attn.weight": np.zeros((64, 192)), "h.0.attn.c_proj.weight": np.eye(64)}
+        >>> MultiHeadAttention.from_mapping(mapping, "h.0.attn.", 4, scheme="gpt2").num_heads
+        4
+        """
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, but is {scheme!r}")
+        chosen = SCHEMES[scheme]
+        names = [prefix + name for name in (*chosen.inputs, chosen.output)]
+        weights: list[Any] = [found(mapping, f"{name}.weight") for name in names]
+        biases: list[Any] = [found_bias(mapping, f"{name}.bias") for name in names]
+        if chosen.transposed:
+            weights = [weight.T for weight in weights]
+        if len(chosen.inputs) == 1:
+            weights = [*thirds(f"{names[0]}.weight", weights[0]), weights[1]]
+            biases = [*thirds(f"{names[0]}.bias", biases[0]), biases[1]]
+        return cls(
+            *weights, num_heads=num_heads, num_kv_heads=num_kv_heads, query_bias=biases[0], key_bias=biases[1],
+            value_bias=biases[2], out_bias=biases[3], rotary=chosen.rotary if rotary is None else rotary,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        head_dim_v = f", head_dim_v={self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
+        turned = "" if self.rotary is None else f", rotary={self.rotary}"
+        return (
+            f"MultiHeadAttention(embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{head_dim_v}, dtype={self.dtype}{turned})"
+        )
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        return_weights: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        scale: float | None = None,
+        causal: bool = False,
+        window: Window | None = None,
+        mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        softcap: float | None = None,
+        sinks: ArrayLike | None = None,
+        key_lengths: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
+        cache: KVCache | None = None,
+        sequences: int | SequenceIds | None = None,
+        positions: ArrayLike | None = None,
+        return_weights: bool = False,
+        out: Array | None = None,
+        num_threads: int | None = None,
+    ) -> Any:
+        """Apply the layer.
+
+        Parameters
+        ----------
+        query : array_like, shape (..., Sq, embed_dim)
+            Of the layer's dtype, or float16 or bfloat16, which are widened to it.
+        key : array_like, shape (..., Sk, key_features), optional
+            Default: self-attention, of `query` to itself.
+        value : array_like, shape (..., Sk, value_features), optional
+            Default `key`.
+        scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
+            As for `attention`, on (..., num_heads, Sq, Sk) scores. In `mask` True means attend. Threads of
+            the matrix products are those of NumPy's BLAS.
+        causal : bool
+            Whether a query sees no key after its own position. In self-attention row ``i`` is at position
+            ``i``, whatever `key_lengths`; to other keys positions are those of `attention`.
+        cu_seqlens : array_like of int, shape (B + 1,), optional
+            `query` is (total, embed_dim): sequences one after the other, without padding, and
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` the rows of one. Self-attention only.
+        cache : KVCache, optional
+            Keys and values are appended to it, and attention is to all that it then holds of the sequences;
+            the rows of `query` are their last tokens. Self-attention only. Prompts need ``causal=True``,
+            too, in models that are.
+        sequences : int, or list or 1-D array of ints, optional
+            With `cache`, one id for `query` (Sq, embed_dim), or as many as (batch, Sq, embed_dim) has items.
+        positions : int or array_like of int, broadcastable to (..., Sq), optional
+            What rotary positions count from; an int is that of the first row. Default 0, in each sequence
+            of `cu_seqlens`, or the lengths in the cache.
+        return_weights : bool
+            Whether to return the attention weights, too.
+        out : ndarray, shape (..., Sq, out_features), optional
+            Where to store the result: C-contiguous, in the layer's dtype. It may be an input.
+
+        Returns
+        -------
+        out : ndarray, shape (..., Sq, out_features)
+            In the layer's dtype.
+        weights : ndarray, shape (..., num_heads, Sq, Sk)
+            Returned with ``return_weights``.
+
+        Raises
+        ------
+        KeyError
+            No sequence of that id.
+        TypeError, ValueError, MemoryError
+            As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
+            `out` nor what the cache holds has then been changed.
+        """
+        dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
+        check_together({**dense, "return_weights": return_weights or None}, cu_seqlens, cache, sequences)
+        scores: ScoreOptions = {
+            "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
+            "sinks": sinks, "num_threads": num_threads,
+        }  # fmt: skip
+        rows = self._checked_input("q", query)
+        check_axes(rows, cu_seqlens, sequences)
+        if positions is None and self.rotary is not None:
+            positions = default_positions(rows.shape, cu_seqlens, cache, sequences)
+        parts = self.project(rows, key, value, positions=positions)
+        # Heads are written side by side, as the output projection reads them.
+        joined = np.empty((*broadcast_batches(parts), rows.shape[-2], self.num_heads, self.head_dim_v), self.dtype)
+        check_result(out, (*joined.shape[:-2], self.out_features), self.dtype)
+        heads = joined.swapaxes(-3, -2)
+        if cache is not None and sequences is not None:
+            attend_cache(cache, sequences, parts, heads, scores)
+        elif cu_seqlens is not None:
+            queries, keys, values = (part.swapaxes(0, 1) for part in parts)
+            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **scores, out=joined)
+        else:
+            # In self-attention rows and keys are the same tokens, whatever key_lengths leaves of them.
+            offset = 0 if key is None else None
+            options: AttentionOptions = {
+                **scores, "mask": mask, "bias": bias, "key_lengths": key_lengths, "query_offset": offset, "out": heads
+            }  # fmt: skip
+            if return_weights:
+                _, weights = attention(*parts, **options, return_weights=True)
+                return self.output(heads, out=out), weights
+            attention(*parts, **options)
+        return self.output(heads, out=out)
+
+    def project(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        positions: ArrayLike | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return queries, keys and values as `attention` takes them, with rotary positions applied.
+
+        A call of the layer is `project`, attention, and `output`; in between is the place to look at heads, or to
+        change them.
+
+        Parameters
+        ----------
+        query, key, value, positions
+            As for a call of the layer.
+
+        Returns
+        -------
+        query : ndarray, shape (..., num_heads, Sq, head_dim)
+        key : ndarray, shape (..., num_kv_heads, Sk, head_dim)
+        value : ndarray, shape (..., num_kv_heads, Sk, head_dim_v)
+            In the layer's dtype; views of one buffer for what shares an input.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As a call of the layer.
+        """
+        if key is None and value is not None:
+            raise ValueError("value is given without key")
+        if key is None:
+            sources = {"qkv": query}
+        elif value is None or value is key:
+            sources = {"q": query, "kv": key}
+        else:
+            sources = {"q": query, "k": key, "v": value}
+        if self.rotary is not None and key is not None:
+            raise ValueError("key is given, but the layer has rotary positions; accepted is self-attention")
+        if self.rotary is None and positions is not None:
+            raise ValueError("positions is given, but the layer has no rotary positions")
+        inputs = {parts: self._checked_input(parts, x) for parts, x in sources.items()}
+        heads = {part: split for parts, x in inputs.items() for part, split in self._split(parts, x)}
+        if self.rotary is not None:
+            for part in "qk":
+                rotary(heads[part], positions, **self.rotary, out=heads[part])
+        return heads["q"], heads["k"], heads["v"]
+
+    def output(self, heads: ArrayLike, *, out: Array | None = None) -> Array:
+        """Return the output projection of what attention made of the heads.
+
+        Parameters
+        ----------
+        heads : array_like, shape (..., num_heads, Sq, head_dim_v)
+            In the layer's dtype. Copied, unless the heads of a row lie side by side in memory.
+        out : ndarray, shape (..., Sq, out_features), optional
+            Where to store the result: C-contiguous, in the layer's dtype.
+
+        Returns
+        -------
+        ndarray, shape (..., Sq, out_features)
+
+        Raises
+        ------
+        TypeError, ValueError
+            A dtype or a shape that is not accepted.
+        """
+        array = np.asarray(heads)
+        if array.dtype != self.dtype:
+            raise TypeError(f"heads has dtype {array.dtype}; accepted is the layer's, {self.dtype}")
+        if array.ndim < 3 or (array.shape[-3], array.shape[-1]) != (self.num_heads, self.head_dim_v):
+            raise ValueError(f"heads has shape {array.shape}; accepted is (..., {self.num_heads}, rows, "
+                             f"{self.head_dim_v})")  # fmt: skip
+        joined = array.swapaxes(-3, -2)
+        shape = (*joined.shape[:-2], self.out_features)
+        check_result(out, shape, self.dtype)
+        flat = joined.reshape(math.prod(shape[:-1]), self.num_heads * self.head_dim_v)
+        out = np.empty(shape, self.dtype) if out is None else out
+        self._output(flat, out.reshape(len(flat), self.out_features))
+        return out
+
+    def _checked_input(self, parts: str, x: ArrayLike) -> Array:
+        """Return what the projections to these parts are applied to, in the layer's dtype."""
+        name = NAMES[parts[0]]
+        if parts not in self._inputs:
+            lacking = "key" if parts == "qkv" else "value"
+            raise ValueError(f"{lacking} must be given: it has other features than {name}")
+        array = np.asarray(x)
+        if array.dtype != self.dtype and array.dtype.name not in HALF:
+            raise TypeError(f"{name} has dtype {array.dtype}; accepted are the layer's, {self.dtype}, and half types")
+        features = len(self._inputs[parts].weight)
+        if array.ndim < 2 or array.shape[-1] != features:
+            raise ValueError(f"{name} has shape {array.shape}; accepted is (..., rows, {features})")
+        return array.astype(self.dtype, copy=False)
+
+    def _split(self, parts: str, x: Array) -> Iterator[tuple[str, Array]]:
+        """Yield each part of the projection of x, as a view (..., heads, rows, dim)."""
+        columns = self._inputs[parts](x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+        end = 0
+        for part in parts:
+            num_heads, dim = self._shapes[part]
+            begin, end = end, end + num_heads * dim
+            yield part, columns[:, begin:end].reshape(*x.shape[:-1], num_heads, dim).swapaxes(-3, -2)
+
+
+def default_positions(
+    shape: tuple[int, ...],
+    cu_seqlens: ArrayLike | None,
+    cache: KVCache | None,
+    sequences: int | SequenceIds | None,
+) -> ArrayLike | None:
+    if cu_seqlens is not None:
+        return positions_in_sequences(cu_seqlens, shape[-2])
+    if cache is None or sequences is None:
+        return None
+    lengths = np.array(lengths_in(cache, sequences), np.int64)
+    return lengths if lengths.ndim == 0 else lengths[:, None] + np.arange(shape[-2])
+
+
+def lengths_in(cache: KVCache, sequences: int | SequenceIds) -> list[int] | int:
+    """Return the length of each sequence, or of the one."""
+    ids, single = checked_ids(sequences)
+    lengths = cache.lengths
+    missing = [sequence for sequence in ids if sequence not in lengths]
+    if missing:
+        raise KeyError(f"there is no sequence {missing[0]} in the cache")
+    return lengths[ids[0]] if single else [lengths[sequence] for sequence in ids]
+
+
+def attend_cache(
+    cache: KVCache,
+    sequences: int | SequenceIds,
+    parts: tuple[Array, Array, Array],
+    out: Array,
+    scores: ScoreOptions,
+) -> None:
+    """Append keys and values, and attend to all that the cache then holds; or change nothing."""
+    query, key, value = parts
+    cache.append(sequences, key, value)
+    try:
+        cache.attention(query, sequences, **scores, out=out)
+    except BaseException:
+        for sequence in checked_ids(sequences)[0]:
+            cache.truncate(sequence, cache.lengths[sequence] - key.shape[-2])
+        raise
