@@ -16,10 +16,16 @@ README = Path(__file__).parent.parent / "README.md"
 PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__}
 PUBLIC |= {f"reference.{name}": getattr(reference, name) for name in reference.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
-METHODS = {name: thing for name, thing in inspect.getmembers(fastattn.KVCache, inspect.isroutine) if name[0] != "_"}
+CLASSES = [fastattn.KVCache, fastattn.MultiHeadAttention]
+METHODS = {
+    f"{of.__name__}.{name}": thing
+    for of in CLASSES
+    for name, thing in inspect.getmembers(of, inspect.isroutine)
+    if name[0] != "_"
+}
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "KVCache"])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *(of.__name__ for of in CLASSES)])
 def test_examples_in_docstrings(name):
     examples = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs={})
     assert sum(len(test.examples) for test in examples) > 0, f"{name} has no example"
