@@ -17,7 +17,7 @@ TUTORIAL = README.parent / "docs" / "self-attention.md"
 PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__}
 PUBLIC |= {f"reference.{name}": getattr(reference, name) for name in reference.__all__}
 FUNCTIONS = {name: thing for name, thing in PUBLIC.items() if inspect.isroutine(thing)}
-CLASSES = [fastattn.AttentionView, fastattn.KVCache]
+CLASSES = [fastattn.AttentionView, fastattn.KVCache, fastattn.MultiHeadAttention]
 METHODS = {
     f"{of.__name__}.{name}": thing
     for of in CLASSES

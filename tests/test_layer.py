@@ -6,6 +6,7 @@ all that is well below 1e7 u: 1e-9 in float64, in which the logic is tested, whe
 In float32 the same formula in NumPy says what rounding costs (`test_float32_errs_no_more_than_numpy`).
 """
 
+import doctest
 import tracemalloc
 from itertools import pairwise
 
@@ -683,6 +684,12 @@ def test_the_callers_weights_and_rotary_are_not_kept():
         weight[...] = 0
     turn["dim"] = 12
     assert_same_bits(attend(x), expected)
+
+
+def test_examples_in_docstrings():
+    tried = doctest.testmod(layer)
+    assert tried.attempted > 10
+    assert tried.failed == 0
 
 
 def test_every_scheme_is_tested():
