@@ -13,22 +13,10 @@ import numpy as np
 
 from fastattn import MultiHeadAttention, reference
 from fastattn.encoder import Encoder
+from fastattn.explain import Watched
 
 SENTENCE = "The tiger jumped out of a tree to get a drink because it was thirsty."
 LAYER, HEAD = 3, 1  # from 0: the head that finds what a pronoun stands for
-
-
-class WatchedEncoder(Encoder):
-    """Keeps what each layer attends to, (heads, tokens, tokens), of one sentence."""
-
-    def __call__(self, sentences: list[str]) -> np.ndarray:
-        self.attended: list[np.ndarray] = []
-        return super().__call__(sentences)
-
-    def attend(self, layer: MultiHeadAttention, x: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
-        out, weights = layer(x, return_weights=True)
-        self.attended.append(weights)
-        return out
 
 
 class ReferenceEncoder(Encoder):
@@ -45,20 +33,18 @@ def check(right: bool, claim: str) -> None:
 
 
 def main() -> None:
-    encoder = WatchedEncoder.load()
-    tokens = encoder.tokenizer.encode(SENTENCE).tokens
-    embedding = encoder([SENTENCE])
+    names, weights = Watched.load().watch(SENTENCE)
 
     print(SENTENCE)
     print(f'What "it" attends to, in layer {LAYER}, head {HEAD}:\n')
-    seen = encoder.attended[LAYER][HEAD, tokens.index("it")]
-    for token, weight in zip(tokens, seen, strict=True):
-        print(f"  {token:>8}  {weight:.3f}  {'*' * round(50 * weight)}")
+    seen = weights[LAYER, HEAD, names.index("it")]
+    for name, weight in zip(names, seen, strict=True):
+        print(f"  {name:>8}  {weight:.3f}  {'*' * round(50 * weight)}")
     print()
 
-    tiger = seen[tokens.index("tiger")]
+    tiger = seen[names.index("tiger")]
     check(abs(tiger - 0.81) <= 0.01, f'"it" attends to "tiger" with weight {tiger:.3f}, expected 0.81 within 0.01')
-    error = np.abs(embedding - ReferenceEncoder.load()([SENTENCE])).max()
+    error = np.abs(Encoder.load()([SENTENCE]) - ReferenceEncoder.load()([SENTENCE])).max()
     check(error <= 1e-5, f"the embedding is within {error:.1e} of the one by the reference, allowed 1e-5")
 
 
