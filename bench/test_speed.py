@@ -24,14 +24,14 @@ def contender(name: str) -> bench.Contender:
 @functools.lru_cache(maxsize=1)  # the contenders of a group share the arrays and the expected result
 def problem(case: bench.Case, dtype: str) -> bench.Problem:
     try:
-        return bench.Problem(case, bench.find_dtype(dtype))
+        return bench.problem_for(case, bench.find_dtype(dtype))
     except ImportError as missing:
         pytest.skip(str(missing))
 
 
 PAIRS = [
     pytest.param(case, dtype, id=f"{case.name}-{dtype}")
-    for case in bench.find_cases(["forward", "decode", "cache", "varlen", "cost"])
+    for case in bench.find_cases(["forward", "decode", "cache", "varlen", "layer", "cost"])
     for dtype in case.dtypes
 ]
 
@@ -41,6 +41,8 @@ PAIRS = [
 def test_attention(benchmark, case, dtype, name):
     benchmark.group = f"{case.name} {case.shape} {dtype}"
     us_or_them = contender(name)
+    if needed := bench.absence(case):
+        pytest.skip(needed)
     if reason := us_or_them.refuses(case, dtype):
         pytest.skip(reason)
     try:

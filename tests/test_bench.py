@@ -1,5 +1,6 @@
 """The benchmark runs from an installed package, checks before it times, and prints its table and its JSON."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -144,3 +145,36 @@ def test_shapes_are_named_with_commas():
     assert {case.name for case in cases} == {
         case.name for group in ("decode", "cache", "varlen") for case in bench.GROUPS[group]
     } | {"given"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_layer_is_checked_and_timed(dtype):
+    case = bench.Case("layer", 2, 2, 2, 9, 9, 8, through="layer")
+    problem = bench.problem_for(case, np.dtype(dtype))
+    (row,) = measured(case, dtypes=(dtype,)).rows
+    assert row.error <= problem.tolerance
+    # Four products of 16 × 16 matrices for 18 tokens, and two of attention to 9 keys.
+    assert row.flops == 18 * (4 * 2 * 16 * 16 + 2 * 2 * 9 * 16)
+    wrong = problem.result.copy()
+    wrong[1, 2, 3] += 1
+    assert problem.error(wrong) > problem.tolerance
+
+
+def test_sentences_are_real_and_different():
+    case = bench.CASES["sentences-256"]
+    if needed := bench.absence(case):
+        pytest.skip(f"the model is not installed: {needed}")
+    sentences = bench.problem_for(case, np.dtype(np.float32)).sentences
+    assert len(set(sentences)) == 256
+    assert all(len(sentence.split()) >= 4 for sentence in sentences)
+    problem = bench.problem_for(dataclasses.replace(case, batch=5), np.dtype(np.float32))
+    assert problem.error(problem.encoder(problem.sentences)) <= problem.tolerance
+    assert problem.error(np.roll(problem.result, 1, axis=0)) > problem.tolerance
+
+
+@pytest.mark.skipif(not bench.PEERS["torch"].available(), reason="needs torch")
+def test_torch_agrees_on_a_layer():
+    case = bench.Case("layer", 2, 2, 2, 9, 9, 8, through="layer")
+    (row,) = bench.run([case], ["float32"], ["torch"], 1, seconds=0.001).rows
+    assert row.peers["torch"].rejected == []
+    assert row.peers["torch"].ratio > 0

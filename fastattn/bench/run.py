@@ -18,6 +18,7 @@ import numpy as np
 
 import fastattn
 from fastattn.bench.contenders import PEERS, Contender, FastAttn
+from fastattn.bench.models import absence, problem_for
 from fastattn.bench.shapes import Case, Problem, find_dtype
 from fastattn.bench.timing import Entry, MachineSpeed, WrongResult, alternate, prepare, ratio
 
@@ -135,8 +136,10 @@ def run(
 
     start = time.perf_counter(), time.process_time(), machine_time()
     pairs = [(case, dtype) for case in cases for dtype in known.values()]
-    work = [(case, dtype) for case, dtype in pairs if dtype.name in case.dtypes]
+    work = [(case, dtype) for case, dtype in pairs if dtype.name in case.dtypes and not absence(case)]
     notes += skipped(pairs)
+    missing = {case.name: absence(case) for case, _ in pairs}
+    notes += [f"{name} skipped: it needs a model; {command}" for name, command in missing.items() if command]
     rows = []
     for index, (case, dtype) in enumerate(work, 1):
         print(f"[{index}/{len(work)}] {case.name} {case.shape} {dtype.name}", end="", file=sys.stderr, flush=True)
@@ -180,10 +183,10 @@ def summary(row: Row) -> str:
 
 
 def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender], seconds: float) -> Row:
-    problem = Problem(case, dtype)
+    problem = problem_for(case, dtype)
     num_threads = case.num_threads or us.num_threads
     entry = prepare(us, problem)
-    base = Problem(case.baseline, dtype) if case.baseline else None
+    base = problem_for(case.baseline, dtype) if case.baseline else None
     baseline = prepare(us, base) if base else None
     entries = [entry, baseline] if baseline else [entry]
     peers = {}

@@ -45,7 +45,8 @@ class Case:
     extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding" or "alibi"
     layout: str = "contiguous"
     # "cache": a step of decoding, which appends the last key and then attends to all.
-    through: Literal["attention", "varlen", "cache"] = "attention"
+    # "layer": with the projections; "sentences": a whole model, on `batch` sentences.
+    through: Literal["attention", "varlen", "cache", "layer", "sentences"] = "attention"
     lengths: tuple[int, ...] = field(default=(), repr=False)  # of packed sequences; seqlen_q and seqlen_k are their sum
     dtypes: tuple[str, ...] = FLOATS  # those it is about
     num_threads: int | None = None  # None: as many as the run has
@@ -55,6 +56,8 @@ class Case:
     @property
     def shape(self) -> str:
         """The shape as the command line takes it, with the range of the lengths if they differ."""
+        if self.through == "sentences":
+            return f"{self.batch} sentences"
         sizes: list[Any] = [self.batch, self.num_heads, self.num_kv_heads, self.seqlen_q, self.seqlen_k, self.head_dim]
         if self.lengths:
             lengths = f"{min(self.lengths)}-{max(self.lengths)}"
@@ -114,6 +117,13 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         STEP.costs("cache-4096", through="cache"),
         GROWTH,
         *(GROWTH.costs(f"growth-{length}", seqlen_k=length, per_flop=True) for length in (2048, 4096, 8192)),
+    ),
+    "layer": (
+        Case("layer-1024", 1, 12, 12, 1024, 1024, 64, through="layer", dtypes=("float32", "float64")),
+        Case("layer-128", 8, 12, 12, 128, 128, 64, through="layer", dtypes=("float32", "float64")),
+        Case("layer-197", 4, 12, 12, 197, 197, 64, through="layer", dtypes=("float32", "float64")),
+        Case("layer-32", 32, 12, 12, 32, 32, 32, through="layer", dtypes=("float32", "float64")),
+        Case("sentences-256", 256, 12, 12, 32, 32, 32, through="sentences", dtypes=("float32",)),
     ),
     "varlen": (EQUAL_MEAN.packs("varlen-mix", MIXED), EQUAL_WORK.packs("varlen-work", MIXED)),
     "cost": (
