@@ -849,8 +849,8 @@ def measure_peak(dtype, num_threads=None):
     Parameters
     ----------
     dtype : dtype_like
-        float32 and float16: float32 multiply-adds. float64: its own. bfloat16: its dot product where
-        the instruction set in use has one, else float32 multiply-adds.
+        float32 and float16: float32 multiply-adds. float64: its own. bfloat16: its tile or dot product
+        where the instruction set in use has one, else float32 multiply-adds.
     num_threads : int, optional
         Default `get_num_threads`.
 

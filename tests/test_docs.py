@@ -82,7 +82,8 @@ def run_python_of(document):
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
-def test_python_in_the_readme():
+def test_python_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run_python_of(README)
 
 
