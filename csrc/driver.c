@@ -80,6 +80,8 @@ static void work_through_items(forward_job *job, void *scratch, bool is_caller)
 static void poll_while_waiting(void *argument)
 {
     forward_job *job = argument;
+    if (atomic_load(&job->run.stop))
+        return; /* an exception is on its way; another one would take its place */
     if (job->run.problem->interrupted && job->run.problem->interrupted())
         atomic_store(&job->run.stop, true);
 }

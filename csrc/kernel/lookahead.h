@@ -43,15 +43,22 @@ FA_INLINE void prefetch_keys(const fa_problem *p, const lookahead *ahead, int be
         prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
 }
 
-/* The share that falls to columns [e, e + count) of the head_dim_v ones. */
-FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int e,
-                                       int count)
+/* How many of `count` rows fall to each of the steps over `columns` columns, `step` at a time. Once for all of
+ * them: a division in each would cost as much as a tenth of its multiply-adds. */
+FA_INLINE int share_of_step(int count, int64_t columns, int step)
 {
-    const int columns = (int)p->head_dim_v, end = e + count < columns ? e + count : columns;
-    for (int r = e * ahead->key_rows / columns; r < end * ahead->key_rows / columns; r++)
-        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, columns));
-    for (int j = e * ahead->out_rows / columns; j < end * ahead->out_rows / columns; j++)
-        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, columns));
+    const int steps = ((int)columns + step - 1) / step;
+    return steps > 0 ? (count + steps - 1) / steps : 0;
+}
+
+/* The share of step `step`, of as many that each takes so many values and results. */
+FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int step,
+                                       int values, int results)
+{
+    for (int r = step * values; r < (step + 1) * values && r < ahead->key_rows; r++)
+        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, p->head_dim_v));
+    for (int j = step * results; j < (step + 1) * results && j < ahead->out_rows; j++)
+        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
 
 #endif

@@ -14,9 +14,9 @@
 #define LAG 8
 
 /* 2^t, to the precision that operands have. */
-FA_INLINE vec probability(vec t)
+FA_INLINE vec probability(exponent t)
 {
-    return PRODUCTS_IN_BFLOAT16 ? vec_exp2_coarse(t) : vec_exp2(t);
+    return PRODUCTS_IN_BFLOAT16 ? vec_exp2_coarse_of(t) : vec_exp2_of(t);
 }
 
 /* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
@@ -54,22 +54,33 @@ FA_INLINE vec finite_row_max(const tile *t, int m)
     return vec_select(vec_equal(t->row_max[m], minus_infinity), vec_splat(0), t->row_max[m]);
 }
 
-/* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0. */
+/* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0.
+ *
+ * Some fifteen dependent operations make a p, and a CPU looks ahead over few of them; so the exponents of a
+ * row of the panel are split while the powers of the row before are formed. */
 FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, int vectors, bool mark_hidden)
 {
     vec reference[MAX_VECTORS], sum[MAX_VECTORS];
+    exponent next[MAX_VECTORS];
     for (int m = 0; m < vectors; m++) {
         reference[m] = finite_row_max(t, m);
         sum[m] = vec_splat(0);
+        next[m] = split_exponent((scores[m] - reference[m]) * to_log2);
     }
     for (int r = 0; r < panel_rows; r++) {
+        vec *row = scores + r * vectors, *row_after = r + 1 < panel_rows ? row + vectors : row;
+        exponent now[MAX_VECTORS];
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++) {
-            vec s = scores[r * vectors + m];
-            vec p = probability((s - reference[m]) * to_log2);
+            now[m] = next[m];
+            next[m] = split_exponent((row_after[m] - reference[m]) * to_log2);
+        }
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            vec p = probability(now[m]);
             if (mark_hidden)
-                p = vec_select(vec_equal(s, vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
-            scores[r * vectors + m] = p;
+                p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
+            row[m] = p;
             sum[m] += p;
         }
     }

@@ -68,7 +68,7 @@ static void store_top(const fa_problem *p, const item_arrays *a, const tile *t)
         const int64_t *keys = t->top_keys + row * p->top_count;
         for (int64_t i = 0; i < p->top_count; i++) {
             bool there = i < t->top_size[row];
-            real w = there ? probability(vec_splat((scores[i] - reference) * to_log2))[0] * inverse_sum : 0;
+            real w = there ? probability(split_exponent(vec_splat((scores[i] - reference) * to_log2)))[0] * inverse_sum : 0;
             *(int64_t *)(index + i * p->top_indices.col) = there ? keys[i] : -1;
             store_element(weight + i * p->top_weights.col, p->top_weights.dtype, w);
         }

@@ -44,13 +44,15 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
     const int length = num_keys(range) / REDUCTION;
     const int rows = MICRO_ROWS(vectors);
+    const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
+    const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         const char *a[MAX_MICRO_ROWS];
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
         for (int i = 0; i < rows; i++)
             a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
-        prefetch_values_and_out(p, t, ahead, e, rows);
+        prefetch_values_and_out(p, t, ahead, e / rows, values, results);
         product(a, value->row, probabilities, length, vectors, visible_only, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)

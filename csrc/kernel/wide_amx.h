@@ -175,11 +175,13 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
         multiply_visible_value(base, value->row, (int)p->head_dim_v, probabilities, length, vectors, t->out);
         return;
     }
+    const int values = share_of_step(ahead->key_rows, p->head_dim_v, PASS_ROWS);
+    const int results = share_of_step(ahead->out_rows, p->head_dim_v, PASS_ROWS);
     finish_stores();
     for (int e = 0; e < p->head_dim_v; e += PASS_ROWS) {
         const bool whole = e + BLOCK_ROWS < p->head_dim_v;
         vec *out = t->out + e * vectors;
-        prefetch_values_and_out(p, t, ahead, e, PASS_ROWS);
+        prefetch_values_and_out(p, t, ahead, e / PASS_ROWS, values, results);
         if (t->fresh)
             clear_sums(vectors, whole);
         else
