@@ -23,6 +23,10 @@
 #define MIN_SPLIT_KEYS 512
 #define MAX_SPLITS 32
 
+/* Of a group of many rows, where a split only keeps sums short: rounding errors grow with their terms, the
+ * blocks of a split and then the splits. To merge so rarely costs nothing that shows. */
+#define MIN_SPLIT_KEYS_OF_MANY_ROWS 2048
+
 static int64_t ceil_div(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
@@ -93,12 +97,12 @@ static double work_of(const fa_problem *p, const fa_sequence *s)
     return row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
 }
 
-static void split_keys(const fa_sequence *s, fa_cut *cut)
+static void split_keys(const fa_sequence *s, int64_t least, fa_cut *cut)
 {
     int64_t keys = s->key_hi - s->key_lo;
     cut->split_keys = ceil_div(keys, (int64_t)FA_KEY_BLOCK * MAX_SPLITS) * FA_KEY_BLOCK;
-    if (cut->split_keys < MIN_SPLIT_KEYS)
-        cut->split_keys = MIN_SPLIT_KEYS;
+    if (cut->split_keys < least)
+        cut->split_keys = least;
     cut->first_split = s->key_lo / cut->split_keys;
     cut->num_splits = keys == 0 ? 1 : ceil_div(s->key_hi, cut->split_keys) - cut->first_split;
 }
@@ -111,7 +115,7 @@ static fa_cut cut_group(const fa_problem *p, const fa_partition *part, const fa_
         return cut;
     const int64_t lanes = cut.kernel->lanes, tile_rows = lanes * cut.kernel->max_vectors;
     if (rows <= tile_rows && p->top_count == 0) {
-        split_keys(s, &cut);
+        split_keys(s, MIN_SPLIT_KEYS, &cut);
         cut.rows_per_item = rows;
         cut.num_row_items = 1;
         /* Weights need a second pass, which one thread makes over all keys. */
@@ -120,7 +124,7 @@ static fa_cut cut_group(const fa_problem *p, const fa_partition *part, const fa_
         return cut;
     }
     /* Items of whole vectors, as even as they can be. */
-    cut.split_keys = INT64_MAX / 2;
+    split_keys(s, p->top_count > 0 ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &cut);
     const int64_t vectors = ceil_div(rows, lanes);
     const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * cut.kernel->max_vectors);
     cut.rows_per_item = ceil_div(vectors, items) * lanes;

@@ -35,19 +35,22 @@
 
 static struct {
     pthread_mutex_t lock;
-    pthread_cond_t announced, finished;
+    pthread_cond_t finished;
     atomic_bool busy;
     _Atomic uint64_t ticket;
-    atomic_int sleepers;       /* workers waiting for `announced` */
     atomic_int unfinished;     /* workers still in the task */
     atomic_bool caller_sleeps; /* the caller waits for `finished` */
     int num_workers;           /* touched only by the thread that holds `busy` */
     void (*task)(void *argument, int member);
     void *argument;
     fenv_t environment;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER,
-          .announced = PTHREAD_COND_INITIALIZER,
-          .finished = PTHREAD_COND_INITIALIZER};
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .finished = PTHREAD_COND_INITIALIZER};
+
+/* By member. Each sleeps by itself: a region wakes those that it has work for, however many there are. */
+static struct {
+    pthread_cond_t announced;
+    atomic_bool sleeps;
+} workers[MAX_WORKERS + 1];
 
 static _Thread_local bool inside_task;
 
@@ -92,14 +95,14 @@ static bool some_unfinished(uint64_t unused)
     return atomic_load(&pool.unfinished) > 0;
 }
 
-static uint64_t wait_for_ticket(uint64_t seen)
+static uint64_t wait_for_ticket(uint64_t seen, int member)
 {
     if (!spin_while(no_new_ticket, seen)) {
         pthread_mutex_lock(&pool.lock);
-        atomic_fetch_add(&pool.sleepers, 1);
+        atomic_store(&workers[member].sleeps, true);
         while (no_new_ticket(seen))
-            pthread_cond_wait(&pool.announced, &pool.lock);
-        atomic_fetch_sub(&pool.sleepers, 1);
+            pthread_cond_wait(&workers[member].announced, &pool.lock);
+        atomic_store(&workers[member].sleeps, false);
         pthread_mutex_unlock(&pool.lock);
     }
     return atomic_load(&pool.ticket);
@@ -117,7 +120,7 @@ static void *work(void *argument)
     free(argument);
     inside_task = true;
     for (uint64_t ticket = mine.ticket;;) {
-        ticket = wait_for_ticket(ticket);
+        ticket = wait_for_ticket(ticket, mine.member);
         if (mine.member >= (int)(ticket & MEMBER_MASK))
             continue;
         fesetenv(&pool.environment);
@@ -135,10 +138,8 @@ static void *work(void *argument)
 static void reset_in_child(void)
 {
     pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.announced, NULL);
     pthread_cond_init(&pool.finished, NULL);
     atomic_store(&pool.busy, false);
-    atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.unfinished, 0);
     atomic_store(&pool.caller_sleeps, false);
     pool.num_workers = 0;
@@ -156,6 +157,8 @@ static bool create_worker(int member)
     if (!argument)
         return false;
     *argument = (birth){member, atomic_load(&pool.ticket)};
+    pthread_cond_init(&workers[member].announced, NULL);
+    atomic_store(&workers[member].sleeps, false);
     sigset_t all, previous;
     sigfillset(&all);
     const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
@@ -188,9 +191,11 @@ static void announce(int members)
     uint64_t region = (atomic_load(&pool.ticket) >> MEMBER_BITS) + 1;
     atomic_store(&pool.unfinished, members - 1);
     atomic_store(&pool.ticket, region << MEMBER_BITS | (uint64_t)members);
-    if (atomic_load(&pool.sleepers) > 0) {
+    for (int member = 1; member < members; member++) {
+        if (!atomic_load(&workers[member].sleeps))
+            continue;
         pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.announced);
+        pthread_cond_signal(&workers[member].announced);
         pthread_mutex_unlock(&pool.lock);
     }
 }

@@ -293,7 +293,7 @@ cdef int64_t window_bound(object value, str name) except? -2:
     bound = value.__index__()
     if bound < 0:
         raise ValueError(f"{name} must not be negative, but is {bound}")
-    return min(bound, FARTHEST)
+    return min(bound, 2 * FARTHEST)  # more than two positions can be apart
 
 
 cdef int set_window(fa_problem *p, object window, object causal) except -1:
@@ -654,7 +654,17 @@ cdef class Call:
         return array
 
 
-cdef unsigned long main_thread_ident = threading.main_thread().ident
+cdef unsigned long main_thread_ident
+
+
+def note_main_thread():
+    """A child's main thread is the one that forked."""
+    global main_thread_ident
+    main_thread_ident = threading.main_thread().ident
+
+
+note_main_thread()
+os.register_at_fork(after_in_child=note_main_thread)
 
 
 cdef c_bool interrupted() noexcept with gil:

@@ -39,6 +39,19 @@ def test_error_at_most_twice_that_of_numpy(shape, dtypes):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("seqlen_q", [1, 64])
+def test_error_does_not_grow_with_the_keys(dtype, seqlen_q):
+    """Values of one sign, whose sum's roundings do not cancel: NumPy sums pairwise."""
+    rng = make_rng()
+    query, key = (rng.standard_normal((1, 1, n, 8)).astype(dtype) for n in (seqlen_q, 32768))
+    value = rng.random((1, 1, 32768, 8)).astype(dtype)
+    truth = formula(query, key, value, np.longdouble)
+    error = largest_error(fastattn.attention(query, key, value), truth)
+    assert error <= 2 * largest_error(formula(query, key, value, dtype), truth)
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_lse_error_at_most_twice_that_of_numpy(shape, dtypes):

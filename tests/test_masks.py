@@ -24,6 +24,7 @@ from oracle import (
 from strategies import cases
 
 import fastattn
+from fastattn import reference
 
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 
@@ -293,3 +294,25 @@ def test_hidden_bits_never_matter(case):
         planted.append(np.where(hidden[..., None], np.array(np.nan, x.dtype), x))
     again = fastattn.attention(case.query, *planted, **case.keywords)
     np.testing.assert_array_equal(again, outcome)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scale_zero_times_what_is_not_finite(dtypes, seqlen_q, bad):
+    query, key, value = qkv(make_rng(), (1, 1, 1, seqlen_q, 40, 32), dtypes)
+    query[0, 0, 0, 5] = bad
+    out = fastattn.attention(query, key, value, scale=0.0).astype(np.float64)
+    assert np.isnan(out[0, 0, 0]).all()
+    assert np.isfinite(out[0, 0, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("query_offset", "window"), [(2**60, (2**63 - 1, 0)), (-(2**60), (0, 2**63 - 1)), (2**60, (2**60 - 3, None))]
+)
+def test_windows_as_wide_as_the_farthest_positions(query_offset, window):
+    query, key, value = qkv(make_rng(), (1, 1, 1, 4, 9, 8))
+    out = fastattn.attention(query, key, value, query_offset=query_offset, window=window)
+    truth = reference.attention(query, key, value, query_offset=query_offset, window=window)
+    np.testing.assert_allclose(out, truth, atol=1e-5)

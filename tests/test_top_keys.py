@@ -85,12 +85,32 @@ def test_fewer_keys_than_k():
 
 @each_dtype
 def test_same_bits_for_any_number_of_threads(dtypes):
-    query, key, _ = qkv(make_rng(), (2, 4, 2, 150, 300, 32), dtypes)
-    alone = fastattn.top_keys(query, key, 8, return_totals=True, num_threads=1)
-    for num_threads in (2, 5):
-        together = fastattn.top_keys(query, key, 8, return_totals=True, num_threads=num_threads)
-        for a, b in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(a, b)
+    for shape in [(2, 4, 2, 150, 300, 32), (1, 12, 12, 500, 500, 16)]:
+        query, key, _ = qkv(make_rng(), shape, dtypes)
+        alone = fastattn.top_keys(query, key, 8, return_totals=True, num_threads=1)
+        for num_threads in (2, 5, 64):
+            together = fastattn.top_keys(query, key, 8, return_totals=True, num_threads=num_threads)
+            for a, b in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", [8, 640])
+def test_a_nan_query_takes_no_other_row_from_the_totals(dtypes, seqlen_q):
+    query, key, _ = qkv(make_rng(), (1, 1, 1, seqlen_q, 100, 16), dtypes)
+    query[..., 3, :] = np.nan
+    _, _, totals = fastattn.top_keys(query, key, 4, return_totals=True)
+    np.testing.assert_allclose(totals.astype(F64).sum(), seqlen_q - 1, rtol=1e-3 if totals.dtype.itemsize > 2 else 0.02)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 100])
+def test_scores_that_rise_replace_every_entry(seqlen_q):
+    query, key = np.ones((seqlen_q, 1)), np.arange(1000.0)[:, None] / 100
+    indices, weights = fastattn.top_keys(query, key, 100)
+    np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(999, 899, -1), indices.shape))
+    theirs = reference.top_keys(query, key, 100)
+    np.testing.assert_allclose(weights, theirs[1], rtol=1e-12)
 
 
 def test_nan_keys_under_a_mask_and_a_nan_query():

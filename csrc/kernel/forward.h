@@ -256,6 +256,7 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
     for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return;
+        begin_products();
         end = block_end(begin, key_hi);
         operand_block key = load_key_block(p, &s->arrays, begin, end, narrow, s->w.key_stage);
         operand_block value = load_value_block(p, &s->arrays, begin, end, narrow, s->w.value_stage);
@@ -302,52 +303,65 @@ static void attend_whole(item_state *s)
     finish_tiles(s);
 }
 
-/* The tile's softmax over one split of the keys, and tried again as in attend_whole. */
+/* The tiles' softmaxes over one split of the keys, and tried again as in attend_whole. */
 static void attend_split(item_state *s, int64_t split)
 {
     const fa_problem *p = s->problem;
-    tile *t = &s->w.tiles[0];
     const int64_t key_lo = max_i64(s->key_lo, split * s->item->split_keys);
     const int64_t key_hi = min_i64(s->key_hi, (split + 1) * s->item->split_keys);
     const bool with_sinks = split == s->item->first_split;
     attend_keys(s, key_lo, key_hi, with_sinks, false);
-    fill_if_fresh(p, t);
     vec suspect = {0};
-    for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i++)
-        suspect += t->out[i] - t->out[i];
-    if (all_zero(suspect))
-        return;
-    attend_keys(s, key_lo, key_hi, with_sinks, true);
-    fill_if_fresh(p, t);
+    for (int j = 0; j < s->num_tiles; j++) {
+        const tile *t = &s->w.tiles[j];
+        for (int64_t i = 0; !t->fresh && i < out_vectors(t, p->head_dim_v); i++)
+            suspect += t->out[i] - t->out[i];
+    }
+    if (!all_zero(suspect))
+        attend_keys(s, key_lo, key_hi, with_sinks, true);
 }
 
-/* Every split of a group, merged as they come; or one, merged with the others if it is the last to be there.
- * False if it is not. */
-static bool attend_splits(item_state *s)
+/* Adds a tile's softmax over a split to that over those before it. */
+static void add_split(const fa_problem *p, tile *t, bool first, partial *split)
+{
+    if (t->fresh && !first)
+        return;
+    fill_if_fresh(p, t);
+    save_partial(p, t, first ? t->total : split);
+    if (!first)
+        merge_partial(p, t, (real)(score_unit(p) * LOG2E), t->total, split);
+}
+
+/* Every split, merged as they come. */
+static void attend_all_splits(item_state *s)
+{
+    const fa_problem *p = s->problem;
+    for (int64_t split = s->item->split_begin; split < s->item->split_end; split++) {
+        attend_split(s, split);
+        for (int i = 0; i < s->num_tiles; i++)
+            add_split(p, &s->w.tiles[i], split == s->item->split_begin, s->w.split);
+    }
+    for (int i = 0; i < s->num_tiles; i++)
+        load_partial(p, s->w.tiles[i].total, &s->w.tiles[i]);
+}
+
+/* One split of a group's only tile, merged with the others if it is the last to be there. False if it is not.
+ */
+static bool attend_shared_split(item_state *s)
 {
     const fa_problem *p = s->problem;
     const fa_item *item = s->item;
-    const real to_log2 = (real)(score_unit(p) * LOG2E);
     tile *t = &s->w.tiles[0];
-    partial *total = s->w.total;
-    if (!item->partials) {
-        for (int64_t split = item->split_begin; split < item->split_end; split++) {
-            attend_split(s, split);
-            save_partial(p, t, split == item->split_begin ? total : s->w.split);
-            if (split > item->split_begin)
-                merge_partial(p, t, to_log2, total, s->w.split);
-        }
-    } else {
-        const size_t bytes = partial_bytes(p, item->row_end - item->row_begin);
-        attend_split(s, item->split_begin);
-        save_partial(p, t,
-                     (partial *)(item->partials + (size_t)(item->split_begin - item->first_split) * bytes));
-        if (atomic_fetch_add_explicit(item->splits_done, 1, memory_order_acq_rel) + 1 < item->num_splits)
-            return false;
-        total = (partial *)item->partials;
-        for (int64_t i = 1; i < item->num_splits; i++)
-            merge_partial(p, t, to_log2, total, (partial *)(item->partials + (size_t)i * bytes));
-    }
+    const size_t bytes = partial_bytes(p, item->row_end - item->row_begin);
+    attend_split(s, item->split_begin);
+    fill_if_fresh(p, t);
+    save_partial(p, t, (partial *)(item->partials + (size_t)(item->split_begin - item->first_split) * bytes));
+    if (atomic_fetch_add_explicit(item->splits_done, 1, memory_order_acq_rel) + 1 < item->num_splits)
+        return false;
+    partial *total = (partial *)item->partials;
+    for (int64_t i = 1; i < item->num_splits; i++)
+        merge_partial(p, t, (real)(score_unit(p) * LOG2E), total,
+                      (partial *)(item->partials + (size_t)i * bytes));
     load_partial(p, total, t);
     return true;
 }
@@ -359,6 +373,7 @@ static void attend_weights(item_state *s)
     for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return;
+        begin_products();
         end = block_end(begin, s->key_hi);
         operand_block key =
             load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), s->w.key_stage);
@@ -417,7 +432,9 @@ static void attend_item(item_state *s)
     if (s->item->num_splits == 1) {
         attend_whole(s);
     } else {
-        if (!attend_splits(s))
+        if (!s->item->partials)
+            attend_all_splits(s);
+        else if (!attend_shared_split(s))
             return;
         finish_tiles(s);
     }
@@ -443,7 +460,6 @@ static void forward_item(const fa_problem *p, const fa_item *item, const fa_item
     int64_t rows = item->row_end - item->row_begin;
     lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
     locate_tiles(&s, item);
-    begin_products();
     attend_item(&s);
     end_products();
 }

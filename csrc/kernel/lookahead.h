@@ -43,8 +43,8 @@ FA_INLINE void prefetch_keys(const fa_problem *p, const lookahead *ahead, int be
         prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
 }
 
-/* How many of `count` rows fall to each of the steps over `columns` columns, `step` at a time. Once for all of
- * them: a division in each would cost as much as a tenth of its multiply-adds. */
+/* How many of `count` rows fall to each of the steps over `columns` columns, `step` at a time. Once for all
+ * of them: a division in each would cost as much as a tenth of its multiply-adds. */
 FA_INLINE int share_of_step(int count, int64_t columns, int step)
 {
     const int steps = ((int)columns + step - 1) / step;

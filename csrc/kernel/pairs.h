@@ -50,14 +50,22 @@ FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
     return (uvec)vec_load(pairs);
 }
 
+/* Pairs times `sign`: 1, -1, or 0, and then what is not finite becomes NaN. */
+FA_INLINE uvec times_sign(uvec pairs, real sign)
+{
+    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
+    if (sign == 0)
+        return (uvec)((halves)(((halves)pairs & 0x7f80) == 0x7f80) & 0x7fc0);
+    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
+    return pairs ^ flip;
+}
+
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). Whole vectors:
  * it ends in zeros. */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
                           real sign, panel *query)
 {
     (void)dtype;
-    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
-    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
     for (int m = 0; m < vectors; m++) {
         for (int d = 0; d < head_dim; d += 2 * LANES) {
             vec x[LANES];
@@ -65,7 +73,7 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
                 x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
             vec_transpose(x);
             for (int j = 0; j < LANES; j++)
-                query[(d / 2 + j) * vectors + m] = ((uvec)x[j] ^ flip) & keep;
+                query[(d / 2 + j) * vectors + m] = times_sign((uvec)x[j], sign);
         }
     }
 }
@@ -74,10 +82,8 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
  * zeros. */
 FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
 {
-    const uint32_t flip = sign < 0 ? 0x80008000 : 0;
-    const uint32_t keep = sign == 0 ? 0 : 0xffffffff;
     for (int d = 0; d < p->head_dim; d += 2 * LANES)
-        *query++ = (load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d) ^ flip) & keep;
+        *query++ = times_sign(load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d), sign);
 }
 
 FA_INLINE int key_vectors(int64_t head_dim)

@@ -16,6 +16,12 @@
 #define KEY_BLOCK FA_KEY_BLOCK
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
+/* The running softmax of a tile over some of its keys. */
+typedef struct {
+    vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS];
+    vec out[];
+} partial;
+
 typedef struct {
     vec row_max[MAX_VECTORS]; /* reference of the exponentials, in units of the scores; see softmax.h */
     vec row_sum[MAX_VECTORS];
@@ -42,6 +48,7 @@ typedef struct {
     vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
     panel *query;               /* [query_panel_rows][vectors]; narrow: [row][head_dim / LANES] of reals */
     vec *out;                   /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
+    partial *total;             /* where keys are split: over the splits so far */
 } tile;
 
 FA_INLINE bool is_narrow(const tile *t)
@@ -79,18 +86,12 @@ typedef struct {
     ptrdiff_t scale_step;
 } operand_block;
 
-/* The running softmax of a tile over some of its keys. */
-typedef struct {
-    vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS];
-    vec out[];
-} partial;
-
 typedef struct {
     tile *tiles;
     vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: [KEY_BLOCK] keys of `narrow` rows
                   */
     char *key_stage, *value_stage;
-    partial *total, *split; /* of an item of one tile: over the splits so far, and over the last one */
+    partial *split; /* of a tile, over the last split */
 } workspace;
 
 FA_INLINE int64_t min_i64(int64_t a, int64_t b)
@@ -145,11 +146,13 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     for (int t = 0; t < num_tiles; t++) {
         void *query = take(base, &offset, query_bytes(p));
         void *out = take(base, &offset, out_bytes(p, TILE_ROWS));
+        void *total = take(base, &offset, partial_bytes(p, TILE_ROWS));
         void *top_keys = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(int64_t));
         void *top_scores = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(real));
         if (base) {
             w->tiles[t].query = query;
             w->tiles[t].out = out;
+            w->tiles[t].total = total;
             w->tiles[t].top_keys = top_keys;
             w->tiles[t].top_scores = top_scores;
         }
@@ -160,8 +163,7 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     w->key_stage = take(base, &offset, stages_key ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim) : 0);
     w->value_stage =
         take(base, &offset, stages_value ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim_v) : 0);
-    w->total = take(base, &offset, num_tiles == 1 ? partial_bytes(p, TILE_ROWS) : 0);
-    w->split = take(base, &offset, num_tiles == 1 ? partial_bytes(p, TILE_ROWS) : 0);
+    w->split = take(base, &offset, partial_bytes(p, TILE_ROWS));
     return offset;
 }
 

@@ -6,23 +6,79 @@
 
 #include "item.h"
 
-/* A row's list is in falling order; an equal score comes after those before it, which are of earlier keys. */
+/* A row's list, as a heap whose first entry is the one that the next larger score replaces. */
+typedef struct {
+    real *scores;
+    int64_t *keys;
+    int size;
+} top_list;
+
+FA_INLINE top_list list_of(const fa_problem *p, const tile *t, int row)
+{
+    const ptrdiff_t begin = (ptrdiff_t)row * p->top_count;
+    return (top_list){t->top_scores + begin, t->top_keys + begin, t->top_size[row]};
+}
+
+/* Of equal scores that of the earlier key ranks higher. */
+FA_INLINE bool ranks_below(const top_list *l, int i, int j)
+{
+    return l->scores[i] < l->scores[j] || (l->scores[i] == l->scores[j] && l->keys[i] > l->keys[j]);
+}
+
+FA_INLINE void swap_entries(top_list *l, int i, int j)
+{
+    const real score = l->scores[i];
+    const int64_t key = l->keys[i];
+    l->scores[i] = l->scores[j];
+    l->keys[i] = l->keys[j];
+    l->scores[j] = score;
+    l->keys[j] = key;
+}
+
+static void sift_up(top_list *l, int i)
+{
+    for (int parent; i > 0 && ranks_below(l, i, parent = (i - 1) / 2); i = parent)
+        swap_entries(l, i, parent);
+}
+
+static void sift_down(top_list *l)
+{
+    for (int i = 0, child; (child = 2 * i + 1) < l->size; i = child) {
+        if (child + 1 < l->size && ranks_below(l, child + 1, child))
+            child++;
+        if (ranks_below(l, i, child))
+            return;
+        swap_entries(l, i, child);
+    }
+}
+
+/* The highest first: each step moves the lowest of those left behind them. */
+static void sort_list(top_list *l)
+{
+    while (l->size > 1) {
+        swap_entries(l, 0, --l->size);
+        sift_down(l);
+    }
+}
+
 static void insert_top(const fa_problem *p, tile *t, int row, real score, int64_t key)
 {
-    const int capacity = (int)p->top_count;
-    real *scores = t->top_scores + (ptrdiff_t)row * capacity;
-    int64_t *keys = t->top_keys + (ptrdiff_t)row * capacity;
-    int i = t->top_size[row] < capacity ? t->top_size[row]++ : capacity - 1;
-    for (; i > 0 && scores[i - 1] < score; i--) {
-        scores[i] = scores[i - 1];
-        keys[i] = keys[i - 1];
+    top_list l = list_of(p, t, row);
+    if (l.size < p->top_count) {
+        l.scores[l.size] = score;
+        l.keys[l.size] = key;
+        sift_up(&l, l.size);
+        t->top_size[row] = ++l.size;
+    } else {
+        l.scores[0] = score;
+        l.keys[0] = key;
+        sift_down(&l);
     }
-    scores[i] = score;
-    keys[i] = key;
-    if (t->top_size[row] == capacity)
-        for (int j = 0; j < t->vectors * LANES; j++)
-            if (row_of_lane(t, j) == row)
-                t->top_least[j / LANES][j % LANES] = scores[capacity - 1];
+    if (l.size < p->top_count)
+        return;
+    const int lanes = is_narrow(t) ? LANES : row + 1, step = is_narrow(t) ? t->narrow : 1;
+    for (int j = row; j < lanes; j += step)
+        t->top_least[j / LANES][j % LANES] = l.scores[0];
 }
 
 /* Few scores are larger than the least in a list once some keys have been seen: the comparison is what costs.
@@ -64,24 +120,29 @@ static void store_top(const fa_problem *p, const item_arrays *a, const tile *t)
         const real inverse_sum = inverse_or_zero(t->row_sum[m])[lane_of_row];
         char *index = a->top_indices + t->head[row] * p->top_indices.head + t->row[row] * p->top_indices.row;
         char *weight = a->top_weights + t->head[row] * p->top_weights.head + t->row[row] * p->top_weights.row;
-        const real *scores = t->top_scores + row * p->top_count;
-        const int64_t *keys = t->top_keys + row * p->top_count;
+        top_list l = list_of(p, t, row);
+        sort_list(&l);
         for (int64_t i = 0; i < p->top_count; i++) {
             bool there = i < t->top_size[row];
-            real w = there ? probability(split_exponent(vec_splat((scores[i] - reference) * to_log2)))[0] * inverse_sum : 0;
-            *(int64_t *)(index + i * p->top_indices.col) = there ? keys[i] : -1;
-            store_element(weight + i * p->top_weights.col, p->top_weights.dtype, w);
+            exponent e = split_exponent(vec_splat(there ? (l.scores[i] - reference) * to_log2 : 0));
+            *(int64_t *)(index + i * p->top_indices.col) = there ? l.keys[i] : -1;
+            store_element(weight + i * p->top_weights.col, p->top_weights.dtype,
+                          there ? probability(e)[0] * inverse_sum : 0);
         }
     }
 }
 
-/* Totals are integers, in units of 1 / total_unit: their sum does not depend on the order. */
-static void add_total(const fa_problem *p, char *totals, int64_t head, int64_t key, double weight)
+/* A weight in units of 1 / total_unit, rounded: sums of integers do not depend on their order. Those of a row
+ * that is NaN count for nothing. */
+FA_INLINE int64_t in_units(const fa_problem *p, double weight)
+{
+    return weight == weight ? (int64_t)(weight * p->total_unit + 0.5) : 0;
+}
+
+static void add_total(const fa_problem *p, char *totals, int64_t head, int64_t key, int64_t units)
 {
     char *total = totals + head * p->totals.head + key * p->totals.col;
-    if (weight == weight) /* the weights of a row that is NaN count for nothing */
-        atomic_fetch_add_explicit((_Atomic int64_t *)total, (int64_t)(weight * p->total_unit + 0.5),
-                                  memory_order_relaxed);
+    atomic_fetch_add_explicit((_Atomic int64_t *)total, units, memory_order_relaxed);
 }
 
 static void add_narrow_totals(const fa_problem *p, const tile *t, const key_range *range, const vec *weights,
@@ -90,10 +151,11 @@ static void add_narrow_totals(const fa_problem *p, const tile *t, const key_rang
     const real *weight = (const real *)weights;
     for (int64_t n = range->key_lo; n < range->key_hi; n++)
         for (int row = 0; row < t->rows; row++)
-            add_total(p, totals, t->head[row], n, weight[(n - range->first) * t->narrow + row]);
+            add_total(p, totals, t->head[row], n, in_units(p, weight[(n - range->first) * t->narrow + row]));
 }
 
-/* The tile's weights of one head, LANES keys at a time. */
+/* The tile's weights of one head, LANES keys at a time. Rows are summed by the vector, which holds the same
+ * ones however the work is cut. */
 static void add_head_totals(const fa_problem *p, const tile *t, const key_range *range, int64_t head,
                             const vec *weights, char *totals)
 {
@@ -102,15 +164,20 @@ static void add_head_totals(const fa_problem *p, const tile *t, const key_range 
         of_head[j / LANES][j % LANES] = -(t->head[j] == head);
     for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
         const int count = (int)min_i64(LANES, range->key_hi - n);
-        vec x[LANES] = {0};
-        for (int i = 0; i < count; i++)
-            for (int m = 0; m < t->vectors; m++) {
+        int64_t units[LANES] = {0};
+        for (int m = 0; m < t->vectors; m++) {
+            vec x[LANES] = {0};
+            for (int i = 0; i < count; i++) {
                 vec w = weights[(n + i - range->first) * t->vectors + m];
-                x[i] += (vec)((ivec)w & of_head[m]);
+                w = vec_select(vec_equal(w, w), w, vec_splat(0));
+                x[i] = (vec)((ivec)w & of_head[m]);
             }
-        vec sums = vec_sums(x);
+            vec sums = vec_sums(x);
+            for (int i = 0; i < count; i++)
+                units[i] += in_units(p, sums[i]);
+        }
         for (int i = 0; i < count; i++)
-            add_total(p, totals, head, n + i, sums[i]);
+            add_total(p, totals, head, n + i, units[i]);
     }
 }
 
