@@ -84,15 +84,20 @@ FA_INLINE source_rows rows_from(const fa_problem *p, const item_arrays *a, const
     return src;
 }
 
-/* Position and head of each lane's row. */
+/* Position and head of each lane's row; lanes beyond the last row repeat it, and the keys that share a narrow
+ * tile's vector repeat all of them. */
 static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
+    int64_t row = row_begin / a->group, head = row_begin % a->group;
     for (int j = 0; j < t->vectors * LANES; j++) {
-        int row = row_of_lane(t, j);
-        t->lane_key[j] = is_narrow(t) ? j / t->narrow : 0;
-        int64_t flat = row_begin + (row < t->rows ? row : t->rows - 1);
-        t->row[j] = a->group == 1 ? flat : flat / a->group;
-        t->head[j] = a->first_head + flat - t->row[j] * a->group;
+        const bool repeats = is_narrow(t) && j >= t->narrow;
+        t->lane_key[j] = repeats ? t->lane_key[j - t->narrow] + 1 : 0;
+        t->row[j] = repeats ? t->row[j - t->narrow] : row;
+        t->head[j] = repeats ? t->head[j - t->narrow] : a->first_head + head;
+        if (j + 1 < t->rows && ++head == a->group) {
+            head = 0;
+            row++;
+        }
     }
 }
 
