@@ -208,18 +208,17 @@ static void choose_tiles_per_item(const fa_problem *p, bool alike, fa_partition 
         part->tiles_per_item--;
 }
 
-/* Adds a sequence's items and needs to those before it. */
-static void add_sequence(const fa_problem *p, const fa_sequence *s, int64_t times, fa_partition *part)
+/* Adds the items and needs of `times` sequences that are cut like this. */
+static void add_sequences(const fa_problem *p, const fa_cut *cut, int64_t times, fa_partition *part)
 {
-    fa_cut cut = cut_group(p, part, s);
-    if (cut.num_row_items == 0)
+    if (cut->num_row_items == 0)
         return;
-    const int64_t tile_rows = (int64_t)cut.kernel->lanes * cut.kernel->max_vectors;
-    size_t scratch = cut.kernel->scratch_bytes(p, (int)ceil_div(cut.rows_per_item, tile_rows));
-    part->num_items += times * p->num_kv_heads * items_per_group(&cut);
-    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, &cut);
+    const int64_t tile_rows = (int64_t)cut->kernel->lanes * cut->kernel->max_vectors;
+    size_t scratch = cut->kernel->scratch_bytes(p, (int)ceil_div(cut->rows_per_item, tile_rows));
+    part->num_items += times * p->num_kv_heads * items_per_group(cut);
+    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, cut);
     part->scratch_bytes = scratch > part->scratch_bytes ? scratch : part->scratch_bytes;
-    part->most_splits = cut.num_splits > part->most_splits ? cut.num_splits : part->most_splits;
+    part->most_splits = cut->num_splits > part->most_splits ? cut->num_splits : part->most_splits;
 }
 
 bool fa_partition_problem(const fa_problem *p, fa_partition *part)
@@ -231,8 +230,9 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
     choose_threads(p, total_work(p, part->num_sequences, alike), part);
     choose_tiles_per_item(p, alike, part);
     if (alike) {
-        fa_sequence s = nth_sequence(p, 0);
-        add_sequence(p, &s, part->num_sequences, part);
+        part->sequence = nth_sequence(p, 0);
+        part->cut = cut_group(p, part, &part->sequence);
+        add_sequences(p, &part->cut, part->num_sequences, part);
     } else {
         part->before = malloc(((size_t)part->num_sequences + 1) * sizeof *part->before);
         if (!part->before)
@@ -240,7 +240,8 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
         for (int64_t n = 0; n < part->num_sequences; n++) {
             part->before[n] = (fa_position){part->num_items, part->shared_bytes};
             fa_sequence s = nth_sequence(p, n);
-            add_sequence(p, &s, 1, part);
+            fa_cut cut = cut_group(p, part, &s);
+            add_sequences(p, &cut, 1, part);
         }
         part->before[part->num_sequences] = (fa_position){part->num_items, part->shared_bytes};
     }
@@ -285,9 +286,9 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
         part->before ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
     fa_position before = position_of(part, sequence);
     index_sequence(p, sequence, item->batch_index);
-    item->sequence = sequence_at(p, item->batch_index);
+    item->sequence = part->before ? sequence_at(p, item->batch_index) : part->sequence;
 
-    fa_cut cut = cut_group(p, part, &item->sequence);
+    const fa_cut cut = part->before ? cut_group(p, part, &item->sequence) : part->cut;
     const int64_t per_group = items_per_group(&cut);
     item->kv_head = (index - before.items) / per_group;
     int64_t in_group = (index - before.items) % per_group;

@@ -28,7 +28,9 @@ typedef struct {
     int num_threads;
     size_t scratch_bytes; /* per thread */
     size_t shared_bytes;  /* for the partial results of split groups */
-    fa_position *before;  /* of each sequence and after the last; NULL: they are all alike */
+    fa_position *before;  /* of each sequence and after the last; NULL: they are all alike, */
+    fa_sequence sequence; /* like this one, */
+    fa_cut cut;           /* and cut like this */
 } fa_partition;
 
 /* false: no memory. */
