@@ -169,17 +169,11 @@ FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
         __builtin_prefetch(data + i, 0, 2);
 }
 
-/* To be written: in L2 well before, in L1 just before. */
+/* To be written. */
 FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
 {
     for (ptrdiff_t i = 0; i < bytes; i += 64)
         __builtin_prefetch(data + i, 1, 2);
-}
-
-FA_INLINE void prefetch_for_write_now(const char *data, ptrdiff_t bytes)
-{
-    for (ptrdiff_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(data + i, 1, 3);
 }
 
 /* Bytes that `count` elements span, if they lie densely enough to be prefetched as a range, else 0. */

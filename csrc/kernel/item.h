@@ -238,8 +238,6 @@ static bool finish_tile(const fa_problem *p, tile *t)
         return finish_narrow_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
         vec inverse_sum = inverse_or_zero(t->row_sum[m]);
-        for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
-            prefetch_for_write_now(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
         for (int e = 0; e < p->head_dim_v; e += LANES) {
             int count = (int)min_i64(LANES, p->head_dim_v - e);
             vec x[LANES];

@@ -27,20 +27,46 @@ typedef struct {
     int out_rows; /* of the tile itself */
 } lookahead;
 
+/* `count` rows of `span` bytes; those without gaps are one run of lines. */
+FA_INLINE void prefetch_rows(const char *data, ptrdiff_t row, ptrdiff_t span, int count)
+{
+    if (row == span) {
+        prefetch(data, count * span);
+        return;
+    }
+    for (int r = 0; r < count; r++)
+        prefetch(data + r * row, span);
+}
+
+/* Rows [begin, begin + count) of those that are asked for. */
+FA_INLINE int rows_left(int begin, int count, int rows)
+{
+    return begin + count <= rows ? count : rows - begin;
+}
+
 FA_INLINE void prefetch_queries(const fa_problem *p, const lookahead *ahead, int begin, int count)
 {
     const int64_t group = p->num_heads / p->num_kv_heads;
-    for (int r = begin; r < begin + count && r < ahead->query_rows; r++) {
-        int64_t flat = ahead->query_begin + r, row = group == 1 ? flat : flat / group;
-        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head,
-                 prefetch_span(p->query.col, p->head_dim));
+    const ptrdiff_t span = prefetch_span(p->query.col, p->head_dim);
+    const int left = rows_left(begin, count, ahead->query_rows);
+    if (left <= 0)
+        return;
+    if (group == 1) {
+        prefetch_rows(ahead->query + (ahead->query_begin + begin) * p->query.row, p->query.row, span, left);
+        return;
+    }
+    for (int r = begin; r < begin + left; r++) {
+        int64_t flat = ahead->query_begin + r, row = flat / group;
+        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head, span);
     }
 }
 
 FA_INLINE void prefetch_keys(const fa_problem *p, const lookahead *ahead, int begin, int count)
 {
-    for (int r = begin; r < begin + count && r < ahead->key_rows; r++)
-        prefetch(ahead->key + r * p->key.row, prefetch_span(p->key.col, p->head_dim));
+    const int left = rows_left(begin, count, ahead->key_rows);
+    if (left > 0)
+        prefetch_rows(ahead->key + begin * p->key.row, p->key.row, prefetch_span(p->key.col, p->head_dim),
+                      left);
 }
 
 /* How many of `count` rows fall to each of the steps over `columns` columns, `step` at a time. Once for all
@@ -55,8 +81,10 @@ FA_INLINE int share_of_step(int count, int64_t columns, int step)
 FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int step,
                                        int values, int results)
 {
-    for (int r = step * values; r < (step + 1) * values && r < ahead->key_rows; r++)
-        prefetch(ahead->value + r * p->value.row, prefetch_span(p->value.col, p->head_dim_v));
+    const int left = rows_left(step * values, values, ahead->key_rows);
+    if (left > 0)
+        prefetch_rows(ahead->value + step * values * p->value.row, p->value.row,
+                      prefetch_span(p->value.col, p->head_dim_v), left);
     for (int j = step * results; j < (step + 1) * results && j < ahead->out_rows; j++)
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
