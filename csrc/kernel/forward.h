@@ -57,7 +57,7 @@ FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vecto
         vec inverse_sum = inverse_or_zero(t->row_sum[m]);
         for (int r = 0; r < rows; r++) {
             vec s = scores[r * vectors + m];
-            vec weight = probability(split_exponent((s - reference) * to_log2)) * inverse_sum;
+            vec weight = vec_exp2((s - reference) * to_log2) * inverse_sum;
             /* 0 even in a row whose sum is NaN */
             scores[r * vectors + m] = vec_select(vec_equal(s, minus_infinity), vec_splat(0), weight);
         }

@@ -28,14 +28,6 @@ FA_INLINE vec vec_exp2m1_over_r(vec r)
     return polynomial(c, (int)(sizeof c / sizeof *c) - 1, r);
 }
 
-/* The same to 3.6e-6 (degree 4 in all), for what becomes bfloat16 (2^-9). */
-FA_INLINE vec vec_exp2m1_over_r_coarse(vec r)
-{
-    static const real c[] = {(real)0x1.62dfcap-1, (real)0x1.ebf1b4p-3, (real)0x1.ca9008p-5,
-                             (real)0x1.409104p-7};
-    return polynomial(c, 3, r);
-}
-
 /* t = n + r, with n integral and |r| <= 1/2; of -inf, n is -inf and r NaN. */
 typedef struct {
     vec n, r;
@@ -52,11 +44,6 @@ FA_INLINE exponent split_exponent(vec t)
 FA_INLINE vec vec_exp2_of(exponent t)
 {
     return vec_scale_exponent(vec_exp2m1_over_r(t.r) * t.r + 1, t.n);
-}
-
-FA_INLINE vec vec_exp2_coarse_of(exponent t)
-{
-    return vec_scale_exponent(vec_exp2m1_over_r_coarse(t.r) * t.r + 1, t.n);
 }
 
 FA_INLINE vec vec_exp2(vec t)

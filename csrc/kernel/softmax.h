@@ -13,12 +13,6 @@
 
 #define LAG 8
 
-/* 2^t, to the precision that operands have. */
-FA_INLINE vec probability(exponent t)
-{
-    return PRODUCTS_IN_BFLOAT16 ? vec_exp2_coarse_of(t) : vec_exp2_of(t);
-}
-
 /* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
 FA_INLINE bool raise_row_max(tile *t, const vec *scores, int panel_rows, real to_log2, int vectors,
                              bool narrow, vec rescale[MAX_VECTORS])
@@ -77,7 +71,7 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, 
         }
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++) {
-            vec p = probability(now[m]);
+            vec p = vec_exp2_of(now[m]);
             if (mark_hidden)
                 p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
             row[m] = p;

@@ -124,10 +124,9 @@ static void store_top(const fa_problem *p, const item_arrays *a, const tile *t)
         sort_list(&l);
         for (int64_t i = 0; i < p->top_count; i++) {
             bool there = i < t->top_size[row];
-            exponent e = split_exponent(vec_splat(there ? (l.scores[i] - reference) * to_log2 : 0));
+            vec w = vec_exp2(vec_splat(there ? (l.scores[i] - reference) * to_log2 : 0)) * inverse_sum;
             *(int64_t *)(index + i * p->top_indices.col) = there ? l.keys[i] : -1;
-            store_element(weight + i * p->top_weights.col, p->top_weights.dtype,
-                          there ? probability(e)[0] * inverse_sum : 0);
+            store_element(weight + i * p->top_weights.col, p->top_weights.dtype, there ? w[0] : 0);
         }
     }
 }
