@@ -9,17 +9,19 @@
 #define MAX_SPARE_ROWS 16
 
 /* c[i][m] += Σ_k a[i][k] · b[k][m] for i < MICRO_ROWS(vectors): operands of row i at a[i], `step` bytes
- * apart, each broadcast against the `vectors` lanes of b[k]. */
-FA_INLINE void product(const char *const *a, ptrdiff_t step, const panel *b, int length, int vectors,
-                       bool visible_only, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
+ * apart, each broadcast against the `vectors` lanes of b[k]. Rows side by side: row i begins i operands
+ * behind a[0], and one address serves all of them. */
+FA_INLINE void product(const char *const *a, bool side_by_side, ptrdiff_t step, const panel *b, int length,
+                       int vectors, bool visible_only, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
 {
     const int rows = MICRO_ROWS(vectors);
     const panel *end = b + (ptrdiff_t)length * vectors;
-    for (ptrdiff_t offset = 0; b != end; b += vectors, offset += step) {
+    const char *first = a[0];
+    for (ptrdiff_t offset = 0; b != end; b += vectors, offset += step, first += step) {
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
             operand x;
-            memcpy(&x, a[i] + offset, sizeof x);
+            memcpy(&x, side_by_side ? first + i * (int)sizeof x : a[i] + offset, sizeof x);
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
                 c[i][m] =

@@ -35,7 +35,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         point_at_keys(range, key, range->first + r, rows, a);
         prefetch_keys(p, ahead, r, rows);
         prefetch_queries(p, ahead, r, rows);
-        product(a, key->col, t->query, length, vectors, false, c);
+        product(a, false, key->col, t->query, length, vectors, false, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
@@ -56,13 +56,18 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
-        const char *a[MAX_MICRO_ROWS];
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
-        for (int i = 0; i < rows; i++)
-            a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
         prefetch_values_and_out(p, t, ahead, e / rows, values, results);
-        product(a, value->row, probabilities, length, vectors, visible_only, c);
+        if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
+            const char *first = base + e * (int)sizeof(operand);
+            product(&first, true, value->row, probabilities, length, vectors, visible_only, c);
+        } else {
+            const char *a[MAX_MICRO_ROWS];
+            for (int i = 0; i < rows; i++)
+                a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
+            product(a, false, value->row, probabilities, length, vectors, visible_only, c);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3

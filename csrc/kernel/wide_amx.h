@@ -154,7 +154,7 @@ FA_INLINE void multiply_visible_value(const char *base, ptrdiff_t row, int head_
         for (int k = 0; k < length; k++) {
             for (int i = 0; i < rows; i++)
                 a[i] = base + k * row + min_i64(e + i, head_dim_v - 1) * FA_VECTOR_BYTES;
-            product(a, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, c);
+            product(a, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, c);
         }
         for (int i = 0; i < rows; i++)
             for (int m = 0; m < vectors; m++)
