@@ -24,14 +24,14 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
                             const operand_block *value, const lookahead *ahead, int vectors, bool narrow,
                             bool visible_only, vec *scores)
 {
-    if (!compute_scores(p, t, range, key, ahead, vectors, narrow, scores))
+    vec largest[MAX_VECTORS], rescale[MAX_VECTORS];
+    if (!compute_scores(p, t, range, key, ahead, vectors, narrow, scores, largest))
         return;
     const int rows = panel_rows(t, range, narrow);
     if (p->top_count > 0)
         update_top(p, t, range, scores, vectors, narrow);
     const real to_log2 = (real)(score_unit(p) * LOG2E);
-    vec rescale[MAX_VECTORS];
-    if (raise_row_max(t, scores, rows, to_log2, vectors, narrow, rescale)) {
+    if (raise_row_max(t, largest, to_log2, vectors, narrow, rescale)) {
         for (int m = 0; m < vectors; m++)
             t->row_sum[m] *= rescale[m];
         if (!t->fresh)
@@ -69,7 +69,8 @@ FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *ra
                                int vectors, bool narrow, vec *weights)
 {
     const lookahead nothing = {0};
-    if (!compute_scores(p, t, range, key, &nothing, vectors, narrow, weights))
+    vec largest[MAX_VECTORS];
+    if (!compute_scores(p, t, range, key, &nothing, vectors, narrow, weights, largest))
         return false;
     normalise(p, t, panel_rows(t, range, narrow), vectors, weights);
     return true;

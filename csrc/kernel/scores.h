@@ -189,18 +189,10 @@ FA_INLINE double score_unit(const fa_problem *p)
     return needs_natural_scores(p) || scale_sign(p) == 0 ? 1 : scale_magnitude(p);
 }
 
-/* Fills the panel; false if no row sees any of the keys, and the panel is left as it was. */
-FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              const lookahead *ahead, int vectors, bool narrow, vec *scores)
+/* What changes or hides scores that are there; false if nothing did. */
+FA_INLINE bool modify_scores(const fa_problem *p, const tile *t, const key_range *range, bool masked,
+                             int vectors, bool narrow, vec *scores)
 {
-    visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
-    if (seen == SEES_NONE)
-        return false;
-    const real scale = needs_natural_scores(p) ? (real)scale_magnitude(p) : 1;
-    if (narrow)
-        multiply_narrow_query_key(p, t, range, key, ahead, scale, scores);
-    else
-        multiply_query_key(p, t, range, key, ahead, scale, vectors, scores);
     if (p->softcap != 0)
         cap(p, panel_rows(t, range, narrow) * vectors, scores);
     if (p->bias.data && narrow)
@@ -209,11 +201,30 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
         add_bias(p, t, range, vectors, scores);
     if (p->alibi_slopes.data)
         add_alibi(t, range, vectors, narrow, scores);
-    if (seen == SEES_SOME)
+    if (masked)
         apply_mask(t, range, vectors, narrow, scores);
     bool edges = range->first < t->inner_lo || range->last > t->inner_hi;
     if (edges)
         apply_intervals(t, range, vectors, narrow, scores);
+    return masked || edges || p->softcap != 0 || p->bias.data || p->alibi_slopes.data;
+}
+
+/* Fills the panel, and finds each lane's largest score; false if no row sees any of the keys, and the panel
+ * is left as it was. */
+FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
+                              const lookahead *ahead, int vectors, bool narrow, vec *scores,
+                              vec largest[MAX_VECTORS])
+{
+    visibility seen = p->mask.data ? load_mask(p, t, range, vectors) : SEES_ALL;
+    if (seen == SEES_NONE)
+        return false;
+    const real scale = needs_natural_scores(p) ? (real)scale_magnitude(p) : 1;
+    if (narrow)
+        multiply_narrow_query_key(p, t, range, key, ahead, scale, scores);
+    else
+        multiply_query_key(p, t, range, key, ahead, scale, vectors, scores, largest);
+    if (modify_scores(p, t, range, seen == SEES_SOME, vectors, narrow, scores) || narrow)
+        find_largest(scores, panel_rows(t, range, narrow), vectors, largest);
     return true;
 }
 

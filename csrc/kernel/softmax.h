@@ -13,19 +13,12 @@
 
 #define LAG 8
 
-/* Raises row_max where a block's scores call for it; true if `rescale` is not 1 in some lane. */
-FA_INLINE bool raise_row_max(tile *t, const vec *scores, int panel_rows, real to_log2, int vectors,
-                             bool narrow, vec rescale[MAX_VECTORS])
+/* Raises row_max where the largest scores of a block call for it; true if `rescale` is not 1 in some lane. */
+FA_INLINE bool raise_row_max(tile *t, vec block_max[MAX_VECTORS], real to_log2, int vectors, bool narrow,
+                             vec rescale[MAX_VECTORS])
 {
     const real largest = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
     const real lag = LAG / to_log2 < largest ? LAG / to_log2 : largest; /* -inf + lag must be -inf */
-    vec block_max[MAX_VECTORS];
-    for (int m = 0; m < vectors; m++)
-        block_max[m] = vec_splat(-(real)INFINITY);
-    for (int r = 0; r < panel_rows; r++)
-#pragma GCC unroll 3
-        for (int m = 0; m < vectors; m++)
-            block_max[m] = vec_max(scores[r * vectors + m], block_max[m]); /* NaN is passed over */
     for (int lanes = LANES / 2; narrow && lanes >= t->narrow; lanes /= 2)
         block_max[0] = vec_max(vec_rotate(block_max[0], lanes), block_max[0]);
     bool raised = false;

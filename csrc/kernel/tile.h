@@ -176,4 +176,15 @@ FA_INLINE ptrdiff_t batch_offset(const fa_array *array, const fa_problem *p, con
     return offset;
 }
 
+/* Each lane's largest score of a panel; NaN is passed over. */
+FA_INLINE void find_largest(const vec *scores, int panel_rows, int vectors, vec largest[MAX_VECTORS])
+{
+    for (int m = 0; m < vectors; m++)
+        largest[m] = vec_splat(-(real)INFINITY);
+    for (int r = 0; r < panel_rows; r++)
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++)
+            largest[m] = vec_max(scores[r * vectors + m], largest[m]);
+}
+
 #endif

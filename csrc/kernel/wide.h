@@ -21,12 +21,14 @@ FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, i
     }
 }
 
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d]. Panel rows of keys that may not be read, and those up to
- * the micro-kernel's height, repeat the nearest key. */
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest. Panel rows of keys that may not
+ * be read, and those up to the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
                                   const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  vec *scores)
+                                  vec *scores, vec largest[MAX_VECTORS])
 {
+    for (int m = 0; m < vectors; m++)
+        largest[m] = vec_splat(-(real)INFINITY);
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const int rows = MICRO_ROWS(vectors);
     for (int r = 0; r < num_keys(range); r += rows) {
@@ -39,8 +41,11 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                scores[(r + i) * vectors + m] = scale == 1 ? c[i][m] : c[i][m] * scale;
+            for (int m = 0; m < vectors; m++) {
+                vec s = scale == 1 ? c[i][m] : c[i][m] * scale;
+                scores[(r + i) * vectors + m] = s;
+                largest[m] = vec_max(s, largest[m]);
+            }
     }
 }
 
