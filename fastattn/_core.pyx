@@ -192,10 +192,11 @@ cdef cnp.ndarray boundaries(object cu_seqlens, str name, cnp.ndarray packed, str
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are integers")
     if cnp.PyArray_NDIM(array) != 1 or array.shape[0] < 1:
         raise ValueError(f"{name} has shape {shape_of(array)}; accepted is (sequences + 1,)")
-    copied = array.astype(np.int64)
-    if copied[0] != 0 or copied[len(copied) - 1] != packed.shape[0] or (np.diff(copied) < 0).any():
+    array = array.copy()  # what is checked is what is read, whoever writes to it meanwhile
+    # Neighbours are compared in the dtype that came: differences and conversions would wrap.
+    if array[0] != 0 or array[len(array) - 1] != packed.shape[0] or (array[1:] < array[:len(array) - 1]).any():
         raise ValueError(f"{name} must rise from 0 to the {packed.shape[0]} rows of {packed_name}, but is {array}")
-    return copied
+    return array.astype(np.int64, copy=False)
 
 
 cdef int64_t longest(cnp.ndarray cu_seqlens) except -1:
