@@ -884,10 +884,12 @@ def attend_cache(
 ) -> None:
     """Append keys and values, and attend to all that the cache then holds; or change nothing."""
     query, key, value = parts
-    cache.append(sequences, key, value)
+    before = cache.lengths
     try:
+        cache.append(sequences, key, value)
         cache.attention(query, sequences, **scores, out=out)
     except BaseException:
         for sequence in checked_ids(sequences)[0]:
-            cache.truncate(sequence, cache.lengths[sequence] - key.shape[-2])
+            if cache.lengths.get(sequence, 0) > before.get(sequence, 0):
+                cache.truncate(sequence, before[sequence])
         raise

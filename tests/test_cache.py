@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -318,6 +319,91 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
     assert cache.lengths == {sequence: 10}
     assert cache.pages_free == 7
     assert_holds(cache, sequence, *arrays)
+
+
+def lines_traced(call, stop_at=None):
+    """Call, with Ctrl-C before a line of the library if one is given; return how many lines were run."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename != cache_module.__file__:
+            return None
+        if event == "line":
+            count += 1
+            if count == stop_at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def assert_sound(cache):
+    """Each page is free once or in use, with as many references as sequences that have it."""
+    pages = [page for each in page_numbers(cache, *cache.lengths) for page in each]
+    assert cache._references.tolist() == [pages.count(page) for page in range(cache.num_pages)]
+    free = [*cache._returned, *range(cache._first_unused, cache.num_pages)]
+    assert sorted([*free, *set(pages)]) == list(range(cache.num_pages))
+    assert cache.pages_free == len(free)
+    assert all(sequence < cache._next_id for sequence in cache.lengths)
+
+
+# What is called on a cache of sequences 0 (70 tokens), its fork 1, and 3 (64 tokens).
+CHANGES = {
+    "add": lambda c: c.add(*tokens(make_rng(1), 70)),
+    "add empty": lambda c: c.add(),
+    "append": lambda c: c.append(3, *tokens(make_rng(1), 3)),
+    "append and copy": lambda c: c.append([0, 1, 3], *tokens(make_rng(1), 70, batch=(3,))),
+    "truncate": lambda c: c.truncate(3, 0),
+    "truncate shared": lambda c: c.truncate(1, 10),
+    "free": lambda c: c.free(3),
+    "free shared": lambda c: c.free(0),
+    "fork": lambda c: c.fork(0, 65),
+}
+
+
+def shared_cache():
+    cache = new_cache(12)
+    cache.add(*tokens(make_rng(), 70))
+    cache.fork(0)
+    cache.free(cache.add(*tokens(make_rng(), 100)))
+    cache.fork(0)
+    cache.truncate(3, 0)
+    cache.append(3, *tokens(make_rng(), 64))
+    cache.free(cache.add(*tokens(make_rng(), 64)))
+    return cache
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_interrupted_at_any_line_it_is_whole_or_undone(change):
+    call = CHANGES[change]
+
+    def contents(cache):
+        return {sequence: [x.tobytes() for x in cache.get(sequence)] for sequence in cache.lengths}
+
+    cache = shared_cache()
+    before = contents(cache)
+    last = lines_traced(lambda: call(cache))
+    after = contents(cache)
+    assert_sound(cache)
+    for line in range(1, last + 1):
+        cache = shared_cache()
+        with pytest.raises(KeyboardInterrupt):
+            lines_traced(lambda cache=cache: call(cache), line)
+        assert_sound(cache)
+        assert contents(cache) in (before, after)
+        # It goes on working, and each page can be had again.
+        for sequence in cache.lengths:
+            cache.append(sequence, *tokens(make_rng(2), 1))
+            cache.free(sequence)
+        cache.free(cache.add(*tokens(make_rng(2), 12 * 64)))
+        assert_sound(cache)
 
 
 def test_a_conversion_that_raises_changes_nothing():
