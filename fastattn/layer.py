@@ -672,7 +672,8 @@ class MultiHeadAttention:
         query : array_like, shape (..., Sq, embed_dim)
             Of the layer's dtype, or float16 or bfloat16, which are widened to it.
         key : array_like, shape (..., Sk, key_features), optional
-            Default: self-attention, of `query` to itself.
+            Default: self-attention, of `query` to itself. The same object as `query`, as in PyTorch's
+            ``layer(x, x, x)``, is self-attention, too.
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
         scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
@@ -713,6 +714,7 @@ class MultiHeadAttention:
             As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
             `out` nor what the cache holds has then been changed.
         """
+        key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
         check_together({**dense, "return_weights": return_weights or None}, cu_seqlens, cache, sequences)
         scores: ScoreOptions = {
@@ -775,6 +777,7 @@ class MultiHeadAttention:
         TypeError, ValueError
             As a call of the layer.
         """
+        key, value = self._sources(query, key, value)
         if key is None and value is not None:
             raise ValueError("value is given without key")
         if key is None:
@@ -826,6 +829,13 @@ class MultiHeadAttention:
         out = np.empty(shape, self.dtype) if out is None else out
         self._output(flat, out.reshape(len(flat), self.out_features))
         return out
+
+    def _sources(
+        self, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None
+    ) -> tuple[ArrayLike | None, ArrayLike | None]:
+        """Return key and value, or None for both where they are query itself: self-attention."""
+        own = key is query and (value is None or value is query) and "qkv" in self._inputs
+        return (None, None) if own else (key, value)
 
     def _checked_input(self, parts: str, x: ArrayLike) -> Array:
         """Return what the projections to these parts are applied to, in the layer's dtype."""

@@ -129,6 +129,28 @@ def test_keywords_of_attention(keywords):
     assert_same_bits(attend(x, **keywords, num_threads=1), attend(x, **keywords, num_threads=2))
 
 
+@pytest.mark.parametrize("turn", [None, {}], ids=["plain", "rotary"])
+def test_keys_that_are_the_query_are_self_attention(turn):
+    """PyTorch's spelling of it: padding then moves no position, and rotary positions, packing and a cache go along."""
+    rng = make_rng(5)
+    attend = MultiHeadAttention(**drawn(rng), num_heads=HEADS, rotary=turn)
+    x = normal(rng, (2, 7, EMBED), F64)
+    for keywords in ({"causal": True, "key_lengths": [3, 5]}, {"window": (2, 1), "return_weights": True}):
+        for got, expected in zip(attend(x, x, x, **keywords), attend(x, **keywords), strict=True):
+            assert_same_bits(got, expected)
+        assert_same_bits(attend(x, x, **keywords)[0], attend(x, **keywords)[0])
+    for got, expected in zip(attend.project(x, x, x), attend.project(x), strict=True):
+        assert_same_bits(got, expected)
+    rows = x[0]
+    assert_same_bits(attend(rows, rows, rows, cu_seqlens=[0, 3, 7]), attend(rows, cu_seqlens=[0, 3, 7]))
+    cache = new_cache(attend)
+    first, second = cache.add(), cache.add()
+    narrow = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS, rotary=turn)
+    rows = rows.astype(F32)
+    expected = narrow(rows, cache=cache, sequences=first)
+    assert_same_bits(narrow(rows, rows, rows, cache=cache, sequences=second), expected)
+
+
 def test_causal_cross_attention_is_aligned_at_the_end():
     rng = make_rng(6)
     weights = drawn(rng)
@@ -251,7 +273,7 @@ def test_projections_share_a_buffer():
     assert query.base is key.base is value.base
     assert query.strides == key.strides == value.strides
     assert query.strides[-1] == 8
-    query, key, value = attend.project(x, x)
+    query, key, value = attend.project(x, x.copy())
     assert key.base is value.base
     assert query.base is not key.base
 
