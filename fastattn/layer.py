@@ -34,11 +34,10 @@ class RotaryOptions(TypedDict, total=False):
     interleaved: bool
 
 
-class ScoreOptions(TypedDict, total=False):
-    """Keywords of every kind of attention: dense, packed, and to a cache."""
+class CommonOptions(TypedDict, total=False):
+    """Keywords of the layer and of every kind of attention: dense, packed, and to a cache."""
 
     scale: float | None
-    causal: bool
     window: Window | None
     alibi_slopes: ArrayLike | None
     softcap: float | None
@@ -46,9 +45,16 @@ class ScoreOptions(TypedDict, total=False):
     num_threads: int | None
 
 
-class Options(ScoreOptions, total=False):
+class ScoreOptions(CommonOptions, total=False):
+    """With what the layer decides."""
+
+    causal: bool
+
+
+class Options(CommonOptions, total=False):
     """Keywords of `MultiHeadAttention` that do not change what it returns."""
 
+    causal: bool | None
     mask: ArrayLike | None
     bias: ArrayLike | None
     key_lengths: ArrayLike | None
@@ -454,7 +460,7 @@ class MultiHeadAttention:
 
     >>> cache = fastattn.KVCache(layer.num_kv_heads, layer.head_dim, num_pages=2)
     >>> sequences = [cache.add(), cache.add()]
-    >>> steps = [layer(x[:, i : i + 1], causal=True, cache=cache, sequences=sequences) for i in range(10)]
+    >>> steps = [layer(x[:, i : i + 1], cache=cache, sequences=sequences) for i in range(10)]
     >>> bool(np.allclose(np.concatenate(steps, axis=1), whole, atol=1e-5))
     True
     """
@@ -649,7 +655,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         scale: float | None = None,
-        causal: bool = False,
+        causal: bool | None = None,
         window: Window | None = None,
         mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
@@ -679,16 +685,16 @@ class MultiHeadAttention:
         scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
             As for `attention`, on (..., num_heads, Sq, Sk) scores. In `mask` True means attend. Threads of
             the matrix products are those of NumPy's BLAS.
-        causal : bool
-            Whether a query sees no key after its own position. In self-attention row ``i`` is at position
-            ``i``, whatever `key_lengths`; to other keys positions are those of `attention`.
+        causal : bool, optional
+            Whether a query sees no key after its own position. Default: with `cache`, as for
+            `KVCache.attention`, and not without. In self-attention row ``i`` is at position ``i``, whatever
+            `key_lengths`; to other keys positions are those of `attention`.
         cu_seqlens : array_like of int, shape (B + 1,), optional
             `query` is (total, embed_dim): sequences one after the other, without padding, and
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` the rows of one. Self-attention only.
         cache : KVCache, optional
             Keys and values are appended to it, and attention is to all that it then holds of the sequences;
-            the rows of `query` are their last tokens. Self-attention only. Prompts need ``causal=True``,
-            too, in models that are.
+            the rows of `query` are their last tokens. Self-attention only.
         sequences : int, or list or 1-D array of ints, optional
             With `cache`, one id for `query` (Sq, embed_dim), or as many as (batch, Sq, embed_dim) has items.
         positions : int or array_like of int, broadcastable to (..., Sq), optional
@@ -717,6 +723,7 @@ class MultiHeadAttention:
         key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
         check_together({**dense, "return_weights": return_weights or None}, cu_seqlens, cache, sequences)
+        causal = cache is not None if causal is None else causal
         scores: ScoreOptions = {
             "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
             "sinks": sinks, "num_threads": num_threads,

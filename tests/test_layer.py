@@ -313,6 +313,16 @@ def new_cache(attend, num_pages=8):
 CACHE_TOLERANCE = 48 * 64 * UNIT[F32]
 
 
+def test_a_prompt_in_a_cache_is_causal_unless_told_otherwise():
+    rng = make_rng(19)
+    attend = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS)
+    x = normal(rng, (9, EMBED), F32)
+    cache = new_cache(attend)
+    assert_close(attend(x, cache=cache, sequences=cache.add()), attend(x, causal=True), CACHE_TOLERANCE)
+    assert_close(attend(x, causal=False, cache=cache, sequences=cache.add()), attend(x), CACHE_TOLERANCE)
+    assert_same_bits(attend(x), attend(x, causal=False))
+
+
 @each_turn
 def test_step_by_step_with_a_cache(turn):
     rng = make_rng(18)
@@ -352,7 +362,7 @@ def test_positions_with_a_cache():
     sequence = cache.add()
     attend(x[:4], cache=cache, sequences=sequence, positions=positions[:4])
     out = attend(x[4:], cache=cache, sequences=sequence, positions=positions[4:])
-    assert_close(out, attend(x, positions=positions)[4:], CACHE_TOLERANCE)
+    assert_close(out, attend(x, causal=True, positions=positions)[4:], CACHE_TOLERANCE)
 
 
 CACHE_ERRORS = {
