@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import os
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._files import whole_file
 
 __all__ = ["KVCache"]
 
@@ -199,11 +199,20 @@ def part_views(store: NDArray[np.uint8], parts: list[tuple[np.dtype[Any], tuple[
 # --- files ----------------------------------------------------------------------------------------
 
 
+def archive_name(file: str | os.PathLike[str]) -> str:
+    name = os.fspath(file)
+    return name if name.endswith(".npz") else f"{name}.npz"
+
+
 def read_fields(file: File) -> dict[str, Array]:
     """Return what `KVCache.save` wrote."""
-    # Opened here: np.load leaves a file open that it finds to be no archive.
-    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as stream:
-        fields = read_archive(stream)
+    if isinstance(file, (str, os.PathLike)):
+        name = archive_name(file)
+        # Opened here: np.load leaves a file open that it finds to be no archive.
+        with open(name if os.path.exists(name) else file, "rb") as stream:
+            fields = read_archive(stream)
+    else:
+        fields = read_archive(file)
     missing = [name for name in FIELDS if name not in fields]
     if missing:
         raise ValueError(f"the file is not a saved KVCache: it lacks {', '.join(missing)}")
@@ -695,7 +704,8 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
-            A name that does not end with .npz has it added, as by `numpy.savez`.
+            A name that does not end with .npz has it added. A file that exists is replaced once the new one
+            is complete.
         pages : bool
             Whether to write the pages in use, each once. They are gathered in memory first. Without them
             `load` must be given the store itself; flush it, if it is a ``np.memmap``.
@@ -712,7 +722,11 @@ class KVCache:
             if pages:
                 used, fields["page_table"] = np.unique(fields["page_table"], return_inverse=True)
                 fields["pages"] = self._pages[used]
-        np.savez(file, **fields)
+        if isinstance(file, (str, os.PathLike)):
+            with whole_file(archive_name(file)) as stream:
+                np.savez(stream, **fields)
+        else:
+            np.savez(file, **fields)
 
     @classmethod
     def load(cls, file: File, *, store: Array | None = None, num_pages: int | None = None) -> KVCache:
@@ -721,6 +735,7 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
+            As for `save`.
         store : ndarray, optional
             As for `KVCache`. With pages in the file they are written to it; else it must hold them already,
             where they were.

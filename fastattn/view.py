@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._files import File, whole_file
 from fastattn.cache import checked_integer
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ __all__ = ["AttentionView"]
 
 Array = NDArray[Any]
 Integers = NDArray[np.integer[Any]]
-File = str | os.PathLike[str]
 
 SPECIAL_TOKENS = (
     "[CLS]", "[SEP]", "[PAD]", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>",
@@ -194,20 +191,6 @@ def page_part(name: str) -> str:
     from importlib.resources import files
 
     return files("fastattn").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def write_whole(path: File, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it: there is never half of one."""
-    target = os.fspath(path)
-    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 # --- the view -------------------------------------------------------------------------------------
@@ -664,7 +647,9 @@ class AttentionView:
         ...     os.listdir(folder)
         ['page.html']
         """
-        write_whole(path, self._page(title, word, layer, head))
+        content = self._page(title, word, layer, head)
+        with whole_file(path) as file:
+            file.write(content)
 
     def _repr_html_(self) -> str:
         """Return the page in a frame, where neither styles nor names can clash with those of a notebook."""

@@ -788,6 +788,34 @@ def test_save_to_an_open_file(tmp_path):
         assert_same_caches(KVCache.load(file), cache)
 
 
+def test_load_by_the_name_that_save_was_given(tmp_path):
+    cache = family(F32)
+    for name in ("plain", "with.dot", "full.npz"):
+        cache.save(str(tmp_path / name))
+        assert_same_caches(KVCache.load(str(tmp_path / name)), cache)
+    (tmp_path / "full.npz").rename(tmp_path / "renamed")
+    assert_same_caches(KVCache.load(tmp_path / "renamed"), cache)
+
+
+def test_a_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
+    cache = family(F32)
+    cache.save(tmp_path / "cache.npz")
+
+    def fails(stream, **_):
+        stream.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", fails)
+        with pytest.raises(OSError, match="No space left"):
+            new_cache().save(tmp_path / "cache.npz")
+    assert_same_caches(KVCache.load(tmp_path / "cache.npz"), cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.npz"]
+    with pytest.raises(FileNotFoundError) as caught:
+        cache.save(tmp_path / "nowhere" / "cache.npz")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "cache.npz")
+
+
 def damaged(path, **fields):
     with np.load(path) as saved:
         np.savez(path, **{**saved, **fields})

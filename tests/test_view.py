@@ -413,6 +413,13 @@ def test_failure_leaves_nothing_half_written(old, tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == [old] * bool(old)
 
 
+def test_a_folder_that_is_not_there(tmp_path):
+    target = tmp_path / "nowhere" / "page.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        view_of().save(target)
+    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(target)!r}"
+
+
 def test_page_files_are_installed():
     folder = importlib.resources.files("fastattn").joinpath("page")
     assert all(folder.joinpath(f"page.{kind}").is_file() for kind in ("html", "css", "js"))
