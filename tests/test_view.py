@@ -417,7 +417,7 @@ def test_a_folder_that_is_not_there(tmp_path):
     target = tmp_path / "nowhere" / "page.html"
     with pytest.raises(FileNotFoundError) as caught:
         view_of().save(target)
-    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(target)!r}"
+    assert caught.value.filename == str(target)
 
 
 def test_page_files_are_installed():
