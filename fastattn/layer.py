@@ -369,20 +369,26 @@ class Scheme(NamedTuple):
     output: str
     transposed: bool = False  # (in_features, out_features)
     rotary: RotaryOptions | None = None
+    refused: tuple[str, ...] = ()  # what some members of the family have, and the layer has no place for
 
 
 SCHEMES = {
     "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense"),
     "gpt2": Scheme(("c_attn",), "c_proj", transposed=True),
-    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}),
+    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}, refused=("q_norm", "k_norm")),
 }
 
 
 def found(mapping: Mapping[str, ArrayLike], name: str) -> Array:
     try:
-        return np.asarray(mapping[name])
+        entry = mapping[name]
     except KeyError:
         raise KeyError(f"the mapping has no {name!r}") from None
+    try:
+        return np.asarray(entry)
+    except (TypeError, RuntimeError) as failure:  # PyTorch's, of bfloat16 and of what requires gradients
+        raise TypeError(f"{name} is no array, nor can be made one: {failure}; a tensor can, by "
+                        "tensor.detach().float()") from failure  # fmt: skip
 
 
 def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
@@ -527,14 +533,16 @@ class MultiHeadAttention:
         Returns
         -------
         MultiHeadAttention
-            In it True in a mask means attend, and in PyTorch's the reverse.
+            In it True in a mask means attend, and in PyTorch's the reverse. ``add_zero_attn`` leaves no trace
+            in a state: PyTorch's layer with it gives other results.
 
         Raises
         ------
         KeyError
             A name that is missing.
         TypeError, ValueError
-            As for the class, and ``bias_k`` and ``bias_v``, which have no place in it.
+            As for the class, tensors that NumPy does not take (bfloat16, or that require gradients), and
+            ``bias_k`` and ``bias_v``, which have no place in it.
 
         Examples
         --------
@@ -584,7 +592,8 @@ class MultiHeadAttention:
         num_kv_heads : int, optional
         rotary : dict, optional
             As for the class. Default for "llama": that of `fastattn.rotary`, whose ``base`` a checkpoint
-            calls ``rope_theta``.
+            calls ``rope_theta``. There is no scaling of frequencies: a checkpoint whose configuration has
+            ``rope_scaling`` (Llama 3.1 and later) gives other results.
 
         Returns
         -------
@@ -595,7 +604,7 @@ class MultiHeadAttention:
         KeyError
             A name that is missing.
         TypeError, ValueError
-            As for the class, and another scheme.
+            As for the class, another scheme, and ``q_norm`` and ``k_norm`` (Qwen 3), which have no place in it.
 
         Examples
         --------
@@ -607,6 +616,10 @@ class MultiHeadAttention:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, but is {scheme!r}")
         chosen = SCHEMES[scheme]
+        for name in chosen.refused:
+            if f"{prefix}{name}.weight" in mapping:
+                raise ValueError(f"the mapping has {prefix}{name}.weight; accepted are layers that do not normalise "
+                                 "queries and keys")  # fmt: skip
         names = [prefix + name for name in (*chosen.inputs, chosen.output)]
         weights: list[Any] = [found(mapping, f"{name}.weight") for name in names]
         biases: list[Any] = [found_bias(mapping, f"{name}.bias") for name in names]

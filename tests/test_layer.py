@@ -460,6 +460,13 @@ def test_state_of_torch_without_torch():
     assert_close(attend(x), plain(weights, x)[0], TOLERANCE)
 
 
+class Unconvertible:
+    """As a tensor of bfloat16."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 EYE = np.eye(EMBED)
 STATE = {"in_proj_weight": np.concatenate([EYE] * 3), "out_proj.weight": EYE}
 LOADING_ERRORS = {
@@ -473,6 +480,16 @@ LOADING_ERRORS = {
     "torch: no weight": (lambda: from_state("in_proj_weight", None), KeyError, ["the mapping has no 'in_proj_weight'"]),
     "torch: no output": (lambda: from_state("out_proj.weight", None), KeyError, ["no 'out_proj.weight'"]),
     "torch: bias_k": (lambda: from_state("bias_k", EYE), ValueError, ["bias_k", "without add_bias_kv"]),
+    "torch: no array": (
+        lambda: from_state("out_proj.weight", Unconvertible()),
+        TypeError,
+        ["out_proj.weight", "Got unsupported ScalarType BFloat16", "tensor.detach().float()"],
+    ),
+    "q_norm": (
+        lambda: from_names({"a.q_norm.weight": np.ones(12)}, "llama"),
+        ValueError,
+        ["a.q_norm.weight", "not norm"],
+    ),
     "torch: thirds": (lambda: from_state("in_proj_bias", np.zeros(100)), ValueError, ["in_proj_bias", "(100,)"]),
     "torch: bias": (lambda: from_state("in_proj_bias", np.zeros(99)), ValueError, ["query_bias", "(33,)", "(48)"]),
 }
