@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 from collections.abc import Sequence
-from typing import IO, Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import IO, Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -28,6 +28,7 @@ File = str | os.PathLike[str] | IO[bytes]
 PAGE_STEP = 64
 ALIGNMENT = 64
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+MAX_HEAD_DIM = 512  # as in csrc/fastattn.h
 FIELDS = ("geometry", "dtype", "next_id", "ids", "lengths", "page_table")
 
 
@@ -122,7 +123,10 @@ def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> Non
 
 def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
     """Return the ids, and whether it was a single one."""
-    array = np.asarray(sequences)
+    try:
+        array = np.asarray(sequences)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
     if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"sequences must be an int, or a list or 1-D array of ints, not {sequences!r}")
     return array.reshape(-1).tolist(), array.ndim == 0
@@ -216,6 +220,10 @@ def read_fields(file: File) -> dict[str, Array]:
     missing = [name for name in FIELDS if name not in fields]
     if missing:
         raise ValueError(f"the file is not a saved KVCache: it lacks {', '.join(missing)}")
+    for name, shape in (("geometry", (5,)), ("next_id", ())):
+        found = fields[name]
+        if found.dtype != np.int64 or found.shape != shape or found.min() < 0:
+            raise ValueError(f"the file is damaged: its {name} is {found}")
     return fields
 
 
@@ -237,7 +245,7 @@ def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> Non
     ids, lengths, table = (fields[name] for name in ("ids", "lengths", "page_table"))
     if any(x.dtype != np.int64 or x.ndim != 1 for x in (ids, lengths, table)) or ids.size != lengths.size:
         raise ValueError("the file is damaged: ids, lengths and page_table do not fit each other")
-    if lengths.min(initial=0) < 0 or np.sum(-(-lengths // page_size)) != table.size:
+    if lengths.min(initial=0) < 0 or sum((-(-lengths // page_size)).tolist()) != table.size:
         raise ValueError(f"the file is damaged: {table.size} pages of {page_size} do not hold the lengths {lengths}")
     if np.unique(ids).size != ids.size or ids.min(initial=0) < 0 or ids.max(initial=-1) >= fields["next_id"]:
         raise ValueError(f"the file is damaged: its ids are {ids}, and the next {fields['next_id']}")
@@ -259,10 +267,12 @@ class KVCache:
 
     Parameters
     ----------
-    num_kv_heads, head_dim : int
-        At least 1. `attention` takes a `head_dim` of up to 512.
+    num_kv_heads : int
+        At least 1.
+    head_dim : int
+        From 1 to 512.
     head_dim_v : int, optional
-        Default `head_dim`.
+        Likewise; default `head_dim`.
     dtype : dtype_like
         What is stored: float32, float16, bfloat16 (of ml_dtypes) or int8. int8 has a float32 scale for
         each token and head, ``max(abs(x)) / 127``.
@@ -401,10 +411,13 @@ class KVCache:
         True
         """
         heads = checked_integer("num_kv_heads", num_kv_heads, 1)
-        dim = checked_integer("head_dim", head_dim, 1)
-        dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1)
+        dim = checked_integer("head_dim", head_dim, 1, MAX_HEAD_DIM)
+        dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1, MAX_HEAD_DIM)
         parts = page_parts(heads, dim, dim_v, checked_dtype(dtype), checked_page_size(page_size))
         return sum(bytes_of(*part) for part in parts)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KVCache can be neither copied nor pickled: use save and load")
 
     # What it is.
 
@@ -934,9 +947,13 @@ class KVCache:
         if cu_seqlens_q is not None:
             raise ValueError("cu_seqlens_q needs a list of sequences, not a single id")
         array = np.asarray(query)
-        if array.ndim != 3:
-            raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, head_dim)")
-        return array[None], out[None] if isinstance(out, np.ndarray) else out
+        if array.ndim != 3 or array.shape[-1] != self.head_dim:
+            raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, "
+                             f"{self.head_dim})")  # fmt: skip
+        if not isinstance(out, np.ndarray):
+            return array[None], out
+        check_shape("out", out, (*array.shape[:-1], self.head_dim_v))
+        return array[None], out[None]
 
     def _fields(self) -> dict[str, Any]:
         """Return all but the pages, as arrays; the caller has the lock."""

@@ -131,7 +131,7 @@ def rotary(
     array = checked_dtype("x", np.asarray(x))
     if array.ndim < 2:
         raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
-    turned = checked_rotary(array.shape[-1], base, dim)
+    turned = checked_rotary(array.shape[-1], base, dim, interleaved)
     rows = checked_positions(positions, array.shape)
     result = np.empty(array.shape, array.dtype) if out is None else checked_out(out, array.shape, array.dtype)
     if not same_place(result, array):
@@ -176,7 +176,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def same_place(a: Array, b: Array) -> bool:
     """Return whether two arrays of one shape and dtype are the same elements in memory."""
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+    steps = ((i, j) for i, j, size in zip(a.strides, b.strides, a.shape, strict=True) if size > 1)
+    return a.ctypes.data == b.ctypes.data and all(i == j for i, j in steps)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -188,8 +189,10 @@ def checked_dtype(name: str, array: Array) -> Array:
     return array
 
 
-def checked_rotary(head_dim: int, base: float, dim: int | None) -> int:
+def checked_rotary(head_dim: int, base: float, dim: int | None, interleaved: bool) -> int:
     """Return how many elements of a row are turned."""
+    if not isinstance(interleaved, (bool, np.bool_)):
+        raise TypeError(f"interleaved must be a bool, not {interleaved!r}")
     if not (isinstance(base, (int, float, np.integer, np.floating)) and 0 < base < math.inf):
         raise ValueError(f"base must be a finite number greater than 0, but is {base!r}")
     turned = head_dim if dim is None else checked_integer("dim", dim, 2, head_dim)
@@ -260,10 +263,12 @@ def per_head(name: str, features: int, of: str, count: int) -> int:
 
 
 def checked_options(options: RotaryOptions, head_dim: int) -> RotaryOptions:
+    if not isinstance(options, Mapping):
+        raise TypeError(f"rotary must be a dict of base, dim and interleaved, or None, not {options!r}")
     unknown = set(options) - {"base", "dim", "interleaved"}
     if unknown:
         raise TypeError(f"rotary has {', '.join(sorted(unknown))}; accepted are base, dim and interleaved")
-    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"))
+    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"), options.get("interleaved", False))
     return options.copy()
 
 

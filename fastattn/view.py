@@ -75,7 +75,10 @@ class HeadSummaries(list[HeadSummary]):
 def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
     if isinstance(tokens, str):
         raise TypeError(f"{name} must be a sequence of str, one for each token, not the one str {tokens!r}")
-    listed = list(tokens)
+    try:
+        listed = list(tokens)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of str, one for each token, not {tokens!r}") from None
     for i, token in enumerate(listed):
         if not isinstance(token, str):
             raise TypeError(f"{name}[{i}] must be a str, not {token!r}")
@@ -564,6 +567,8 @@ class AttentionView:
         import json
         from string import Template
 
+        if title is not None and not isinstance(title, str):
+            raise TypeError(f"title must be a str, not {title!r}")
         query, chosen_layer, chosen_head = self._choice(word, layer, head)
         if chosen_layer is None:
             chosen_layer = self.most_certain(query).layer
@@ -618,8 +623,8 @@ class AttentionView:
         Raises
         ------
         TypeError, ValueError
-            A word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than 4,000,000
-            characters on the page. Nothing has then been written.
+            A title, word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than
+            4,000,000 characters on the page. Nothing has then been written.
         OSError
             As from `open`.
 

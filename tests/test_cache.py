@@ -1,7 +1,9 @@
 """KVCache: bookkeeping against a plain model, copy on write, all or nothing, files, and attention to the bit."""
 
+import copy
 import doctest
 import inspect
+import pickle
 import re
 import sys
 import threading
@@ -427,6 +429,10 @@ ERRORS = {
     "unknown in fork": (lambda c: c.fork(2), KeyError, ["2", "[0, 1]"]),
     "unknown in truncate": (lambda c: c.truncate(2, 0), KeyError, ["2", "[0, 1]"]),
     "unknown in free": (lambda c: c.free(2), KeyError, ["2", "[0, 1]"]),
+    "ids ragged": (lambda c: c.append([0, [1]], *zeros(2)), TypeError, ["sequences", "[0, [1]]", "ints"]),
+    "copied": (copy.copy, TypeError, ["copied", "save and load"]),
+    "copied deeply": (copy.deepcopy, TypeError, ["copied", "save and load"]),
+    "pickled": (pickle.dumps, TypeError, ["pickled", "save and load"]),
     "unknown in attention": (lambda c: c.attention(np.zeros((2, 2, 1, 8), F32), [0, 5]), KeyError, ["5", "[0, 1]"]),
     "id float": (lambda c: c.get(1.0), TypeError, ["sequence", "1.0", "int"]),
     "id bool": (lambda c: c.free(True), TypeError, ["sequence", "True", "int"]),
@@ -478,6 +484,12 @@ ERRORS = {
     ),
     "query batch": (lambda c: c.attention(np.zeros((3, 2, 1, 8), F32), [0, 1]), ValueError, ["query", "3", "2"]),
     "query float64": (lambda c: c.attention(np.zeros((2, 1, 8)), 0), TypeError, ["query", "float64", "float32"]),
+    "query dim": (lambda c: c.attention(np.zeros((2, 1, 7), F32), 0), ValueError, ["query", "(2, 1, 7)", "tokens, 8)"]),
+    "out shape": (
+        lambda c: c.attention(np.zeros((2, 1, 8), F32), 0, out=np.zeros((2, 1, 8), F32)),
+        ValueError,
+        ["out has shape (2, 1, 8)", "(2, 1, 6)"],
+    ),
     "out list": (lambda c: c.attention(np.zeros((2, 1, 8), F32), 0, out=[0.0]), TypeError, ["out", "list"]),
 }
 
@@ -536,6 +548,8 @@ NEW_ERRORS = {
     "pages float": ({"num_pages": 1.0}, TypeError, ["num_pages", "1.0"]),
     "no heads": ({"num_kv_heads": 0}, ValueError, ["num_kv_heads", "0"]),
     "head_dim": ({"head_dim": -1}, ValueError, ["head_dim", "-1"]),
+    "head_dim large": ({"head_dim": 513}, ValueError, ["head_dim must be from 1 to 512, but is 513"]),
+    "head_dim_v large": ({"head_dim_v": 513}, ValueError, ["head_dim_v must be from 1 to 512, but is 513"]),
     "head_dim float": ({"head_dim": 8.0}, TypeError, ["head_dim", "8.0"]),
     "head_dim_v": ({"head_dim_v": 0}, ValueError, ["head_dim_v", "0"]),
     "page_size zero": ({"page_size": 0}, ValueError, ["page_size", "64", "0"]),
@@ -832,6 +846,21 @@ LOAD_ERRORS = {
     "ids twice": ({"ids": np.array([1, 1, 3])}, {}, ["damaged", "ids"]),
     "ids negative": ({"ids": np.array([-1, 1, 3])}, {}, ["damaged", "ids"]),
     "next_id": ({"next_id": np.array(3)}, {}, ["damaged", "ids"]),
+    "next_id float": ({"next_id": np.array(np.nan)}, {}, ["damaged", "next_id", "nan"]),
+    "next_id axes": ({"next_id": np.array([4, 5])}, {}, ["damaged", "next_id", "[4 5]"]),
+    "geometry short": ({"geometry": np.array([2, 8, 6])}, {}, ["damaged", "geometry", "[2 8 6]"]),
+    "geometry float": ({"geometry": np.array([2.0, 8, 6, 64, 10])}, {}, ["damaged", "geometry"]),
+    "geometry negative": ({"geometry": np.array([2, -8, 6, 64, 10])}, {}, ["damaged", "geometry", "-8"]),
+    "lengths wrap": (
+        {
+            "ids": np.arange(128),
+            "lengths": np.full(128, 2**63 - 1),
+            "page_table": np.zeros(0, int),
+            "next_id": np.array(128),
+        },
+        {},
+        ["damaged", "lengths"],
+    ),
     "page negative": ({"page_table": np.array([0, 1, -1, 2])}, {}, ["damaged", "negative"]),
     "page too high": ({"page_table": np.array([0, 1, 10, 2])}, {}, ["pages up to 10", "only 10"]),
     "pages shape": ({"pages": np.zeros((3, 100), np.uint8)}, {}, ["damaged", "(3, 100)"]),

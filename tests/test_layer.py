@@ -600,6 +600,8 @@ LAYER_ERRORS = {
     "out columns": ({"out_weight": zeros(48, 40)}, ValueError, ["out_weight has 40 columns", "head_dim_v, 48"]),
     "rotary keyword": ({"rotary": {"theta": 1.0}}, TypeError, ["rotary has theta", "base, dim and interleaved"]),
     "rotary dim": ({"rotary": {"dim": 14}}, ValueError, ["dim must be from 2 to 12, but is 14"]),
+    "rotary True": ({"rotary": True}, TypeError, ["rotary must be a dict of base, dim and interleaved", "not True"]),
+    "rotary interleaved": ({"rotary": {"interleaved": "no"}}, TypeError, ["interleaved must be a bool, not 'no'"]),
     "rotary base": ({"rotary": {"base": -1.0}}, ValueError, ["base", "-1.0"]),
 }
 

@@ -120,6 +120,8 @@ def test_a_nan_log_stays():
     ("outs", "lses", "error", "words"),
     [
         ([], [], ValueError, "outs is empty"),
+        (None, None, TypeError, "outs must be a sequence of arrays, not None"),
+        ([np.zeros((2, 3), F32)], 5, TypeError, "lses must be a sequence of arrays, not 5"),
         ([np.zeros((2, 3), F32)], [], ValueError, "as many"),
         ([np.zeros((2, 3), F32)], [np.zeros(3, F32)], ValueError, r"lses\[0\] has shape \(3,\)"),
         ([np.zeros((2, 3), int)], [np.zeros(2, F32)], TypeError, r"outs\[0\] has dtype int64"),

@@ -215,6 +215,9 @@ def test_tokens_must_be_str():
         view_of(np.eye(2), ["a", 7])
     with pytest.raises(TypeError, match="not the one str 'ab'"):
         view_of(np.eye(2), "ab")
+    for tokens in (5, None):
+        with pytest.raises(TypeError, match=f"tokens must be a sequence of str, one for each token, not {tokens}"):
+            view_of(np.eye(2), tokens)
     with pytest.raises(TypeError, match=r"key_tokens\[0\] must be a str, not None"):
         view_of(np.eye(2), ["a", "b"], key_tokens=[None, "b"])
 
@@ -411,6 +414,11 @@ def test_failure_leaves_nothing_half_written(old, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         view_of().save(target)
     assert [path.read_text() for path in tmp_path.iterdir()] == [old] * bool(old)
+
+
+def test_a_title_that_is_no_text(tmp_path):
+    with pytest.raises(TypeError, match="title must be a str, not 5"):
+        view_of().save(tmp_path / "page.html", title=5)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
