@@ -27,5 +27,5 @@ def whole_file(path: File) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(failure, OSError) and failure.filename == temporary:
-            failure.filename, failure.filename2 = target, None
+            raise OSError(failure.errno, failure.strerror, target) from failure
         raise

@@ -337,10 +337,13 @@ class AttentionView:
     def _query(self, word: str | int) -> int:
         if not isinstance(word, str):
             return checked_integer("word", word, 0, len(self._tokens) - 1)
-        if word not in self._tokens:
+        if word in self._tokens:
+            return self._tokens.index(word)
+        folded = [token.casefold() for token in self._tokens]  # as tokenizers of uncased models do
+        if word.casefold() not in folded:
             first = ", ".join(map(shown, self._tokens[:40]))
             raise ValueError(f"word is {word!r}, which is none of the tokens; they are {first}")
-        return self._tokens.index(word)
+        return folded.index(word.casefold())
 
     def _layer(self, layer: int | None) -> int | None:
         return None if layer is None else checked_integer("layer", layer, 0, self._weights.shape[0] - 1)
@@ -373,7 +376,7 @@ class AttentionView:
         Parameters
         ----------
         word : str or int, optional
-            A token, of which the first occurrence counts, or its index. Default: any that is no special token.
+            As for `table`. Default: any that is no special token.
         layer : int, optional
             Default: any.
 
@@ -465,7 +468,8 @@ class AttentionView:
         Parameters
         ----------
         word : str or int, optional
-            A token, of which the first occurrence counts, or its index. Default: that of which a head is most certain.
+            A token, of which the first occurrence counts, or its index. Where none is spelled so, case is not minded.
+            Default: that of which a head is most certain.
         layer : int, optional
             From 0. Default: the most certain, or for the mean over heads all; needed for a head by number if there are
             several.

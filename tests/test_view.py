@@ -254,6 +254,12 @@ def test_tolerance_follows_the_dtype():
         view_of(rounded.astype(np.float64) * 0.9995, ["a"], key_tokens=["a", "b", "c"])
 
 
+def test_case_is_not_minded_where_no_token_is_spelled_so():
+    view = view_of(np.eye(4), ["The", "tiger", "the", "Tree"])
+    chosen = {"the": 2, "The": 0, "THE": 0, "tree": 3}
+    assert {word: view.most_certain(word).query for word in chosen} == chosen
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "words"),
     [
@@ -425,7 +431,13 @@ def test_a_folder_that_is_not_there(tmp_path):
     target = tmp_path / "nowhere" / "page.html"
     with pytest.raises(FileNotFoundError) as caught:
         view_of().save(target)
-    assert caught.value.filename == str(target)
+    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(target)!r}"
+    target.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        view_of().save(target)
+    assert str(caught.value) == f"[Errno 21] Is a directory: {str(target)!r}"
+    assert not list(target.iterdir())
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
 
 
 def test_page_files_are_installed():
