@@ -103,8 +103,8 @@ def place(shape: tuple[int, ...], flat: np.intp) -> str:
     return f"weights[{', '.join(str(int(i)) for i in np.unravel_index(flat, shape))}]"
 
 
-def check_distributions(weights: Array, num_keys: int, complete: bool) -> None:
-    """Raise unless each row is 0 or sums to 1; to at most 1 if it may lack keys.
+def check_distributions(weights: Array, num_keys: int, complete: bool | Array) -> None:
+    """Raise unless each row is 0 or sums to 1; to at most 1 where it may lack keys, which is not complete.
 
     Rounding each weight moves a row's sum by at most the dtype's epsilon. Sums over keys and logarithms of sums,
     which are up to 2**10, are rounded in float32, or float64 for float64.
@@ -117,12 +117,12 @@ def check_distributions(weights: Array, num_keys: int, complete: bool) -> None:
     epsilon = EPSILON[weights.dtype.name]
     tolerance = epsilon + (num_keys + 2**10) * min(epsilon, EPSILON["float32"])
     sums = weights.sum(axis=-1, dtype=np.float64)
-    wrong = ~(sums <= 1 + tolerance)
-    if complete:
-        wrong |= (sums != 0) & (sums < 1 - tolerance)
+    wrong = ~(sums <= 1 + tolerance) | (complete & (sums != 0) & (sums < 1 - tolerance))
     if wrong.any():
         first = np.argmax(wrong)
-        accepted = "1, or 0 where no key is seen" if complete else "at most 1"
+        accepted = "at most 1, and to 1 where all keys that are seen are listed: give a sink's share as one more key"
+        if complete is True:
+            accepted = "1, or 0 where no key is seen"
         raise ValueError(f"{place(sums.shape, first)} sums to {sums.flat[first]:.6g}; a row must sum to {accepted}")
 
 
@@ -210,7 +210,8 @@ class AttentionView:
     weights : array_like, shape (Sq, Sk), (heads, Sq, Sk) or (layers, heads, Sq, Sk)
         As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16. They are copied. Each row is
         0 or more and sums to 1, or is all 0 where a query sees no key. A head with a sink sums to less: give it the
-        sink's share as one more key.
+        sink's share as one more key. The first of four axes is layers: of a batch, (B, heads, Sq, Sk), give one
+        item, as its items would be taken for layers.
     tokens : sequence of str, of length Sq
         The words of the queries, as the tokenizer splits them.
     key_tokens : sequence of str, of length Sk, optional
@@ -270,7 +271,9 @@ class AttentionView:
     ) -> AttentionView:
         """Make a view of only the keys that are attended most, for sequences whose weights would not fit in memory.
 
-        What a row lacks to 1 is the share of its other keys.
+        What a row lacks to 1 is the share of its other keys. With a sink, give its share, ``exp(sink - lse)``, as one
+        more key, named in `key_tokens`: else it would count as that of other keys. It is refused in a row that has
+        no other keys.
 
         Parameters
         ----------
@@ -304,7 +307,9 @@ class AttentionView:
         view = cls.__new__(cls)
         view._name(tokens, key_tokens, special_tokens)
         check_keys(keys, array, view._num_keys)
-        check_distributions(array, view._num_keys, complete=False)
+        # A row that has room for more keys lists all that it sees.
+        listed = (keys == -1).any(axis=-1) | (keys.shape[-1] == view._num_keys)
+        check_distributions(array, view._num_keys, complete=listed)
         view._hold(keys.astype(np.int32), array)
         view._complete = False
         return view

@@ -308,6 +308,25 @@ def test_some_keys_from_top_keys(tmp_path):
     assert weights[..., -1].max() > 0.1
 
 
+def test_a_sink_is_shown_as_a_key_and_not_as_other_keys():
+    query, key, value = make_rng().standard_normal((3, 2, 6, 8))
+    sinks = np.array([1.0, 2.0])
+    tokens = ["a", "b", "c", "d", "e", "f"]
+    indices, weights = fastattn.top_keys(query, key, 6, causal=True, sinks=sinks)
+    for k in (6, 3):  # of three, the first rows list all keys that they see
+        some = fastattn.top_keys(query, key, k, causal=True, sinks=sinks)
+        with pytest.raises(ValueError, match=r"weights\[0, 0\] sums to .* give a sink's share as one more key"):
+            AttentionView.from_top_keys(*some, tokens)
+    _, lse = fastattn.attention(query, key, value, causal=True, sinks=sinks, return_lse=True)
+    share = np.exp(sinks[:, None] - lse)
+    indices = np.concatenate([indices, np.full((2, 6, 1), 6)], axis=-1)
+    weights = np.concatenate([weights, share[..., None]], axis=-1)
+    view = AttentionView.from_top_keys(indices, weights, tokens, key_tokens=[*tokens, "sink"])
+    table = view.table("a", head=1)
+    assert f"sink  {share[1, 0]:.3f}" in table
+    assert "other keys" not in table
+
+
 def test_long_sequences_are_not_made_dense(tmp_path):
     size = 200_000  # whose square would be 320 GB
     keys = np.arange(size)[:, None]
