@@ -634,12 +634,39 @@ class KVCache:
         sequences: int | SequenceIds,
         *,
         return_lse: Literal[False] = False,
+        return_weights: Literal[False] = False,
         **options: Unpack[Options],
     ) -> Array: ...
     @overload
     def attention(
-        self, query: ArrayLike, sequences: int | SequenceIds, *, return_lse: Literal[True], **options: Unpack[Options]
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array, Array]: ...
     def attention(
         self,
         query: ArrayLike,
@@ -655,6 +682,7 @@ class KVCache:
         sinks: ArrayLike | None = None,
         out: Array | None = None,
         return_lse: bool = False,
+        return_weights: bool = False,
         num_threads: int | None = None,
     ) -> Any:
         """Attention of queries to the keys and values of their sequences, as `fastattn.attention` would give.
@@ -682,6 +710,8 @@ class KVCache:
             Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
         return_lse : bool
             Whether to return the log-sum-exp of each row's scores, too.
+        return_weights : bool
+            Whether to return the attention weights, too. Not with `cu_seqlens_q`.
 
         Returns
         -------
@@ -689,6 +719,9 @@ class KVCache:
             In query's shape, but for `head_dim_v` columns, and in its dtype.
         lse : ndarray
             In query's shape, but for its last axis, in float32. Returned with ``return_lse``.
+        weights : ndarray
+            In query's shape, but for as many columns as the longest of the sequences has tokens, and in its
+            dtype; 0 beyond a sequence's own. Returned with ``return_weights``.
 
         Raises
         ------
@@ -703,13 +736,13 @@ class KVCache:
         results = _core.attention_paged(
             batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
             page_table, lengths, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, batch_out,
-            return_lse, num_threads,
+            return_lse, return_weights, num_threads,
         )  # fmt: skip
         if not single:
             return results
-        result, *lse = results if return_lse else (results,)
+        result, *extras = results if isinstance(results, tuple) else (results,)
         result = result[0] if out is None else out
-        return (result, lse[0][0]) if return_lse else result
+        return (result, *(extra[0] for extra in extras)) if extras else result
 
     def save(self, file: File, *, pages: bool = True) -> None:
         """Write the cache to a file, from which `load` makes it anew.

@@ -477,6 +477,11 @@ ERRORS = {
     "truncate too long": (lambda c: c.truncate(1, 21), ValueError, ["length", "0 to 20", "21"]),
     "truncate float": (lambda c: c.truncate(1, 2.0), TypeError, ["length", "2.0", "int"]),
     "query of one": (lambda c: c.attention(np.zeros((1, 2, 1, 8), F32), 0), ValueError, ["query", "(1, 2, 1, 8)"]),
+    "weights of packed": (
+        lambda c: c.attention(np.zeros((1, 2, 8), F32), [0], cu_seqlens_q=[0, 1], return_weights=True),
+        ValueError,
+        ["return_weights and cu_seqlens_q cannot be given together"],
+    ),
     "cu_seqlens_q of one": (
         lambda c: c.attention(np.zeros((1, 2, 8), F32), 0, cu_seqlens_q=[0, 1]),
         ValueError,
@@ -1003,6 +1008,37 @@ def test_same_bits_as_contiguous(dtypes, keywords, seqlen_q):
         expected, expected_lse = expected_attention(cache, sequence, query[index], keywords)
         assert_same_bits(out[index], expected, f"out of {sequence}")
         assert_same_bits(lse[index], expected_lse, f"lse of {sequence}")
+
+
+@pytest.mark.isa
+@each_attended
+@each_keywords
+@pytest.mark.parametrize("seqlen_q", [1, 5, 70])
+def test_weights_have_the_same_bits_as_contiguous(dtypes, keywords, seqlen_q):
+    cache, ids = filled(dtypes[1])
+    query = queries(seqlen_q, dtypes[0], (len(ids),))
+    keywords = {"causal": True, **keywords}
+    out, lse, weights = cache.attention(query, ids, return_lse=True, return_weights=True, **keywords)
+    assert weights.shape == (*query.shape[:-1], max(LENGTHS))
+    for index, (sequence, length) in enumerate(zip(ids, LENGTHS, strict=True)):
+        extras = {"return_lse": True, "return_weights": True}
+        expected = fastattn.attention(query[index], *cache.get(sequence), **keywords, **extras)
+        results = (out[index], lse[index], weights[index, ..., :length])
+        for got, wanted, name in zip(results, expected, ("out", "lse", "weights"), strict=True):
+            assert_same_bits(got, wanted, f"{name} of {sequence}")
+        np.testing.assert_array_equal(weights[index, ..., length:], 0)
+        alone = cache.attention(query[index], sequence, return_weights=True, **keywords)
+        assert_same_bits(alone[0], expected[0])
+        assert_same_bits(alone[1], expected[2])
+
+
+def test_weights_of_an_int8_cache():
+    cache, ids = filled(I8)
+    query = queries(3, F32)
+    out, weights = cache.attention(query, ids[4], return_weights=True)
+    expected = fastattn.attention(query, *cache.get(ids[4]), causal=True, return_weights=True)
+    np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(weights, expected[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.isa
