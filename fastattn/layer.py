@@ -272,7 +272,7 @@ def checked_options(options: RotaryOptions, head_dim: int) -> RotaryOptions:
     return options.copy()
 
 
-def check_together(dense: dict[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
+def check_together(dense: Mapping[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
     """Raise unless the keywords belong to one kind of call; `dense` are those of arrays of one length."""
     if dense["key"] is None and dense["value"] is not None:
         raise ValueError("value is given without key")
@@ -719,7 +719,7 @@ class MultiHeadAttention:
             What rotary positions count from; an int is that of the first row. Default 0, in each sequence
             of `cu_seqlens`, or the lengths in the cache.
         return_weights : bool
-            Whether to return the attention weights, too.
+            Whether to return the attention weights, too. Not with `cu_seqlens`.
         out : ndarray, shape (..., Sq, out_features), optional
             Where to store the result: C-contiguous, in the layer's dtype. It may be an input.
 
@@ -728,7 +728,7 @@ class MultiHeadAttention:
         out : ndarray, shape (..., Sq, out_features)
             In the layer's dtype.
         weights : ndarray, shape (..., num_heads, Sq, Sk)
-            Returned with ``return_weights``.
+            Returned with ``return_weights``. With `cache`, Sk is the length of the longest of the sequences.
 
         Raises
         ------
@@ -740,7 +740,9 @@ class MultiHeadAttention:
         """
         key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
-        check_together({**dense, "return_weights": return_weights or None}, cu_seqlens, cache, sequences)
+        check_together(dense, cu_seqlens, cache, sequences)
+        if return_weights and cu_seqlens is not None:
+            raise ValueError("return_weights and cu_seqlens cannot be given together")
         causal = cache is not None if causal is None else causal
         scores: ScoreOptions = {
             "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
@@ -755,8 +757,9 @@ class MultiHeadAttention:
         joined = np.empty((*broadcast_batches(parts), rows.shape[-2], self.num_heads, self.head_dim_v), self.dtype)
         check_result(out, (*joined.shape[:-2], self.out_features), self.dtype)
         heads = joined.swapaxes(-3, -2)
+        weights = None
         if cache is not None and sequences is not None:
-            attend_cache(cache, sequences, parts, heads, scores)
+            weights = attend_cache(cache, sequences, parts, heads, scores, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
             attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **scores, out=joined)
@@ -768,9 +771,10 @@ class MultiHeadAttention:
             }  # fmt: skip
             if return_weights:
                 _, weights = attention(*parts, **options, return_weights=True)
-                return self.output(heads, out=out), weights
-            attention(*parts, **options)
-        return self.output(heads, out=out)
+            else:
+                attention(*parts, **options)
+        result = self.output(heads, out=out)
+        return (result, weights) if return_weights else result
 
     def project(
         self,
@@ -916,13 +920,17 @@ def attend_cache(
     parts: tuple[Array, Array, Array],
     out: Array,
     scores: ScoreOptions,
-) -> None:
+    return_weights: bool,
+) -> Array | None:
     """Append keys and values, and attend to all that the cache then holds; or change nothing."""
     query, key, value = parts
     before = cache.lengths
     try:
         cache.append(sequences, key, value)
+        if return_weights:
+            return cache.attention(query, sequences, **scores, out=out, return_weights=True)[1]
         cache.attention(query, sequences, **scores, out=out)
+        return None
     except BaseException:
         for sequence in checked_ids(sequences)[0]:
             if cache.lengths.get(sequence, 0) > before.get(sequence, 0):

@@ -313,6 +313,19 @@ def new_cache(attend, num_pages=8):
 CACHE_TOLERANCE = 48 * 64 * UNIT[F32]
 
 
+def test_weights_with_a_cache():
+    rng = make_rng(19)
+    attend = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS)
+    x = normal(rng, (2, 9, EMBED), F32)
+    expected = attend(x, causal=True, return_weights=True)
+    cache = new_cache(attend)
+    sequences = [cache.add(), cache.add()]
+    attend(x[:, :6], cache=cache, sequences=sequences)
+    got = attend(x[:, 6:], cache=cache, sequences=sequences, return_weights=True)
+    for mine, whole in zip(got, expected, strict=True):
+        assert_close(mine, whole[..., 6:, :], CACHE_TOLERANCE)
+
+
 def test_a_prompt_in_a_cache_is_causal_unless_told_otherwise():
     rng = make_rng(19)
     attend = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS)
