@@ -76,6 +76,7 @@ def attention_paged(
     sinks: ArrayLike | None,
     out: np.ndarray[Any, Any] | None,
     return_lse: bool,
+    return_weights: bool,
     num_threads: int | None,
 ) -> Any: ...
 def plan(

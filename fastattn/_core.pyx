@@ -192,10 +192,11 @@ cdef cnp.ndarray boundaries(object cu_seqlens, str name, cnp.ndarray packed, str
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are integers")
     if cnp.PyArray_NDIM(array) != 1 or array.shape[0] < 1:
         raise ValueError(f"{name} has shape {shape_of(array)}; accepted is (sequences + 1,)")
-    copied = array.astype(np.int64)
-    if copied[0] != 0 or copied[len(copied) - 1] != packed.shape[0] or (np.diff(copied) < 0).any():
+    array = array.copy()  # what is checked is what is read, whoever writes to it meanwhile
+    # Neighbours are compared in the dtype that came: differences and conversions would wrap.
+    if array[0] != 0 or array[len(array) - 1] != packed.shape[0] or (array[1:] < array[:len(array) - 1]).any():
         raise ValueError(f"{name} must rise from 0 to the {packed.shape[0]} rows of {packed_name}, but is {array}")
-    return copied
+    return array.astype(np.int64, copy=False)
 
 
 cdef int64_t longest(cnp.ndarray cu_seqlens) except -1:
@@ -712,22 +713,27 @@ def attention(query, key, value, scale, causal, query_offset, window, mask, bias
     cdef cnp.ndarray lse = call.set_lse() if return_lse else None
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call)
-    if not return_lse and not return_weights:
+    return with_extras(result, lse, weights)
+
+
+cdef object with_extras(cnp.ndarray result, cnp.ndarray lse, cnp.ndarray weights):
+    if lse is None and weights is None:
         return result
-    return (result, *((lse,) if return_lse else ()), *((weights,) if return_weights else ()))
+    return (result, *((lse,) if lse is not None else ()), *((weights,) if weights is not None else ()))
 
 
 cdef object finish_packed(Call call, object scale, object causal, object query_offset, object window,
                           object alibi_slopes, object softcap, object sinks, object out, dict inputs,
-                          bint return_lse, object num_threads):
+                          bint return_lse, bint return_weights, object num_threads):
     """What packed and paged calls share: keywords, results, the call itself."""
     set_window(&call.problem, window, causal)
     set_scalars(&call.problem, scale, softcap, num_threads)
     call.set_optional_arrays(query_offset, None, None, alibi_slopes, sinks, None)
     cdef cnp.ndarray result = call.set_out(out, inputs)
     cdef cnp.ndarray lse = call.set_lse() if return_lse else None
+    cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call)
-    return (result, lse) if return_lse else result
+    return with_extras(result, lse, weights)
 
 
 def top_keys(query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
@@ -776,13 +782,15 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causa
     inputs = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
               "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset}
     return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
-                         return_lse, num_threads)
+                         return_lse, False, num_threads)
 
 
 def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.ndarray value_pages not None,
                     cnp.ndarray key_scales, cnp.ndarray value_scales, cnp.ndarray page_table not None,
                     cnp.ndarray lengths not None, scale, causal, query_offset, window, alibi_slopes, softcap, sinks,
-                    out, bint return_lse, num_threads):
+                    out, bint return_lse, bint return_weights, num_threads):
+    if return_weights and cu_seqlens_q is not None:
+        raise ValueError("return_weights and cu_seqlens_q cannot be given together: the rows see different keys")
     cdef Call call = Call.__new__(Call)
     call.set_paged_arrays(query, cu_seqlens_q, key_pages, value_pages, key_scales, value_scales, page_table, lengths)
     cdef dict inputs = None
@@ -792,7 +800,7 @@ def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.nda
                   "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset,
                   "cu_seqlens_q": cu_seqlens_q}
     return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
-                         return_lse, num_threads)
+                         return_lse, return_weights, num_threads)
 
 
 def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,

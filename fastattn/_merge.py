@@ -33,8 +33,15 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
                              f"{out.shape}")  # fmt: skip
 
 
+def arrays_of(name: str, x: Sequence[ArrayLike]) -> list[Array]:
+    try:
+        return [np.asarray(each) for each in x]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of arrays, not {x!r}") from None
+
+
 def merge_results(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
-    parts, logs = [np.asarray(out) for out in outs], [np.asarray(lse) for lse in lses]
+    parts, logs = arrays_of("outs", outs), arrays_of("lses", lses)
     check_parts(parts, logs)
     dtype = parts[0].dtype
     accumulator = np.result_type(np.float32, *(log.dtype for log in logs), *[dtype] * (dtype == np.float64))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 import os
 import threading
 from collections.abc import Sequence
-from typing import IO, Any, Literal, TypedDict, Unpack, overload
+from typing import IO, Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._files import whole_file
 
 __all__ = ["KVCache"]
 
@@ -28,6 +28,7 @@ File = str | os.PathLike[str] | IO[bytes]
 PAGE_STEP = 64
 ALIGNMENT = 64
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+MAX_HEAD_DIM = 512  # as in csrc/fastattn.h
 FIELDS = ("geometry", "dtype", "next_id", "ids", "lengths", "page_table")
 
 
@@ -46,24 +47,26 @@ class Options(TypedDict, total=False):
     num_threads: int | None
 
 
-class Entry:
-    """One sequence: how many tokens it has, and the pages they lie in, at the front of an array that grows."""
+class Entry(NamedTuple):
+    """One sequence: how many tokens it has, and the pages they lie in, at the front of an array that may be longer.
 
-    __slots__ = ("length", "pages")
+    A change makes a new entry, so that what a sequence holds changes at once.
+    """
 
-    def __init__(self, length: int, pages: Integers) -> None:
-        self.length = length
-        self.pages = pages
+    length: int
+    pages: Integers
 
-    def put(self, first: int, pages: list[int]) -> None:
-        """Make these its pages from the first-th on."""
-        end = first + len(pages)
-        if end > self.pages.size:
-            # Doubled, so that token after token costs constant time each.
-            grown = np.zeros(max(end, 2 * self.pages.size), np.int64)
-            grown[:first] = self.pages[:first]
-            self.pages = grown
-        self.pages[first:end] = pages
+
+def with_pages(pages: Integers, first: int, more: list[int]) -> Integers:
+    """Return an array that has more pages from the first-th on: the same one, if they fit."""
+    end = first + len(more)
+    if end > pages.size:
+        # Doubled, so that token after token costs constant time each.
+        grown = np.zeros(max(end, 2 * pages.size), np.int64)
+        grown[:first] = pages[:first]
+        pages = grown
+    pages[first:end] = more
+    return pages
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -120,7 +123,10 @@ def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> Non
 
 def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
     """Return the ids, and whether it was a single one."""
-    array = np.asarray(sequences)
+    try:
+        array = np.asarray(sequences)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
     if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"sequences must be an int, or a list or 1-D array of ints, not {sequences!r}")
     return array.reshape(-1).tolist(), array.ndim == 0
@@ -197,14 +203,27 @@ def part_views(store: NDArray[np.uint8], parts: list[tuple[np.dtype[Any], tuple[
 # --- files ----------------------------------------------------------------------------------------
 
 
+def archive_name(file: str | os.PathLike[str]) -> str:
+    name = os.fspath(file)
+    return name if name.endswith(".npz") else f"{name}.npz"
+
+
 def read_fields(file: File) -> dict[str, Array]:
     """Return what `KVCache.save` wrote."""
-    # Opened here: np.load leaves a file open that it finds to be no archive.
-    with open(file, "rb") if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file) as stream:
-        fields = read_archive(stream)
+    if isinstance(file, (str, os.PathLike)):
+        name = archive_name(file)
+        # Opened here: np.load leaves a file open that it finds to be no archive.
+        with open(name if os.path.exists(name) else file, "rb") as stream:
+            fields = read_archive(stream)
+    else:
+        fields = read_archive(file)
     missing = [name for name in FIELDS if name not in fields]
     if missing:
         raise ValueError(f"the file is not a saved KVCache: it lacks {', '.join(missing)}")
+    for name, shape in (("geometry", (5,)), ("next_id", ())):
+        found = fields[name]
+        if found.dtype != np.int64 or found.shape != shape or found.min() < 0:
+            raise ValueError(f"the file is damaged: its {name} is {found}")
     return fields
 
 
@@ -226,7 +245,7 @@ def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> Non
     ids, lengths, table = (fields[name] for name in ("ids", "lengths", "page_table"))
     if any(x.dtype != np.int64 or x.ndim != 1 for x in (ids, lengths, table)) or ids.size != lengths.size:
         raise ValueError("the file is damaged: ids, lengths and page_table do not fit each other")
-    if lengths.min(initial=0) < 0 or np.sum(-(-lengths // page_size)) != table.size:
+    if lengths.min(initial=0) < 0 or sum((-(-lengths // page_size)).tolist()) != table.size:
         raise ValueError(f"the file is damaged: {table.size} pages of {page_size} do not hold the lengths {lengths}")
     if np.unique(ids).size != ids.size or ids.min(initial=0) < 0 or ids.max(initial=-1) >= fields["next_id"]:
         raise ValueError(f"the file is damaged: its ids are {ids}, and the next {fields['next_id']}")
@@ -248,10 +267,12 @@ class KVCache:
 
     Parameters
     ----------
-    num_kv_heads, head_dim : int
-        At least 1. `attention` takes a `head_dim` of up to 512.
+    num_kv_heads : int
+        At least 1.
+    head_dim : int
+        From 1 to 512.
     head_dim_v : int, optional
-        Default `head_dim`.
+        Likewise; default `head_dim`.
     dtype : dtype_like
         What is stored: float32, float16, bfloat16 (of ml_dtypes) or int8. int8 has a float32 scale for
         each token and head, ``max(abs(x)) / 127``.
@@ -289,6 +310,8 @@ class KVCache:
     Threads: readers (`attention`, `get`, `fork`, `lengths`, ...) may run at the same time. `append`,
     `truncate` and `free` must have the sequences they touch to themselves; other sequences, even those
     that share pages with them, may be read and changed meanwhile by other threads. `save` reads all.
+
+    Whatever is raised on the way, KeyboardInterrupt too, a change is made as a whole or not at all.
 
     Examples
     --------
@@ -388,10 +411,13 @@ class KVCache:
         True
         """
         heads = checked_integer("num_kv_heads", num_kv_heads, 1)
-        dim = checked_integer("head_dim", head_dim, 1)
-        dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1)
+        dim = checked_integer("head_dim", head_dim, 1, MAX_HEAD_DIM)
+        dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1, MAX_HEAD_DIM)
         parts = page_parts(heads, dim, dim_v, checked_dtype(dtype), checked_page_size(page_size))
         return sum(bytes_of(*part) for part in parts)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KVCache can be neither copied nor pickled: use save and load")
 
     # What it is.
 
@@ -414,8 +440,8 @@ class KVCache:
     @property
     def lengths(self) -> dict[int, int]:
         """Tokens of each sequence, by id; a copy."""
-        with self._lock:
-            return {sequence: entry.length for sequence, entry in self._sequences.items()}
+        # Copied at once: no need to wait for a thread that writes tokens.
+        return {sequence: entry.length for sequence, entry in self._sequences.copy().items()}
 
     def __len__(self) -> int:
         """Return the number of sequences."""
@@ -455,13 +481,18 @@ class KVCache:
         TypeError, ValueError, MemoryError
             As for `append`; there is then no new sequence.
         """
-        entry = Entry(0, np.zeros(1, np.int64))
-        if key is not None and value is not None:
-            self._grow([entry], self._stored(key, value, ()))
-        elif key is not None or value is not None:
+        if (key is None) != (value is None):
             missing = "value" if value is None else "key"
             raise ValueError(f"key and value must be given together, but {missing} is None")
-        return self._register(entry)
+        stored = None if key is None or value is None else self._stored(key, value, ())
+        empty = Entry(0, np.zeros(1, np.int64))
+        with self._lock:
+            sequence = self._next_id
+            if stored is None:
+                self._commit({sequence: empty})
+            else:
+                self._grow({sequence: empty}, stored)
+        return sequence
 
     def append(self, sequences: int | SequenceIds, key: ArrayLike, value: ArrayLike) -> None:
         """Add tokens at the end of one sequence, or as many at the end of each of several.
@@ -495,7 +526,8 @@ class KVCache:
         if len(set(ids)) < len(ids):
             repeated = sorted({sequence for sequence in ids if ids.count(sequence) > 1})
             raise ValueError(f"sequences must all be different, but {repeated} are there more than once")
-        self._grow(entries, self._stored(key, value, () if single else (len(ids),)))
+        stored = self._stored(key, value, () if single else (len(ids),))
+        self._grow(dict(zip(ids, entries, strict=True)), stored)
 
     def fork(self, sequence: int, length: int | None = None) -> int:
         """Begin a sequence with the first tokens of another, in the same pages.
@@ -525,8 +557,9 @@ class KVCache:
         kept = entry.length if length is None else checked_integer("length", length, 0, entry.length)
         pages = entry.pages[: self._pages_for(kept)].copy()
         with self._lock:
-            self._references[pages] += 1
-            return self._register(Entry(kept, pages))
+            new = self._next_id
+            self._commit({new: Entry(kept, pages)}, gained=pages)
+        return new
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the tokens of a sequence from the length-th on.
@@ -546,7 +579,10 @@ class KVCache:
             Not a length, or more than there is.
         """
         entry = self._find_one(sequence)
-        self._shrink(entry, checked_integer("length", length, 0, entry.length))
+        kept = checked_integer("length", length, 0, entry.length)
+        dropped = entry.pages[self._pages_for(kept) : self._pages_for(entry.length)]
+        with self._lock:
+            self._commit({operator.index(sequence): Entry(kept, entry.pages)}, dropped=dropped)
 
     def free(self, sequence: int) -> None:
         """End a sequence. Pages that it does not share become free.
@@ -563,8 +599,8 @@ class KVCache:
         """
         with self._lock:
             entry = self._find_one(sequence)
-            del self._sequences[operator.index(sequence)]
-            self._shrink(entry, 0)
+            dropped = entry.pages[: self._pages_for(entry.length)]
+            self._commit({}, dropped=dropped, ended=operator.index(sequence))
 
     def get(self, sequence: int) -> tuple[Array, Array]:
         """Return copies of a sequence's keys and values.
@@ -598,12 +634,39 @@ class KVCache:
         sequences: int | SequenceIds,
         *,
         return_lse: Literal[False] = False,
+        return_weights: Literal[False] = False,
         **options: Unpack[Options],
     ) -> Array: ...
     @overload
     def attention(
-        self, query: ArrayLike, sequences: int | SequenceIds, *, return_lse: Literal[True], **options: Unpack[Options]
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[False] = False,
+        **options: Unpack[Options],
     ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array, Array]: ...
     def attention(
         self,
         query: ArrayLike,
@@ -619,6 +682,7 @@ class KVCache:
         sinks: ArrayLike | None = None,
         out: Array | None = None,
         return_lse: bool = False,
+        return_weights: bool = False,
         num_threads: int | None = None,
     ) -> Any:
         """Attention of queries to the keys and values of their sequences, as `fastattn.attention` would give.
@@ -646,6 +710,8 @@ class KVCache:
             Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
         return_lse : bool
             Whether to return the log-sum-exp of each row's scores, too.
+        return_weights : bool
+            Whether to return the attention weights, too. Not with `cu_seqlens_q`.
 
         Returns
         -------
@@ -653,6 +719,9 @@ class KVCache:
             In query's shape, but for `head_dim_v` columns, and in its dtype.
         lse : ndarray
             In query's shape, but for its last axis, in float32. Returned with ``return_lse``.
+        weights : ndarray
+            In query's shape, but for as many columns as the longest of the sequences has tokens, and in its
+            dtype; 0 beyond a sequence's own. Returned with ``return_weights``.
 
         Raises
         ------
@@ -667,13 +736,13 @@ class KVCache:
         results = _core.attention_paged(
             batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
             page_table, lengths, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, batch_out,
-            return_lse, num_threads,
+            return_lse, return_weights, num_threads,
         )  # fmt: skip
         if not single:
             return results
-        result, *lse = results if return_lse else (results,)
+        result, *extras = results if isinstance(results, tuple) else (results,)
         result = result[0] if out is None else out
-        return (result, lse[0][0]) if return_lse else result
+        return (result, *(extra[0] for extra in extras)) if extras else result
 
     def save(self, file: File, *, pages: bool = True) -> None:
         """Write the cache to a file, from which `load` makes it anew.
@@ -681,7 +750,8 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
-            A name that does not end with .npz has it added, as by `numpy.savez`.
+            A name that does not end with .npz has it added. A file that exists is replaced once the new one
+            is complete.
         pages : bool
             Whether to write the pages in use, each once. They are gathered in memory first. Without them
             `load` must be given the store itself; flush it, if it is a ``np.memmap``.
@@ -698,7 +768,11 @@ class KVCache:
             if pages:
                 used, fields["page_table"] = np.unique(fields["page_table"], return_inverse=True)
                 fields["pages"] = self._pages[used]
-        np.savez(file, **fields)
+        if isinstance(file, (str, os.PathLike)):
+            with whole_file(archive_name(file)) as stream:
+                np.savez(stream, **fields)
+        else:
+            np.savez(file, **fields)
 
     @classmethod
     def load(cls, file: File, *, store: Array | None = None, num_pages: int | None = None) -> KVCache:
@@ -707,6 +781,7 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
+            As for `save`.
         store : ndarray, optional
             As for `KVCache`. With pages in the file they are written to it; else it must hold them already,
             where they were.
@@ -751,13 +826,6 @@ class KVCache:
     def _find_one(self, sequence: int) -> Entry:
         return self._find([as_integer("sequence", sequence)])[0]
 
-    def _register(self, entry: Entry) -> int:
-        with self._lock:
-            sequence = self._next_id
-            self._next_id += 1
-            self._sequences[sequence] = entry
-        return sequence
-
     def _stored(self, key: ArrayLike, value: ArrayLike, batch: tuple[int, ...]) -> list[Array]:
         """Return key and value as they will be stored: (sequences, heads, tokens, ...) for each part of a page."""
         keys, values = checked_floats("key", key), checked_floats("value", value)
@@ -770,74 +838,109 @@ class KVCache:
         (keys, key_scales), (values, value_scales) = quantized("key", keys), quantized("value", values)
         return [keys, values, key_scales, value_scales]
 
-    def _grow(self, entries: list[Entry], stored: list[Array]) -> None:
+    # Changes. What the sequences say is the truth, and changes last, by one call. Until then pages are only counted,
+    # and tokens written where nobody looks yet; if anything is raised, Ctrl-C too, pages are counted anew.
+
+    def _grow(self, entries: dict[int, Entry], stored: list[Array]) -> None:
         """Add stored tokens to the sequences: to all or, if anything is raised, to none."""
         count = stored[0].shape[2]
-        lengths = [entry.length for entry in entries]
-        self._reserve(entries, count)
+        with self._lock:
+            copied = self._to_copy(entries) if count else set()
+            self._check_free(list(entries.values()), count, len(copied))
+            try:
+                grown = {
+                    sequence: self._lengthened(entry, count, sequence in copied) for sequence, entry in entries.items()
+                }
+                self._write(list(grown.values()), stored)
+                self._commit(grown)
+            except BaseException:
+                self._count_pages()
+                raise
+
+    def _commit(
+        self,
+        entries: dict[int, Entry],
+        *,
+        gained: Integers | None = None,
+        dropped: Integers | None = None,
+        ended: int | None = None,
+    ) -> None:
+        """Make these the entries of their sequences, and end one; the caller has the lock.
+
+        One reference more is counted to each page that is gained, and one less to each that is dropped.
+        """
         try:
-            self._write(entries, lengths, stored)
-        except BaseException:  # Ctrl-C
-            for entry, length in zip(entries, lengths, strict=True):
-                self._shrink(entry, length)
+            if gained is not None:
+                self._references[gained] += 1
+            if dropped is not None:
+                self._references[dropped] -= 1
+                self._returned.extend(dropped[self._references[dropped] == 0].tolist())
+            # Before there is a sequence of that id, so that no other can ever get it.
+            self._next_id = max(self._next_id, max(entries, default=-1) + 1)
+            if ended is None:
+                self._sequences.update(entries)
+            else:
+                del self._sequences[ended]
+        except BaseException:
+            self._count_pages()
             raise
 
-    def _reserve(self, entries: list[Entry], count: int) -> None:
-        """Lengthen the sequences, with pages that are theirs alone from where they ended; or change nothing."""
-        if count == 0:
-            return
-        with self._lock:
-            copied = self._to_copy(entries)
-            begins = [self._pages_for(entry.length) for entry in entries]
-            ends = [self._pages_for(entry.length + count) for entry in entries]
-            needed = len(copied) + sum(ends) - sum(begins)
-            if needed > self.pages_free:
-                raise MemoryError(
-                    f"{needed} pages are needed for {count} tokens in each of {len(entries)} sequences, but only "
-                    f"{self.pages_free} of {self.num_pages} are free"
-                )
-            for entry in copied:
-                self._copy_last_page(entry)
-            for entry, begin, end in zip(entries, begins, ends, strict=True):
-                if end > begin:
-                    entry.put(begin, self._take(end - begin))
-                entry.length += count
+    def _count_pages(self) -> None:
+        """Make references and returned pages what the sequences say."""
+        entries = self._sequences.values()
+        used = [entry.pages[: self._pages_for(entry.length)] for entry in entries]
+        self._references = np.bincount(np.concatenate([np.zeros(0, np.int64), *used]), minlength=self.num_pages)
+        self._returned = np.flatnonzero(self._references[: self._first_unused] == 0).tolist()
 
-    def _to_copy(self, entries: list[Entry]) -> list[Entry]:
+    def _check_free(self, entries: list[Entry], count: int, num_copied: int) -> None:
+        begins = sum(self._pages_for(entry.length) for entry in entries)
+        needed = num_copied + sum(self._pages_for(entry.length + count) for entry in entries) - begins
+        if needed > self.pages_free:
+            raise MemoryError(
+                f"{needed} pages are needed for {count} tokens in each of {len(entries)} sequences, but only "
+                f"{self.pages_free} of {self.num_pages} are free"
+            )
+
+    def _to_copy(self, entries: dict[int, Entry]) -> set[int]:
         """Return the sequences that must copy their last page before they append to it.
 
         Of several that alone share a page, the last may keep it.
         """
-        copied = []
+        copied = set()
         sharers: dict[int, int] = {}
-        for entry in entries:
+        for sequence, entry in entries.items():
             if entry.length % self.page_size:
                 page = int(entry.pages[entry.length // self.page_size])
                 count = sharers.setdefault(page, int(self._references[page]))
                 if count > 1:
-                    copied.append(entry)
+                    copied.add(sequence)
                     sharers[page] -= 1
         return copied
 
-    def _copy_last_page(self, entry: Entry) -> None:
-        """Give the sequence a copy of its last page.
+    def _lengthened(self, entry: Entry, count: int, copies: bool) -> Entry:
+        """Return the sequence with more tokens, not yet written, in pages that are its own from where it ended."""
+        length = entry.length + count
+        kept = entry.length // self.page_size if copies else self._pages_for(entry.length)
+        lacking = self._pages_for(length) - kept
+        if lacking == 0:  # as for most tokens
+            return Entry(length, entry.pages)
+        taken = self._take(lacking)
+        if not copies:
+            return Entry(length, with_pages(entry.pages, kept, taken))
+        shared = entry.pages[kept]
+        self._pages[taken[0]] = self._pages[shared]
+        self._references[shared] -= 1
+        return Entry(length, with_pages(entry.pages.copy(), kept, taken))
 
-        Under the lock to the end: the other sharer may write to the page as soon as it alone has it.
-        """
-        last = entry.length // self.page_size
-        (page,) = self._take(1)
-        shared = entry.pages[last : last + 1].copy()
-        self._pages[page] = self._pages[shared[0]]
-        entry.put(last, [page])
-        self._release(shared)
-
-    def _write(self, entries: list[Entry], lengths: list[int], stored: list[Array]) -> None:
-        for index, (entry, first) in enumerate(zip(entries, lengths, strict=True)):
-            done = 0
-            while first + done < entry.length:
+    def _write(self, entries: list[Entry], stored: list[Array]) -> None:
+        """Write the last tokens of the sequences."""
+        added = stored[0].shape[2]
+        for index, entry in enumerate(entries):
+            first, done = entry.length - added, 0
+            while done < added:
                 # Plain slices, a page at a time: what a step does beside attention finds no cache warm.
                 page, slot = divmod(first + done, self.page_size)
-                count = min(self.page_size - slot, entry.length - first - done)
+                count = min(self.page_size - slot, added - done)
                 for part, tokens in zip(self._parts, stored, strict=True):
                     part[entry.pages[page], :, slot : slot + count] = tokens[index, :, done : done + count]
                 done += count
@@ -853,16 +956,6 @@ class KVCache:
         self._first_unused = fresh.stop
         self._references[pages] = 1
         return pages
-
-    def _release(self, pages: Integers) -> None:
-        """Drop one reference to each page; the caller has the lock."""
-        self._references[pages] -= 1
-        self._returned.extend(pages[self._references[pages] == 0].tolist())
-
-    def _shrink(self, entry: Entry, length: int) -> None:
-        with self._lock:
-            self._release(entry.pages[self._pages_for(length) : self._pages_for(entry.length)])
-            entry.length = length
 
     def _gathered(self, part: Array, entry: Entry) -> Array:
         """Return a sequence's rows of a part, (heads, length, ...)."""
@@ -887,9 +980,13 @@ class KVCache:
         if cu_seqlens_q is not None:
             raise ValueError("cu_seqlens_q needs a list of sequences, not a single id")
         array = np.asarray(query)
-        if array.ndim != 3:
-            raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, head_dim)")
-        return array[None], out[None] if isinstance(out, np.ndarray) else out
+        if array.ndim != 3 or array.shape[-1] != self.head_dim:
+            raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, "
+                             f"{self.head_dim})")  # fmt: skip
+        if not isinstance(out, np.ndarray):
+            return array[None], out
+        check_shape("out", out, (*array.shape[:-1], self.head_dim_v))
+        return array[None], out[None]
 
     def _fields(self) -> dict[str, Any]:
         """Return all but the pages, as arrays; the caller has the lock."""
@@ -915,9 +1012,8 @@ class KVCache:
             if pages.dtype != np.uint8 or pages.shape != (self._first_unused, self.page_bytes):
                 raise ValueError(f"the file is damaged: its pages are {pages.dtype} of shape {pages.shape}")
             self._pages[: len(pages)] = pages
-        self._references = np.bincount(table, minlength=self.num_pages)
-        self._returned = np.flatnonzero(self._references[: self._first_unused] == 0).tolist()
         ends = np.cumsum([self._pages_for(length) for length in lengths]).tolist()
         for sequence, length, end in zip(fields["ids"].tolist(), lengths, ends, strict=True):
             self._sequences[sequence] = Entry(length, table[end - self._pages_for(length) : end].copy())
         self._next_id = int(fields["next_id"])
+        self._count_pages()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._gelu import gelu
+from fastattn._tokens import checked_lengths, checked_sentences, sizes_of
 from fastattn.layer import MultiHeadAttention, Projection, positions_in_sequences
 
 Array = NDArray[Any]
@@ -52,7 +53,7 @@ class Encoder:
         self.weights, self.tokenizer = {name: np.asarray(x, np.float32) for name, x in weights.items()}, tokenizer
         if tokenizer is not None:
             tokenizer.no_padding()
-            tokenizer.enable_truncation(max_tokens or len(self.weights["embeddings.position_embeddings.weight"]))
+            tokenizer.enable_truncation(max_tokens or sizes_of(self.weights, "position")[0])
         count = sum(name.endswith("attention.output.dense.weight") for name in weights)
         self.layers = {
             name: MultiHeadAttention.from_mapping(self.weights, f"{name}attention.", num_heads, scheme="bert")
@@ -75,13 +76,12 @@ class Encoder:
 
     def __call__(self, sentences: Sequence[str]) -> Array:
         """Return the embeddings, float32 (len(sentences), features), each of length 1."""
-        return self.embed([tokens.ids for tokens in self.tokenizer.encode_batch(list(sentences))])
+        listed = checked_sentences(sentences, self.tokenizer)
+        return self.embed([tokens.ids for tokens in self.tokenizer.encode_batch(listed)])
 
     def embed(self, ids: Sequence[Sequence[int]]) -> Array:
-        """Return the embeddings, as of sentences, of lists of token ids; ValueError if one is empty."""
-        lengths = np.array([len(each) for each in ids], np.int64)
-        if not lengths.all():
-            raise ValueError(f"ids[{lengths.argmin()}] is empty; accepted are lists of at least one token id")
+        """Return the embeddings, as of sentences, of lists of token ids; ValueError for ids that it lacks."""
+        lengths = checked_lengths(ids, *sizes_of(self.weights, "word", "position"))
         pooled = np.empty((len(ids), self.weights["embeddings.LayerNorm.weight"].size), np.float32)
         chunk = np.cumsum(lengths) // CHUNK_TOKENS
         for begin, end in pairwise(np.unique([0, *(np.flatnonzero(np.diff(chunk)) + 1), len(ids)])):

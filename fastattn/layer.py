@@ -34,11 +34,10 @@ class RotaryOptions(TypedDict, total=False):
     interleaved: bool
 
 
-class ScoreOptions(TypedDict, total=False):
-    """Keywords of every kind of attention: dense, packed, and to a cache."""
+class CommonOptions(TypedDict, total=False):
+    """Keywords of the layer and of every kind of attention: dense, packed, and to a cache."""
 
     scale: float | None
-    causal: bool
     window: Window | None
     alibi_slopes: ArrayLike | None
     softcap: float | None
@@ -46,9 +45,16 @@ class ScoreOptions(TypedDict, total=False):
     num_threads: int | None
 
 
-class Options(ScoreOptions, total=False):
+class ScoreOptions(CommonOptions, total=False):
+    """With what the layer decides."""
+
+    causal: bool
+
+
+class Options(CommonOptions, total=False):
     """Keywords of `MultiHeadAttention` that do not change what it returns."""
 
+    causal: bool | None
     mask: ArrayLike | None
     bias: ArrayLike | None
     key_lengths: ArrayLike | None
@@ -125,7 +131,7 @@ def rotary(
     array = checked_dtype("x", np.asarray(x))
     if array.ndim < 2:
         raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
-    turned = checked_rotary(array.shape[-1], base, dim)
+    turned = checked_rotary(array.shape[-1], base, dim, interleaved)
     rows = checked_positions(positions, array.shape)
     result = np.empty(array.shape, array.dtype) if out is None else checked_out(out, array.shape, array.dtype)
     if not same_place(result, array):
@@ -170,7 +176,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def same_place(a: Array, b: Array) -> bool:
     """Return whether two arrays of one shape and dtype are the same elements in memory."""
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+    steps = ((i, j) for i, j, size in zip(a.strides, b.strides, a.shape, strict=True) if size > 1)
+    return a.ctypes.data == b.ctypes.data and all(i == j for i, j in steps)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -182,8 +189,10 @@ def checked_dtype(name: str, array: Array) -> Array:
     return array
 
 
-def checked_rotary(head_dim: int, base: float, dim: int | None) -> int:
+def checked_rotary(head_dim: int, base: float, dim: int | None, interleaved: bool) -> int:
     """Return how many elements of a row are turned."""
+    if not isinstance(interleaved, (bool, np.bool_)):
+        raise TypeError(f"interleaved must be a bool, not {interleaved!r}")
     if not (isinstance(base, (int, float, np.integer, np.floating)) and 0 < base < math.inf):
         raise ValueError(f"base must be a finite number greater than 0, but is {base!r}")
     turned = head_dim if dim is None else checked_integer("dim", dim, 2, head_dim)
@@ -254,14 +263,16 @@ def per_head(name: str, features: int, of: str, count: int) -> int:
 
 
 def checked_options(options: RotaryOptions, head_dim: int) -> RotaryOptions:
+    if not isinstance(options, Mapping):
+        raise TypeError(f"rotary must be a dict of base, dim and interleaved, or None, not {options!r}")
     unknown = set(options) - {"base", "dim", "interleaved"}
     if unknown:
         raise TypeError(f"rotary has {', '.join(sorted(unknown))}; accepted are base, dim and interleaved")
-    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"))
+    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"), options.get("interleaved", False))
     return options.copy()
 
 
-def check_together(dense: dict[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
+def check_together(dense: Mapping[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
     """Raise unless the keywords belong to one kind of call; `dense` are those of arrays of one length."""
     if dense["key"] is None and dense["value"] is not None:
         raise ValueError("value is given without key")
@@ -363,20 +374,26 @@ class Scheme(NamedTuple):
     output: str
     transposed: bool = False  # (in_features, out_features)
     rotary: RotaryOptions | None = None
+    refused: tuple[str, ...] = ()  # what some members of the family have, and the layer has no place for
 
 
 SCHEMES = {
     "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense"),
     "gpt2": Scheme(("c_attn",), "c_proj", transposed=True),
-    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}),
+    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}, refused=("q_norm", "k_norm")),
 }
 
 
 def found(mapping: Mapping[str, ArrayLike], name: str) -> Array:
     try:
-        return np.asarray(mapping[name])
+        entry = mapping[name]
     except KeyError:
         raise KeyError(f"the mapping has no {name!r}") from None
+    try:
+        return np.asarray(entry)
+    except (TypeError, RuntimeError) as failure:  # PyTorch's, of bfloat16 and of what requires gradients
+        raise TypeError(f"{name} is no array, nor can be made one: {failure}; a tensor can, by "
+                        "tensor.detach().float()") from failure  # fmt: skip
 
 
 def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
@@ -454,7 +471,7 @@ class MultiHeadAttention:
 
     >>> cache = fastattn.KVCache(layer.num_kv_heads, layer.head_dim, num_pages=2)
     >>> sequences = [cache.add(), cache.add()]
-    >>> steps = [layer(x[:, i : i + 1], causal=True, cache=cache, sequences=sequences) for i in range(10)]
+    >>> steps = [layer(x[:, i : i + 1], cache=cache, sequences=sequences) for i in range(10)]
     >>> bool(np.allclose(np.concatenate(steps, axis=1), whole, atol=1e-5))
     True
     """
@@ -521,14 +538,16 @@ class MultiHeadAttention:
         Returns
         -------
         MultiHeadAttention
-            In it True in a mask means attend, and in PyTorch's the reverse.
+            In it True in a mask means attend, and in PyTorch's the reverse. ``add_zero_attn`` leaves no trace
+            in a state: PyTorch's layer with it gives other results.
 
         Raises
         ------
         KeyError
             A name that is missing.
         TypeError, ValueError
-            As for the class, and ``bias_k`` and ``bias_v``, which have no place in it.
+            As for the class, tensors that NumPy does not take (bfloat16, or that require gradients), and
+            ``bias_k`` and ``bias_v``, which have no place in it.
 
         Examples
         --------
@@ -578,7 +597,8 @@ class MultiHeadAttention:
         num_kv_heads : int, optional
         rotary : dict, optional
             As for the class. Default for "llama": that of `fastattn.rotary`, whose ``base`` a checkpoint
-            calls ``rope_theta``.
+            calls ``rope_theta``. There is no scaling of frequencies: a checkpoint whose configuration has
+            ``rope_scaling`` (Llama 3.1 and later) gives other results.
 
         Returns
         -------
@@ -589,7 +609,7 @@ class MultiHeadAttention:
         KeyError
             A name that is missing.
         TypeError, ValueError
-            As for the class, and another scheme.
+            As for the class, another scheme, and ``q_norm`` and ``k_norm`` (Qwen 3), which have no place in it.
 
         Examples
         --------
@@ -601,6 +621,10 @@ class MultiHeadAttention:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, but is {scheme!r}")
         chosen = SCHEMES[scheme]
+        for name in chosen.refused:
+            if f"{prefix}{name}.weight" in mapping:
+                raise ValueError(f"the mapping has {prefix}{name}.weight; accepted are layers that do not normalise "
+                                 "queries and keys")  # fmt: skip
         names = [prefix + name for name in (*chosen.inputs, chosen.output)]
         weights: list[Any] = [found(mapping, f"{name}.weight") for name in names]
         biases: list[Any] = [found_bias(mapping, f"{name}.bias") for name in names]
@@ -649,7 +673,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         scale: float | None = None,
-        causal: bool = False,
+        causal: bool | None = None,
         window: Window | None = None,
         mask: ArrayLike | None = None,
         bias: ArrayLike | None = None,
@@ -672,29 +696,30 @@ class MultiHeadAttention:
         query : array_like, shape (..., Sq, embed_dim)
             Of the layer's dtype, or float16 or bfloat16, which are widened to it.
         key : array_like, shape (..., Sk, key_features), optional
-            Default: self-attention, of `query` to itself.
+            Default: self-attention, of `query` to itself. The same object as `query`, as in PyTorch's
+            ``layer(x, x, x)``, is self-attention, too.
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
         scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
             As for `attention`, on (..., num_heads, Sq, Sk) scores. In `mask` True means attend. Threads of
             the matrix products are those of NumPy's BLAS.
-        causal : bool
-            Whether a query sees no key after its own position. In self-attention row ``i`` is at position
-            ``i``, whatever `key_lengths`; to other keys positions are those of `attention`.
+        causal : bool, optional
+            Whether a query sees no key after its own position. Default: with `cache`, as for
+            `KVCache.attention`, and not without. In self-attention row ``i`` is at position ``i``, whatever
+            `key_lengths`; to other keys positions are those of `attention`.
         cu_seqlens : array_like of int, shape (B + 1,), optional
             `query` is (total, embed_dim): sequences one after the other, without padding, and
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` the rows of one. Self-attention only.
         cache : KVCache, optional
             Keys and values are appended to it, and attention is to all that it then holds of the sequences;
-            the rows of `query` are their last tokens. Self-attention only. Prompts need ``causal=True``,
-            too, in models that are.
+            the rows of `query` are their last tokens. Self-attention only.
         sequences : int, or list or 1-D array of ints, optional
             With `cache`, one id for `query` (Sq, embed_dim), or as many as (batch, Sq, embed_dim) has items.
         positions : int or array_like of int, broadcastable to (..., Sq), optional
             What rotary positions count from; an int is that of the first row. Default 0, in each sequence
             of `cu_seqlens`, or the lengths in the cache.
         return_weights : bool
-            Whether to return the attention weights, too.
+            Whether to return the attention weights, too. Not with `cu_seqlens`.
         out : ndarray, shape (..., Sq, out_features), optional
             Where to store the result: C-contiguous, in the layer's dtype. It may be an input.
 
@@ -703,7 +728,7 @@ class MultiHeadAttention:
         out : ndarray, shape (..., Sq, out_features)
             In the layer's dtype.
         weights : ndarray, shape (..., num_heads, Sq, Sk)
-            Returned with ``return_weights``.
+            Returned with ``return_weights``. With `cache`, Sk is the length of the longest of the sequences.
 
         Raises
         ------
@@ -713,8 +738,12 @@ class MultiHeadAttention:
             As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
             `out` nor what the cache holds has then been changed.
         """
+        key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
-        check_together({**dense, "return_weights": return_weights or None}, cu_seqlens, cache, sequences)
+        check_together(dense, cu_seqlens, cache, sequences)
+        if return_weights and cu_seqlens is not None:
+            raise ValueError("return_weights and cu_seqlens cannot be given together")
+        causal = cache is not None if causal is None else causal
         scores: ScoreOptions = {
             "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
             "sinks": sinks, "num_threads": num_threads,
@@ -728,8 +757,9 @@ class MultiHeadAttention:
         joined = np.empty((*broadcast_batches(parts), rows.shape[-2], self.num_heads, self.head_dim_v), self.dtype)
         check_result(out, (*joined.shape[:-2], self.out_features), self.dtype)
         heads = joined.swapaxes(-3, -2)
+        weights = None
         if cache is not None and sequences is not None:
-            attend_cache(cache, sequences, parts, heads, scores)
+            weights = attend_cache(cache, sequences, parts, heads, scores, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
             attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **scores, out=joined)
@@ -741,9 +771,10 @@ class MultiHeadAttention:
             }  # fmt: skip
             if return_weights:
                 _, weights = attention(*parts, **options, return_weights=True)
-                return self.output(heads, out=out), weights
-            attention(*parts, **options)
-        return self.output(heads, out=out)
+            else:
+                attention(*parts, **options)
+        result = self.output(heads, out=out)
+        return (result, weights) if return_weights else result
 
     def project(
         self,
@@ -775,6 +806,7 @@ class MultiHeadAttention:
         TypeError, ValueError
             As a call of the layer.
         """
+        key, value = self._sources(query, key, value)
         if key is None and value is not None:
             raise ValueError("value is given without key")
         if key is None:
@@ -826,6 +858,13 @@ class MultiHeadAttention:
         out = np.empty(shape, self.dtype) if out is None else out
         self._output(flat, out.reshape(len(flat), self.out_features))
         return out
+
+    def _sources(
+        self, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None
+    ) -> tuple[ArrayLike | None, ArrayLike | None]:
+        """Return key and value, or None for both where they are query itself: self-attention."""
+        own = key is query and (value is None or value is query) and "qkv" in self._inputs
+        return (None, None) if own else (key, value)
 
     def _checked_input(self, parts: str, x: ArrayLike) -> Array:
         """Return what the projections to these parts are applied to, in the layer's dtype."""
@@ -881,13 +920,19 @@ def attend_cache(
     parts: tuple[Array, Array, Array],
     out: Array,
     scores: ScoreOptions,
-) -> None:
+    return_weights: bool,
+) -> Array | None:
     """Append keys and values, and attend to all that the cache then holds; or change nothing."""
     query, key, value = parts
-    cache.append(sequences, key, value)
+    before = cache.lengths
     try:
+        cache.append(sequences, key, value)
+        if return_weights:
+            return cache.attention(query, sequences, **scores, out=out, return_weights=True)[1]
         cache.attention(query, sequences, **scores, out=out)
+        return None
     except BaseException:
         for sequence in checked_ids(sequences)[0]:
-            cache.truncate(sequence, cache.lengths[sequence] - key.shape[-2])
+            if cache.lengths.get(sequence, 0) > before.get(sequence, 0):
+                cache.truncate(sequence, before[sequence])
         raise

@@ -134,6 +134,36 @@ def attention(
     >>> reference.attention(query, key, value, mask=[[False, True]])
     array([[0.]])
     """
+    result, lse, weights, _ = every_step(
+        query, key, value, return_weights, scale=scale, causal=causal, query_offset=query_offset, window=window,
+        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, key_lengths=key_lengths,
+    )  # fmt: skip
+    if out is not None:
+        np.copyto(out, result)
+        result = out
+    extras = [lse] * return_lse + [weights] * return_weights
+    return (result, *extras) if extras else result
+
+
+def every_step(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    keep: bool,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array, Any, Any]:
+    """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf."""
     query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
     single_head = query.ndim == 2
     if single_head:
@@ -163,7 +193,7 @@ def attention(
 
     result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
     lse = np.zeros((*heads, seqlen_q), np.float64 if query.dtype == np.float64 else np.float32)
-    weights = np.zeros((*heads, seqlen_q, seqlen_k), query.dtype) if return_weights else None
+    kept: Any = np.zeros((2, *heads, seqlen_q, seqlen_k), query.dtype) if keep else (None, None)
     with np.errstate(all="ignore"):
         for index in np.ndindex(*heads):
             *b, h = index
@@ -180,16 +210,12 @@ def attention(
 
             head_weights, lse[index] = softmax(scores, float(sinks_[h]))
             result[index] = weighted_values(head_weights, scores != -np.inf, v)
-            if weights is not None:
-                weights[index] = head_weights
+            if keep:
+                kept[0][index], kept[1][index] = head_weights, scores
 
     if single_head:
-        result, lse, weights = result[0], lse[0], None if weights is None else weights[0]
-    if out is not None:
-        np.copyto(out, result)
-        result = out
-    extras = [lse] * return_lse + [weights] * return_weights
-    return (result, *extras) if extras else result
+        return result[0], lse[0], *((x[0] for x in kept) if keep else kept)
+    return result, lse, *kept
 
 
 def attention_varlen(
@@ -281,13 +307,14 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     >>> out, lse.round(4)
     (array([[2.]]), array([0.6931]))
     """
-    parts, logs = np.broadcast_arrays(*outs), np.broadcast_arrays(*lses)
-    weights, lse = softmax(np.moveaxis(np.stack(logs).astype(np.float64), 0, -1).reshape(-1, len(logs)), -np.inf)
-    stacked = np.moveaxis(np.stack(parts).astype(np.float64), 0, -2).reshape(-1, len(parts), parts[0].shape[-1])
+    dtypes = np.asarray(outs[0]).dtype, np.result_type(*(np.asarray(lse) for lse in lses))
+    logs = np.stack(np.broadcast_arrays(*lses)).astype(np.float64)
+    parts = np.stack(np.broadcast_arrays(*outs)).astype(np.float64)
     with np.errstate(all="ignore"):
-        terms = np.where(weights[:, :, None] == 0, 0.0, weights[:, :, None] * stacked)
-    out = terms.sum(axis=1).reshape(parts[0].shape)
-    return out.astype(parts[0].dtype), lse.reshape(logs[0].shape).astype(logs[0].dtype)
+        weights, lse = softmax(logs.reshape(len(logs), -1).T, -np.inf)
+        # A set without keys adds nothing, whatever its result holds.
+        terms = np.where(logs[..., None] == -np.inf, 0.0, weights.T.reshape(logs.shape)[..., None] * parts)
+    return terms.sum(axis=0).astype(dtypes[0]), lse.reshape(logs.shape[1:]).astype(dtypes[1])
 
 
 def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: bool = False, **keywords: Any) -> Any:
@@ -315,11 +342,16 @@ def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: boo
     >>> indices, weights.round(3)
     (array([[ 1,  0, -1]]), array([[0.993, 0.007, 0.   ]]))
     """
+    dtype = np.asarray(query).dtype
     query, key = np.asarray(query).astype(np.float64), np.asarray(key).astype(np.float64)
-    _, all_weights = attention(query, key, key[..., :0], return_weights=True, **keywords)
-    missing = [(0, 0)] * (all_weights.ndim - 1) + [(0, k)]
-    padded = np.pad(all_weights, missing)
-    order = np.argsort(-padded, axis=-1, kind="stable")[..., :k]
-    weights = np.take_along_axis(padded, order, axis=-1)
-    indices = np.where(weights > 0, order, -1)
-    return (indices, weights, all_weights.sum(axis=-2)) if return_totals else (indices, weights)
+    _, _, weights, scores = every_step(query, key, key[..., :0], True, **keywords)
+    # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
+    beyond = [(0, 0)] * (scores.ndim - 1) + [(0, k)]
+    scores = np.pad(np.where(np.isnan(scores), -np.inf, scores), beyond, constant_values=-np.inf)
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    seen = np.take_along_axis(scores, order, axis=-1) > -np.inf
+    largest = np.where(seen, np.take_along_axis(np.pad(weights, beyond), order, axis=-1), 0.0)
+    results = np.where(seen, order, -1), largest.astype(dtype)
+    # A query whose weights are NaN adds nothing.
+    totals = np.nansum(weights, axis=-2).astype(np.float64 if dtype == np.float64 else np.float32)
+    return (*results, totals) if return_totals else results

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._files import File, whole_file
 from fastattn.cache import checked_integer
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ __all__ = ["AttentionView"]
 
 Array = NDArray[Any]
 Integers = NDArray[np.integer[Any]]
-File = str | os.PathLike[str]
 
 SPECIAL_TOKENS = (
     "[CLS]", "[SEP]", "[PAD]", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>",
@@ -78,7 +75,10 @@ class HeadSummaries(list[HeadSummary]):
 def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
     if isinstance(tokens, str):
         raise TypeError(f"{name} must be a sequence of str, one for each token, not the one str {tokens!r}")
-    listed = list(tokens)
+    try:
+        listed = list(tokens)
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of str, one for each token, not {tokens!r}") from None
     for i, token in enumerate(listed):
         if not isinstance(token, str):
             raise TypeError(f"{name}[{i}] must be a str, not {token!r}")
@@ -103,8 +103,8 @@ def place(shape: tuple[int, ...], flat: np.intp) -> str:
     return f"weights[{', '.join(str(int(i)) for i in np.unravel_index(flat, shape))}]"
 
 
-def check_distributions(weights: Array, num_keys: int, complete: bool) -> None:
-    """Raise unless each row is 0 or sums to 1; to at most 1 if it may lack keys.
+def check_distributions(weights: Array, num_keys: int, complete: bool | Array) -> None:
+    """Raise unless each row is 0 or sums to 1; to at most 1 where it may lack keys, which is not complete.
 
     Rounding each weight moves a row's sum by at most the dtype's epsilon. Sums over keys and logarithms of sums,
     which are up to 2**10, are rounded in float32, or float64 for float64.
@@ -117,12 +117,12 @@ def check_distributions(weights: Array, num_keys: int, complete: bool) -> None:
     epsilon = EPSILON[weights.dtype.name]
     tolerance = epsilon + (num_keys + 2**10) * min(epsilon, EPSILON["float32"])
     sums = weights.sum(axis=-1, dtype=np.float64)
-    wrong = ~(sums <= 1 + tolerance)
-    if complete:
-        wrong |= (sums != 0) & (sums < 1 - tolerance)
+    wrong = ~(sums <= 1 + tolerance) | (complete & (sums != 0) & (sums < 1 - tolerance))
     if wrong.any():
         first = np.argmax(wrong)
-        accepted = "1, or 0 where no key is seen" if complete else "at most 1"
+        accepted = "at most 1, and to 1 where all keys that are seen are listed: give a sink's share as one more key"
+        if complete is True:
+            accepted = "1, or 0 where no key is seen"
         raise ValueError(f"{place(sums.shape, first)} sums to {sums.flat[first]:.6g}; a row must sum to {accepted}")
 
 
@@ -196,20 +196,6 @@ def page_part(name: str) -> str:
     return files("fastattn").joinpath("page", name).read_text(encoding="utf-8")
 
 
-def write_whole(path: File, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it: there is never half of one."""
-    target = os.fspath(path)
-    temporary = f"{target}.{os.getpid()}-{threading.get_ident()}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 # --- the view -------------------------------------------------------------------------------------
 
 
@@ -224,7 +210,8 @@ class AttentionView:
     weights : array_like, shape (Sq, Sk), (heads, Sq, Sk) or (layers, heads, Sq, Sk)
         As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16. They are copied. Each row is
         0 or more and sums to 1, or is all 0 where a query sees no key. A head with a sink sums to less: give it the
-        sink's share as one more key.
+        sink's share as one more key. The first of four axes is layers: of a batch, (B, heads, Sq, Sk), give one
+        item, as its items would be taken for layers.
     tokens : sequence of str, of length Sq
         The words of the queries, as the tokenizer splits them.
     key_tokens : sequence of str, of length Sk, optional
@@ -284,7 +271,9 @@ class AttentionView:
     ) -> AttentionView:
         """Make a view of only the keys that are attended most, for sequences whose weights would not fit in memory.
 
-        What a row lacks to 1 is the share of its other keys.
+        What a row lacks to 1 is the share of its other keys. With a sink, give its share, ``exp(sink - lse)``, as one
+        more key, named in `key_tokens`: else it would count as that of other keys. It is refused in a row that has
+        no other keys.
 
         Parameters
         ----------
@@ -318,7 +307,9 @@ class AttentionView:
         view = cls.__new__(cls)
         view._name(tokens, key_tokens, special_tokens)
         check_keys(keys, array, view._num_keys)
-        check_distributions(array, view._num_keys, complete=False)
+        # A row that has room for more keys lists all that it sees.
+        listed = (keys == -1).any(axis=-1) | (keys.shape[-1] == view._num_keys)
+        check_distributions(array, view._num_keys, complete=listed)
         view._hold(keys.astype(np.int32), array)
         view._complete = False
         return view
@@ -351,10 +342,13 @@ class AttentionView:
     def _query(self, word: str | int) -> int:
         if not isinstance(word, str):
             return checked_integer("word", word, 0, len(self._tokens) - 1)
-        if word not in self._tokens:
+        if word in self._tokens:
+            return self._tokens.index(word)
+        folded = [token.casefold() for token in self._tokens]  # as tokenizers of uncased models do
+        if word.casefold() not in folded:
             first = ", ".join(map(shown, self._tokens[:40]))
             raise ValueError(f"word is {word!r}, which is none of the tokens; they are {first}")
-        return self._tokens.index(word)
+        return folded.index(word.casefold())
 
     def _layer(self, layer: int | None) -> int | None:
         return None if layer is None else checked_integer("layer", layer, 0, self._weights.shape[0] - 1)
@@ -387,7 +381,7 @@ class AttentionView:
         Parameters
         ----------
         word : str or int, optional
-            A token, of which the first occurrence counts, or its index. Default: any that is no special token.
+            As for `table`. Default: any that is no special token.
         layer : int, optional
             Default: any.
 
@@ -479,7 +473,8 @@ class AttentionView:
         Parameters
         ----------
         word : str or int, optional
-            A token, of which the first occurrence counts, or its index. Default: that of which a head is most certain.
+            A token, of which the first occurrence counts, or its index. Where none is spelled so, case is not minded.
+            Default: that of which a head is most certain.
         layer : int, optional
             From 0. Default: the most certain, or for the mean over heads all; needed for a head by number if there are
             several.
@@ -581,6 +576,8 @@ class AttentionView:
         import json
         from string import Template
 
+        if title is not None and not isinstance(title, str):
+            raise TypeError(f"title must be a str, not {title!r}")
         query, chosen_layer, chosen_head = self._choice(word, layer, head)
         if chosen_layer is None:
             chosen_layer = self.most_certain(query).layer
@@ -635,8 +632,8 @@ class AttentionView:
         Raises
         ------
         TypeError, ValueError
-            A word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than 4,000,000
-            characters on the page. Nothing has then been written.
+            A title, word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than
+            4,000,000 characters on the page. Nothing has then been written.
         OSError
             As from `open`.
 
@@ -664,7 +661,9 @@ class AttentionView:
         ...     os.listdir(folder)
         ['page.html']
         """
-        write_whole(path, self._page(title, word, layer, head))
+        content = self._page(title, word, layer, head)
+        with whole_file(path) as file:
+            file.write(content)
 
     def _repr_html_(self) -> str:
         """Return the page in a frame, where neither styles nor names can clash with those of a notebook."""

@@ -1,8 +1,11 @@
 """KVCache: bookkeeping against a plain model, copy on write, all or nothing, files, and attention to the bit."""
 
+import copy
 import doctest
 import inspect
+import pickle
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -320,6 +323,91 @@ def test_an_interrupted_append_changes_nothing(monkeypatch):
     assert_holds(cache, sequence, *arrays)
 
 
+def lines_traced(call, stop_at=None):
+    """Call, with Ctrl-C before a line of the library if one is given; return how many lines were run."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename != cache_module.__file__:
+            return None
+        if event == "line":
+            count += 1
+            if count == stop_at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def assert_sound(cache):
+    """Each page is free once or in use, with as many references as sequences that have it."""
+    pages = [page for each in page_numbers(cache, *cache.lengths) for page in each]
+    assert cache._references.tolist() == [pages.count(page) for page in range(cache.num_pages)]
+    free = [*cache._returned, *range(cache._first_unused, cache.num_pages)]
+    assert sorted([*free, *set(pages)]) == list(range(cache.num_pages))
+    assert cache.pages_free == len(free)
+    assert all(sequence < cache._next_id for sequence in cache.lengths)
+
+
+# What is called on a cache of sequences 0 (70 tokens), its fork 1, and 3 (64 tokens).
+CHANGES = {
+    "add": lambda c: c.add(*tokens(make_rng(1), 70)),
+    "add empty": lambda c: c.add(),
+    "append": lambda c: c.append(3, *tokens(make_rng(1), 3)),
+    "append and copy": lambda c: c.append([0, 1, 3], *tokens(make_rng(1), 70, batch=(3,))),
+    "truncate": lambda c: c.truncate(3, 0),
+    "truncate shared": lambda c: c.truncate(1, 10),
+    "free": lambda c: c.free(3),
+    "free shared": lambda c: c.free(0),
+    "fork": lambda c: c.fork(0, 65),
+}
+
+
+def shared_cache():
+    cache = new_cache(12)
+    cache.add(*tokens(make_rng(), 70))
+    cache.fork(0)
+    cache.free(cache.add(*tokens(make_rng(), 100)))
+    cache.fork(0)
+    cache.truncate(3, 0)
+    cache.append(3, *tokens(make_rng(), 64))
+    cache.free(cache.add(*tokens(make_rng(), 64)))
+    return cache
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_interrupted_at_any_line_it_is_whole_or_undone(change):
+    call = CHANGES[change]
+
+    def contents(cache):
+        return {sequence: [x.tobytes() for x in cache.get(sequence)] for sequence in cache.lengths}
+
+    cache = shared_cache()
+    before = contents(cache)
+    last = lines_traced(lambda: call(cache))
+    after = contents(cache)
+    assert_sound(cache)
+    for line in range(1, last + 1):
+        cache = shared_cache()
+        with pytest.raises(KeyboardInterrupt):
+            lines_traced(lambda cache=cache: call(cache), line)
+        assert_sound(cache)
+        assert contents(cache) in (before, after)
+        # It goes on working, and each page can be had again.
+        for sequence in cache.lengths:
+            cache.append(sequence, *tokens(make_rng(2), 1))
+            cache.free(sequence)
+        cache.free(cache.add(*tokens(make_rng(2), 12 * 64)))
+        assert_sound(cache)
+
+
 def test_a_conversion_that_raises_changes_nothing():
     cache = new_cache(dtype=F16)
     sequence = cache.add(*tokens(make_rng(), 10))
@@ -341,6 +429,10 @@ ERRORS = {
     "unknown in fork": (lambda c: c.fork(2), KeyError, ["2", "[0, 1]"]),
     "unknown in truncate": (lambda c: c.truncate(2, 0), KeyError, ["2", "[0, 1]"]),
     "unknown in free": (lambda c: c.free(2), KeyError, ["2", "[0, 1]"]),
+    "ids ragged": (lambda c: c.append([0, [1]], *zeros(2)), TypeError, ["sequences", "[0, [1]]", "ints"]),
+    "copied": (copy.copy, TypeError, ["copied", "save and load"]),
+    "copied deeply": (copy.deepcopy, TypeError, ["copied", "save and load"]),
+    "pickled": (pickle.dumps, TypeError, ["pickled", "save and load"]),
     "unknown in attention": (lambda c: c.attention(np.zeros((2, 2, 1, 8), F32), [0, 5]), KeyError, ["5", "[0, 1]"]),
     "id float": (lambda c: c.get(1.0), TypeError, ["sequence", "1.0", "int"]),
     "id bool": (lambda c: c.free(True), TypeError, ["sequence", "True", "int"]),
@@ -385,6 +477,11 @@ ERRORS = {
     "truncate too long": (lambda c: c.truncate(1, 21), ValueError, ["length", "0 to 20", "21"]),
     "truncate float": (lambda c: c.truncate(1, 2.0), TypeError, ["length", "2.0", "int"]),
     "query of one": (lambda c: c.attention(np.zeros((1, 2, 1, 8), F32), 0), ValueError, ["query", "(1, 2, 1, 8)"]),
+    "weights of packed": (
+        lambda c: c.attention(np.zeros((1, 2, 8), F32), [0], cu_seqlens_q=[0, 1], return_weights=True),
+        ValueError,
+        ["return_weights and cu_seqlens_q cannot be given together"],
+    ),
     "cu_seqlens_q of one": (
         lambda c: c.attention(np.zeros((1, 2, 8), F32), 0, cu_seqlens_q=[0, 1]),
         ValueError,
@@ -392,6 +489,12 @@ ERRORS = {
     ),
     "query batch": (lambda c: c.attention(np.zeros((3, 2, 1, 8), F32), [0, 1]), ValueError, ["query", "3", "2"]),
     "query float64": (lambda c: c.attention(np.zeros((2, 1, 8)), 0), TypeError, ["query", "float64", "float32"]),
+    "query dim": (lambda c: c.attention(np.zeros((2, 1, 7), F32), 0), ValueError, ["query", "(2, 1, 7)", "tokens, 8)"]),
+    "out shape": (
+        lambda c: c.attention(np.zeros((2, 1, 8), F32), 0, out=np.zeros((2, 1, 8), F32)),
+        ValueError,
+        ["out has shape (2, 1, 8)", "(2, 1, 6)"],
+    ),
     "out list": (lambda c: c.attention(np.zeros((2, 1, 8), F32), 0, out=[0.0]), TypeError, ["out", "list"]),
 }
 
@@ -450,6 +553,8 @@ NEW_ERRORS = {
     "pages float": ({"num_pages": 1.0}, TypeError, ["num_pages", "1.0"]),
     "no heads": ({"num_kv_heads": 0}, ValueError, ["num_kv_heads", "0"]),
     "head_dim": ({"head_dim": -1}, ValueError, ["head_dim", "-1"]),
+    "head_dim large": ({"head_dim": 513}, ValueError, ["head_dim must be from 1 to 512, but is 513"]),
+    "head_dim_v large": ({"head_dim_v": 513}, ValueError, ["head_dim_v must be from 1 to 512, but is 513"]),
     "head_dim float": ({"head_dim": 8.0}, TypeError, ["head_dim", "8.0"]),
     "head_dim_v": ({"head_dim_v": 0}, ValueError, ["head_dim_v", "0"]),
     "page_size zero": ({"page_size": 0}, ValueError, ["page_size", "64", "0"]),
@@ -702,6 +807,34 @@ def test_save_to_an_open_file(tmp_path):
         assert_same_caches(KVCache.load(file), cache)
 
 
+def test_load_by_the_name_that_save_was_given(tmp_path):
+    cache = family(F32)
+    for name in ("plain", "with.dot", "full.npz"):
+        cache.save(str(tmp_path / name))
+        assert_same_caches(KVCache.load(str(tmp_path / name)), cache)
+    (tmp_path / "full.npz").rename(tmp_path / "renamed")
+    assert_same_caches(KVCache.load(tmp_path / "renamed"), cache)
+
+
+def test_a_failed_save_leaves_the_file_before(tmp_path, monkeypatch):
+    cache = family(F32)
+    cache.save(tmp_path / "cache.npz")
+
+    def fails(stream, **_):
+        stream.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "savez", fails)
+        with pytest.raises(OSError, match="No space left"):
+            new_cache().save(tmp_path / "cache.npz")
+    assert_same_caches(KVCache.load(tmp_path / "cache.npz"), cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.npz"]
+    with pytest.raises(FileNotFoundError) as caught:
+        cache.save(tmp_path / "nowhere" / "cache.npz")
+    assert caught.value.filename == str(tmp_path / "nowhere" / "cache.npz")
+
+
 def damaged(path, **fields):
     with np.load(path) as saved:
         np.savez(path, **{**saved, **fields})
@@ -718,6 +851,21 @@ LOAD_ERRORS = {
     "ids twice": ({"ids": np.array([1, 1, 3])}, {}, ["damaged", "ids"]),
     "ids negative": ({"ids": np.array([-1, 1, 3])}, {}, ["damaged", "ids"]),
     "next_id": ({"next_id": np.array(3)}, {}, ["damaged", "ids"]),
+    "next_id float": ({"next_id": np.array(np.nan)}, {}, ["damaged", "next_id", "nan"]),
+    "next_id axes": ({"next_id": np.array([4, 5])}, {}, ["damaged", "next_id", "[4 5]"]),
+    "geometry short": ({"geometry": np.array([2, 8, 6])}, {}, ["damaged", "geometry", "[2 8 6]"]),
+    "geometry float": ({"geometry": np.array([2.0, 8, 6, 64, 10])}, {}, ["damaged", "geometry"]),
+    "geometry negative": ({"geometry": np.array([2, -8, 6, 64, 10])}, {}, ["damaged", "geometry", "-8"]),
+    "lengths wrap": (
+        {
+            "ids": np.arange(128),
+            "lengths": np.full(128, 2**63 - 1),
+            "page_table": np.zeros(0, int),
+            "next_id": np.array(128),
+        },
+        {},
+        ["damaged", "lengths"],
+    ),
     "page negative": ({"page_table": np.array([0, 1, -1, 2])}, {}, ["damaged", "negative"]),
     "page too high": ({"page_table": np.array([0, 1, 10, 2])}, {}, ["pages up to 10", "only 10"]),
     "pages shape": ({"pages": np.zeros((3, 100), np.uint8)}, {}, ["damaged", "(3, 100)"]),
@@ -860,6 +1008,37 @@ def test_same_bits_as_contiguous(dtypes, keywords, seqlen_q):
         expected, expected_lse = expected_attention(cache, sequence, query[index], keywords)
         assert_same_bits(out[index], expected, f"out of {sequence}")
         assert_same_bits(lse[index], expected_lse, f"lse of {sequence}")
+
+
+@pytest.mark.isa
+@each_attended
+@each_keywords
+@pytest.mark.parametrize("seqlen_q", [1, 5, 70])
+def test_weights_have_the_same_bits_as_contiguous(dtypes, keywords, seqlen_q):
+    cache, ids = filled(dtypes[1])
+    query = queries(seqlen_q, dtypes[0], (len(ids),))
+    keywords = {"causal": True, **keywords}
+    out, lse, weights = cache.attention(query, ids, return_lse=True, return_weights=True, **keywords)
+    assert weights.shape == (*query.shape[:-1], max(LENGTHS))
+    for index, (sequence, length) in enumerate(zip(ids, LENGTHS, strict=True)):
+        extras = {"return_lse": True, "return_weights": True}
+        expected = fastattn.attention(query[index], *cache.get(sequence), **keywords, **extras)
+        results = (out[index], lse[index], weights[index, ..., :length])
+        for got, wanted, name in zip(results, expected, ("out", "lse", "weights"), strict=True):
+            assert_same_bits(got, wanted, f"{name} of {sequence}")
+        np.testing.assert_array_equal(weights[index, ..., length:], 0)
+        alone = cache.attention(query[index], sequence, return_weights=True, **keywords)
+        assert_same_bits(alone[0], expected[0])
+        assert_same_bits(alone[1], expected[2])
+
+
+def test_weights_of_an_int8_cache():
+    cache, ids = filled(I8)
+    query = queries(3, F32)
+    out, weights = cache.attention(query, ids[4], return_weights=True)
+    expected = fastattn.attention(query, *cache.get(ids[4]), causal=True, return_weights=True)
+    np.testing.assert_allclose(out, expected[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(weights, expected[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.isa

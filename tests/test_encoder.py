@@ -114,6 +114,33 @@ def test_an_empty_sentence_is_an_error():
         Encoder(drawn(make_rng(5)), HEADS).embed([[1], [], [2]])
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([[1], [2, -1, 3]], r"ids\[1\] has token ids from -1 to 3; accepted are 0 to 49"),
+        ([[1, 50]], r"ids\[0\] has token ids from 1 to 50; accepted are 0 to 49"),
+        ([[1], [2] * 41], r"ids\[1\] has 41 token ids; the model takes at most 40"),
+    ],
+)
+def test_ids_that_the_model_does_not_have(ids, words):
+    with pytest.raises(ValueError, match=words):
+        Encoder(drawn(make_rng()), HEADS).embed(ids)
+
+
+def test_sentences_without_a_tokenizer():
+    with pytest.raises(ValueError, match="the encoder has no tokenizer, which sentences need; token ids go to embed"):
+        Encoder(drawn(make_rng()), HEADS)(["A cat."])
+
+
+@pytest.mark.parametrize(
+    ("sentences", "words"),
+    [("A cat.", "a list of str, not the one str 'A cat.'"), (["A", 5], r"sentences\[1\] must be a str, not 5")],
+)
+def test_sentences_that_are_no_list_of_str(folder, sentences, words):
+    with pytest.raises(TypeError, match=words):
+        Encoder.load(folder)(sentences)
+
+
 def test_half_weights_are_widened():
     halves = {name: x.astype(np.float16) for name, x in drawn(make_rng(6)).items()}
     wide = {name: x.astype(F32) for name, x in halves.items()}

@@ -38,6 +38,17 @@ def test_the_layer_and_the_head_can_be_chosen():
 
 
 @needs_model
+def test_the_model_knows_no_case():
+    assert '"the" attends to' in explain(SENTENCE, "--word", "The").stdout
+
+
+@needs_model
+def test_a_page_that_cannot_be_written_is_named():
+    done = explain(SENTENCE, "--html", "/no/such/folder/page.html")
+    assert done.stderr.endswith("No such file or directory: '/no/such/folder/page.html'\n")
+
+
+@needs_model
 def test_the_page_is_written(tmp_path):
     page = tmp_path / "page.html"
     done = explain(SENTENCE, "--word", "it", "--html", page)

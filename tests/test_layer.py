@@ -129,6 +129,28 @@ def test_keywords_of_attention(keywords):
     assert_same_bits(attend(x, **keywords, num_threads=1), attend(x, **keywords, num_threads=2))
 
 
+@pytest.mark.parametrize("turn", [None, {}], ids=["plain", "rotary"])
+def test_keys_that_are_the_query_are_self_attention(turn):
+    """PyTorch's spelling of it: padding then moves no position, and rotary positions, packing and a cache go along."""
+    rng = make_rng(5)
+    attend = MultiHeadAttention(**drawn(rng), num_heads=HEADS, rotary=turn)
+    x = normal(rng, (2, 7, EMBED), F64)
+    for keywords in ({"causal": True, "key_lengths": [3, 5]}, {"window": (2, 1), "return_weights": True}):
+        for got, expected in zip(attend(x, x, x, **keywords), attend(x, **keywords), strict=True):
+            assert_same_bits(got, expected)
+        assert_same_bits(attend(x, x, **keywords)[0], attend(x, **keywords)[0])
+    for got, expected in zip(attend.project(x, x, x), attend.project(x), strict=True):
+        assert_same_bits(got, expected)
+    rows = x[0]
+    assert_same_bits(attend(rows, rows, rows, cu_seqlens=[0, 3, 7]), attend(rows, cu_seqlens=[0, 3, 7]))
+    cache = new_cache(attend)
+    first, second = cache.add(), cache.add()
+    narrow = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS, rotary=turn)
+    rows = rows.astype(F32)
+    expected = narrow(rows, cache=cache, sequences=first)
+    assert_same_bits(narrow(rows, rows, rows, cache=cache, sequences=second), expected)
+
+
 def test_causal_cross_attention_is_aligned_at_the_end():
     rng = make_rng(6)
     weights = drawn(rng)
@@ -251,7 +273,7 @@ def test_projections_share_a_buffer():
     assert query.base is key.base is value.base
     assert query.strides == key.strides == value.strides
     assert query.strides[-1] == 8
-    query, key, value = attend.project(x, x)
+    query, key, value = attend.project(x, x.copy())
     assert key.base is value.base
     assert query.base is not key.base
 
@@ -289,6 +311,29 @@ def new_cache(attend, num_pages=8):
 # The cache holds float32: keys and values are rounded once, to u = 2⁻²⁴ of them. Scores are then off by less than
 # 32 u, and so are weights, relative; the output sums 48 elements that are off by less than 64 u of size 1.
 CACHE_TOLERANCE = 48 * 64 * UNIT[F32]
+
+
+def test_weights_with_a_cache():
+    rng = make_rng(19)
+    attend = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS)
+    x = normal(rng, (2, 9, EMBED), F32)
+    expected = attend(x, causal=True, return_weights=True)
+    cache = new_cache(attend)
+    sequences = [cache.add(), cache.add()]
+    attend(x[:, :6], cache=cache, sequences=sequences)
+    got = attend(x[:, 6:], cache=cache, sequences=sequences, return_weights=True)
+    for mine, whole in zip(got, expected, strict=True):
+        assert_close(mine, whole[..., 6:, :], CACHE_TOLERANCE)
+
+
+def test_a_prompt_in_a_cache_is_causal_unless_told_otherwise():
+    rng = make_rng(19)
+    attend = MultiHeadAttention(**drawn(rng, dtype=F32), num_heads=HEADS)
+    x = normal(rng, (9, EMBED), F32)
+    cache = new_cache(attend)
+    assert_close(attend(x, cache=cache, sequences=cache.add()), attend(x, causal=True), CACHE_TOLERANCE)
+    assert_close(attend(x, causal=False, cache=cache, sequences=cache.add()), attend(x), CACHE_TOLERANCE)
+    assert_same_bits(attend(x), attend(x, causal=False))
 
 
 @each_turn
@@ -330,7 +375,7 @@ def test_positions_with_a_cache():
     sequence = cache.add()
     attend(x[:4], cache=cache, sequences=sequence, positions=positions[:4])
     out = attend(x[4:], cache=cache, sequences=sequence, positions=positions[4:])
-    assert_close(out, attend(x, positions=positions)[4:], CACHE_TOLERANCE)
+    assert_close(out, attend(x, causal=True, positions=positions)[4:], CACHE_TOLERANCE)
 
 
 CACHE_ERRORS = {
@@ -428,6 +473,13 @@ def test_state_of_torch_without_torch():
     assert_close(attend(x), plain(weights, x)[0], TOLERANCE)
 
 
+class Unconvertible:
+    """As a tensor of bfloat16."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 EYE = np.eye(EMBED)
 STATE = {"in_proj_weight": np.concatenate([EYE] * 3), "out_proj.weight": EYE}
 LOADING_ERRORS = {
@@ -441,6 +493,16 @@ LOADING_ERRORS = {
     "torch: no weight": (lambda: from_state("in_proj_weight", None), KeyError, ["the mapping has no 'in_proj_weight'"]),
     "torch: no output": (lambda: from_state("out_proj.weight", None), KeyError, ["no 'out_proj.weight'"]),
     "torch: bias_k": (lambda: from_state("bias_k", EYE), ValueError, ["bias_k", "without add_bias_kv"]),
+    "torch: no array": (
+        lambda: from_state("out_proj.weight", Unconvertible()),
+        TypeError,
+        ["out_proj.weight", "Got unsupported ScalarType BFloat16", "tensor.detach().float()"],
+    ),
+    "q_norm": (
+        lambda: from_names({"a.q_norm.weight": np.ones(12)}, "llama"),
+        ValueError,
+        ["a.q_norm.weight", "not norm"],
+    ),
     "torch: thirds": (lambda: from_state("in_proj_bias", np.zeros(100)), ValueError, ["in_proj_bias", "(100,)"]),
     "torch: bias": (lambda: from_state("in_proj_bias", np.zeros(99)), ValueError, ["query_bias", "(33,)", "(48)"]),
 }
@@ -551,6 +613,8 @@ LAYER_ERRORS = {
     "out columns": ({"out_weight": zeros(48, 40)}, ValueError, ["out_weight has 40 columns", "head_dim_v, 48"]),
     "rotary keyword": ({"rotary": {"theta": 1.0}}, TypeError, ["rotary has theta", "base, dim and interleaved"]),
     "rotary dim": ({"rotary": {"dim": 14}}, ValueError, ["dim must be from 2 to 12, but is 14"]),
+    "rotary True": ({"rotary": True}, TypeError, ["rotary must be a dict of base, dim and interleaved", "not True"]),
+    "rotary interleaved": ({"rotary": {"interleaved": "no"}}, TypeError, ["interleaved must be a bool, not 'no'"]),
     "rotary base": ({"rotary": {"base": -1.0}}, ValueError, ["base", "-1.0"]),
 }
 

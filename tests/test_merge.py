@@ -82,6 +82,28 @@ def test_against_the_reference():
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_reference_has_the_same_results_of_the_same_dtypes():
+    ones = np.ones((2, 3, 4), F32)
+    none = np.full((2, 3), -np.inf, F32)
+    each = {
+        "no keys": (ones, none),
+        "no keys, NaN": (ones * np.nan, none),
+        "no columns": (ones[..., :0], np.zeros((2, 3), F32)),
+        "no rows": (ones[:, :0], none[:, :0]),
+        "wider logs": (ones, [none[0], np.zeros(3)]),
+        "wider outs": (ones.astype(F64), np.zeros((2, 3), F32)),
+        "half": (ones.astype(F16), [np.zeros(3, F32), np.zeros(3)]),
+        "broadcast": ([ones[0], ones], [np.zeros(3, F32), none]),
+        "infinite": (ones, np.array([[np.inf] * 3, [0.0] * 3], F32)),
+        "tiny weight of NaN": ([ones[0] * np.nan, ones[0]], np.array([[-500.0] * 3, [0.0] * 3])),
+    }
+    for case, arguments in each.items():
+        for mine, theirs in zip(fastattn.merge(*arguments), reference.merge(*arguments), strict=True):
+            assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), case
+            np.testing.assert_allclose(mine, theirs, rtol=1e-6, err_msg=case)
+
+
 def test_huge_logs_do_not_overflow():
     out, lse = fastattn.merge(np.array([[[1.0]], [[3.0]]], F32), np.array([[3e38], [3e38]], F32))
     np.testing.assert_array_equal(out, [[2.0]])
@@ -98,6 +120,8 @@ def test_a_nan_log_stays():
     ("outs", "lses", "error", "words"),
     [
         ([], [], ValueError, "outs is empty"),
+        (None, None, TypeError, "outs must be a sequence of arrays, not None"),
+        ([np.zeros((2, 3), F32)], 5, TypeError, "lses must be a sequence of arrays, not 5"),
         ([np.zeros((2, 3), F32)], [], ValueError, "as many"),
         ([np.zeros((2, 3), F32)], [np.zeros(3, F32)], ValueError, r"lses\[0\] has shape \(3,\)"),
         ([np.zeros((2, 3), int)], [np.zeros(2, F32)], TypeError, r"outs\[0\] has dtype int64"),

@@ -105,6 +105,15 @@ def test_strided_views_are_turned_where_they_lie():
     assert_same_bits(buffer[:, :, [0, 2]], before[:, :, [0, 2]])
 
 
+def test_in_place_through_another_view_of_axes_of_size_one():
+    x = normal(make_rng(6), (1, 5, 8), F32)
+    expected = fastattn.rotary(x, 3)
+    out = np.lib.stride_tricks.as_strided(x, x.shape, (4, *x.strides[1:]))
+    assert out.strides != x.strides
+    fastattn.rotary(x, 3, out=out)
+    assert_same_bits(x, expected)
+
+
 def test_two_axes_are_one_head():
     x = normal(make_rng(6), (5, 8), F32)
     assert_same_bits(fastattn.rotary(x, 3), fastattn.rotary(x[None], 3)[0])
@@ -134,6 +143,7 @@ CASES = {
     "base 0": ({"base": 0}, ValueError, ["base must be a finite number greater than 0, but is 0"]),
     "base NaN": ({"base": np.nan}, ValueError, ["base", "nan"]),
     "base word": ({"base": "10000"}, ValueError, ["base", "'10000'"]),
+    "interleaved": ({"interleaved": 1}, TypeError, ["interleaved must be a bool, not 1"]),
     "positions floats": ({"positions": 1.5}, TypeError, ["positions must be an int", "float64"]),
     "positions shape": ({"positions": [1, 2]}, ValueError, ["positions has shape (2,)", "broadcasts to (5,)"]),
     "positions with heads": ({"positions": np.zeros((2, 5), int)}, ValueError, ["positions", "(2, 5)", "(5,)"]),

@@ -65,6 +65,33 @@ def test_against_the_reference():
     np.testing.assert_allclose(mine[2], theirs[2], rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_the_reference_lists_the_same_keys(seqlen_q, dtype):
+    """Keys whose weight is 0 are listed by their scores, and hidden or NaN ones not, in rows of NaN either."""
+    keys = {
+        "underflow": [-900, -950, 0, 900, 5],
+        "NaN": [0, np.nan, -900, 3, 5],
+        "infinite": [0, np.inf, 3, 1, 5],
+        "minus infinite": [0, -np.inf, 3, 1, 5],
+    }
+    mask = [True, True, True, True, False]
+    for case, key in keys.items():
+        query = np.ones((seqlen_q, 1), dtype)
+        arguments = {"mask": mask, "return_totals": True}
+        mine = fastattn.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
+        theirs = reference.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
+        for got, expected in zip(mine, theirs, strict=True):
+            assert got.dtype == expected.dtype
+            np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=case)
+    # Totals of the other rows: three rows are one tile, of which each counts by itself.
+    query = np.array([[1], [np.nan], [1]], dtype)
+    results = [f.top_keys(query, np.eye(3, 1, dtype=dtype), 2, return_totals=True) for f in (fastattn, reference)]
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 @each_dtype
 def test_equal_keys_come_in_their_order(dtypes):
     for seqlen_q in (1, 50):

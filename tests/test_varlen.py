@@ -116,8 +116,16 @@ def test_no_sequences():
 
 
 GOOD = packed(make_rng(), [2, 3], [4, 5])
+WRAPS = [0, 10, 5 - 2**63, -1, 5]  # the differences wrap to positive ones
 BAD = {
     "falls": ({3: [0, 3, 2, 5], 4: [0, 1, 2, 9]}, ValueError, "cu_seqlens_q must rise from 0 to the 5 rows of query"),
+    "falls far": ({3: WRAPS, 4: [0, 1, 2, 3, 9]}, ValueError, "cu_seqlens_q must rise from 0 to the 5 rows of query"),
+    "keys fall far": ({3: [0, 1, 2, 3, 5], 4: [*WRAPS[:-1], 9]}, ValueError, "cu_seqlens_k must rise from 0 to the 9"),
+    "beyond int64": (
+        {3: np.array([0, 10, 2**63 + 5, 2**64 - 1, 5], np.uint64), 4: [0, 1, 2, 3, 9]},
+        ValueError,
+        "cu_seqlens_q must rise from 0 to the 5 rows of query",
+    ),
     "not from 0": ({3: [1, 2, 5]}, ValueError, "cu_seqlens_q must rise from 0"),
     "too short": ({4: [0, 4, 8]}, ValueError, "cu_seqlens_k must rise from 0 to the 9 rows of key"),
     "too long": ({4: [0, 4, 10]}, ValueError, "cu_seqlens_k must rise from 0 to the 9 rows of key"),

@@ -215,6 +215,9 @@ def test_tokens_must_be_str():
         view_of(np.eye(2), ["a", 7])
     with pytest.raises(TypeError, match="not the one str 'ab'"):
         view_of(np.eye(2), "ab")
+    for tokens in (5, None):
+        with pytest.raises(TypeError, match=f"tokens must be a sequence of str, one for each token, not {tokens}"):
+            view_of(np.eye(2), tokens)
     with pytest.raises(TypeError, match=r"key_tokens\[0\] must be a str, not None"):
         view_of(np.eye(2), ["a", "b"], key_tokens=[None, "b"])
 
@@ -249,6 +252,12 @@ def test_tolerance_follows_the_dtype():
     view_of(rounded, ["a"], key_tokens=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"sums to 0\.999"):
         view_of(rounded.astype(np.float64) * 0.9995, ["a"], key_tokens=["a", "b", "c"])
+
+
+def test_case_is_not_minded_where_no_token_is_spelled_so():
+    view = view_of(np.eye(4), ["The", "tiger", "the", "Tree"])
+    chosen = {"the": 2, "The": 0, "THE": 0, "tree": 3}
+    assert {word: view.most_certain(word).query for word in chosen} == chosen
 
 
 @pytest.mark.parametrize(
@@ -297,6 +306,25 @@ def test_some_keys_from_top_keys(tmp_path):
     weights = decoded(data_of(saved(sparse, tmp_path)))
     assert np.allclose(weights.sum(axis=-1), 1, rtol=0, atol=21 / 2 / 4095)
     assert weights[..., -1].max() > 0.1
+
+
+def test_a_sink_is_shown_as_a_key_and_not_as_other_keys():
+    query, key, value = make_rng().standard_normal((3, 2, 6, 8))
+    sinks = np.array([1.0, 2.0])
+    tokens = ["a", "b", "c", "d", "e", "f"]
+    indices, weights = fastattn.top_keys(query, key, 6, causal=True, sinks=sinks)
+    for k in (6, 3):  # of three, the first rows list all keys that they see
+        some = fastattn.top_keys(query, key, k, causal=True, sinks=sinks)
+        with pytest.raises(ValueError, match=r"weights\[0, 0\] sums to .* give a sink's share as one more key"):
+            AttentionView.from_top_keys(*some, tokens)
+    _, lse = fastattn.attention(query, key, value, causal=True, sinks=sinks, return_lse=True)
+    share = np.exp(sinks[:, None] - lse)
+    indices = np.concatenate([indices, np.full((2, 6, 1), 6)], axis=-1)
+    weights = np.concatenate([weights, share[..., None]], axis=-1)
+    view = AttentionView.from_top_keys(indices, weights, tokens, key_tokens=[*tokens, "sink"])
+    table = view.table("a", head=1)
+    assert f"sink  {share[1, 0]:.3f}" in table
+    assert "other keys" not in table
 
 
 def test_long_sequences_are_not_made_dense(tmp_path):
@@ -411,6 +439,24 @@ def test_failure_leaves_nothing_half_written(old, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         view_of().save(target)
     assert [path.read_text() for path in tmp_path.iterdir()] == [old] * bool(old)
+
+
+def test_a_title_that_is_no_text(tmp_path):
+    with pytest.raises(TypeError, match="title must be a str, not 5"):
+        view_of().save(tmp_path / "page.html", title=5)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    target = tmp_path / "nowhere" / "page.html"
+    with pytest.raises(FileNotFoundError) as caught:
+        view_of().save(target)
+    assert str(caught.value) == f"[Errno 2] No such file or directory: {str(target)!r}"
+    target.mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as caught:
+        view_of().save(target)
+    assert str(caught.value) == f"[Errno 21] Is a directory: {str(target)!r}"
+    assert not list(target.iterdir())
+    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
 
 
 def test_page_files_are_installed():
