@@ -44,7 +44,7 @@ sanitize:
 	$(fresh) '.[test]'
 	$(MAKE) check RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
 	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
-	           tests/test_strides.py tests/test_errors.py tests/test_plan.py'
+	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
 	mkdir -p build
 	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c -pthread \
 	    -lm -o build/pool_test

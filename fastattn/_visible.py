@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
+# Of a mask: a chunk's temporaries stay within some megabytes.
+SCORES_AT_ONCE = 1 << 20
+
 
 def sum_of_clipped(start: int, count: int, highest: int) -> int:
     """Return the sum of clip(start + i, 0, highest) for i < count."""
@@ -34,10 +37,20 @@ def count_in_mask(
     end = np.full_like(position, length) if right is None else np.clip(position + right + 1, 0, length)
     if mask.shape[1] == 1:  # one answer for all keys
         return int(np.sum(np.where(mask[:, 0], end - begin, 0)))
-    seen_before = np.zeros((mask.shape[0], mask.shape[1] + 1), np.int64)
-    np.cumsum(mask, axis=1, out=seen_before[:, 1:])
-    rows = np.arange(seqlen_q) if mask.shape[0] > 1 else np.zeros(seqlen_q, np.int64)
-    return int(np.sum(seen_before[rows, end] - seen_before[rows, begin]))
+    if mask.shape[0] == 1:
+        seen_before = np.append(0, np.cumsum(mask[0]))
+        return int(np.sum(seen_before[end] - seen_before[begin]))
+    step = max(1, SCORES_AT_ONCE // mask.shape[1])
+    return sum(
+        count_in_rows(mask[rows : rows + step], begin[rows : rows + step], end[rows : rows + step])
+        for rows in range(0, seqlen_q, step)
+    )
+
+
+def count_in_rows(mask: NDArray[np.bool_], begin: Integers, end: Integers) -> int:
+    """Return how many keys from begin to end, row by row, a (rows, keys) mask leaves."""
+    keys = np.arange(mask.shape[1])
+    return int(np.count_nonzero(mask & (keys >= begin[:, None]) & (keys < end[:, None])))
 
 
 def count_visible(
