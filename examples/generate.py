@@ -110,7 +110,7 @@ class QuantisedEncoder(Encoder):
 
     def attend(self, layer: fastattn.MultiHeadAttention, x: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
         cache = int8_cache(layer)
-        return layer(x, cache=cache, sequences=cache.add())
+        return layer(x, cache=cache, sequences=cache.add(), causal=False)
 
 
 def measure_int8() -> None:
