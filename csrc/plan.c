@@ -6,8 +6,7 @@
 #define MAX_SCRATCH_BYTES (1 << 20)
 
 /* Tiles of an item share every key block: fewer reads of K and V beyond L2, and staging, where it is
- * needed, is paid once for all. Eight are enough for that: of half types it takes 3 % less time than of four.
- */
+ * needed, is paid once for all: of half types, eight take 3 % less time than four. */
 #define MAX_TILES_PER_ITEM 8
 
 /* Enough items that the last ones, which some threads wait for, are a small share. */

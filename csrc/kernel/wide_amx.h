@@ -18,6 +18,7 @@ FA_INLINE void finish_stores(void)
     atomic_signal_fence(memory_order_seq_cst);
 }
 
+/* Before every key block: between two, a signal handler may have made a call that released the unit. */
 FA_INLINE void begin_products(void)
 {
     struct {
