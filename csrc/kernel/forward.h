@@ -271,6 +271,8 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
             lookahead ahead = {0};
             if (last_block)
                 ahead.out_rows = t->rows;
+            if (narrow)
+                ahead.values = block_run(&value, &p->value, p->head_dim_v, &range);
             if (!asked_for_keys)
                 look_ahead_to_keys(s, end, &ahead);
             if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)

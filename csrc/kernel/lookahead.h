@@ -14,6 +14,21 @@ FA_INLINE int num_keys(const key_range *range)
     return (int)(range->last - range->first);
 }
 
+/* `count` rows, `row` bytes apart. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row;
+    int count;
+} row_run;
+
+/* Rows of a block, or none if what is read is a copy of them. */
+FA_INLINE row_run block_run(const operand_block *block, const fa_array *array, int64_t columns,
+                            const key_range *range)
+{
+    return (row_run){block->data + (range->key_lo - block->first) * block->row, block->row,
+                     lies_in_vectors(array, columns) ? (int)(range->key_hi - range->key_lo) : 0};
+}
+
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
  * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
  * over the rows of the first product, values and results over those of the second: memory serves few
@@ -21,6 +36,7 @@ FA_INLINE int num_keys(const key_range *range)
 typedef struct {
     const char *key, *value;
     int key_rows;
+    row_run values;    /* of this block, which a narrow tile reads after its keys */
     const char *query; /* of the kv head's first query head */
     int64_t query_begin;
     int query_rows;

@@ -6,31 +6,46 @@
 
 #include "lookahead.h"
 
-/* Rows that are needed soon: `count` of them, `row` bytes apart. Requests are spread as finely as the
- * arithmetic allows: the memory serves few at a time, and what waits for a place stops the arithmetic. */
-typedef struct {
-    const char *data;
-    ptrdiff_t row, span;
-    int count;
-} request;
+/* A tile reads in turn the keys of a block, their values, the keys of the next block, and so on. While it
+ * reads a row, it asks line by line for the one that comes this far behind: into L1, because a line that is
+ * first asked for in L2 waits a second time for one of the few places where L1 keeps what it has missed. */
+#define AHEAD_BYTES 16384
 
-/* The share of step i of `steps`: some rows, or of all rows a line. */
-FA_INLINE void ask_for_share(const request *next, int i, int steps)
+/* The rows of three such turns, and how many rows lie between one that is read and the one asked for. */
+typedef struct {
+    row_run runs[3];
+    int distance;
+} reading_order;
+
+/* While the n-th row of the first run is read, at `row`: that one itself, if no other is to come. */
+FA_INLINE const char *row_to_ask_for(const reading_order *order, int n, const char *row)
 {
-    if (next->count > steps) {
-        const int each = (next->count + steps - 1) / steps;
-        for (int j = i * each; j < (i + 1) * each && j < next->count; j++)
-            prefetch(next->data + j * next->row, next->span);
-    } else if (i * 64 < next->span) {
-        for (int j = 0; j < next->count; j++)
-            __builtin_prefetch(next->data + j * next->row + i * 64, 0, 2);
+    n += order->distance;
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+        if (n < order->runs[i].count)
+            return order->runs[i].data + n * order->runs[i].row;
+        n -= order->runs[i].count;
     }
+    return row;
 }
 
-/* Lane j * rows + r: Σ_d key[j][d] query[r][d]. Registers: LANES sums, a key, and at 512 bits `rows` queries.
- */
+FA_INLINE row_run next_run(const char *data, const fa_array *array, int64_t columns, const lookahead *ahead)
+{
+    return (row_run){data, array->row, prefetch_span(array->col, columns) > 0 ? ahead->key_rows : 0};
+}
+
+FA_INLINE int rows_ahead(const reading_order *order)
+{
+    const int64_t most = order->runs[0].count + order->runs[1].count;
+    const ptrdiff_t row = order->runs[0].row;
+    return row > 0 ? (int)min_i64(AHEAD_BYTES / row, most) : (int)most;
+}
+
+/* Lane j * rows + r: Σ_d key[j][d] query[r][d], of keys n + j. Key by key, which the CPU's own look-ahead
+ * understands. Registers: LANES sums and a key. */
 FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *query, int vectors, int rows,
-                       const request *next)
+                       const reading_order *order, int n)
 {
     vec sums[LANES];
     const int at_once = keys_at_once(dtype);
@@ -38,10 +53,13 @@ FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *quer
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
         sums[i] = vec_splat(0);
-    for (int d = 0; d < vectors; d += at_once) {
-        ask_for_share(next, d / at_once, vectors / at_once);
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES / rows; j++) {
+    for (int j = 0; j < LANES / rows; j++) {
+        const char *soon = row_to_ask_for(order, n + j, key[j]);
+#pragma GCC unroll 4
+        for (int d = 0; d < vectors; d += at_once) {
+            if (d * step % 64 == 0)
+                __builtin_prefetch(soon + d * step, 0, 3);
 #pragma GCC unroll 2
             for (int i = 0; i < at_once; i++) {
                 panel k = load_key_vector(key[j] + d * step, dtype, i);
@@ -54,8 +72,13 @@ FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *quer
     return vec_sums(sums);
 }
 
-/* Vectors of a row of values that are summed in registers at once, for all rows: LANES sums at most. */
-#define VALUE_VECTORS(rows) (LANES / (rows) < 4 ? LANES / (rows) : 4)
+/* Vectors of a row of values that are summed at once, for all rows: in half the registers at most. */
+#define VALUE_SUMS (FA_VECTOR_BYTES / 4)
+#define VALUE_VECTORS(rows) (VALUE_SUMS / (rows) < 8 ? VALUE_SUMS / (rows) : 8)
+
+/* Values whose rows are summed before others are read: so few that a second pass over them, for more of their
+ * columns, finds them in L1, and that what is asked for ahead is not asked for too late. */
+#define VALUES_ABREAST 32
 
 /* out[r][i] (+)= Σ_n p[n][r] value[n][i] over the vectors i of a row. */
 typedef struct {
@@ -66,7 +89,7 @@ typedef struct {
     int vectors;
     bool fresh; /* out is not there yet */
     vec *out;
-    request next; /* a row with each key; its span here is that of a vector */
+    reading_order order;
 } value_product;
 
 /* `width` vectors from `first` on. visible_only: where p is -0 the key is hidden from the row, and its value,
@@ -74,26 +97,30 @@ typedef struct {
 FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
                           bool visible_only)
 {
-    vec sums[8][4];
+    vec sums[8][8];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             sums[r][i] = vec_splat(0);
-    const char *value = a->value + first * LANES * element_size(dtype);
+    const int size = element_size(dtype);
+    const ptrdiff_t offset = first * LANES * size;
+    const char *value = a->value + offset;
     const real *p = a->p;
     for (int n = 0; n < a->num_keys; n++, value += a->row, p += rows) {
-        vec v[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < width; i++)
+        vec v[8];
+        const char *soon = row_to_ask_for(&a->order, n, value - offset) + offset;
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) {
+            if (i * LANES * size % 64 == 0)
+                __builtin_prefetch(soon + i * LANES * size, 0, 3);
             v[i] = load_nth(value, dtype, i);
-        if (n < a->next.count)
-            prefetch(a->next.data + n * a->next.row + first * a->next.span, width * a->next.span);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             if (visible_only && p[r] == 0 && signbit(p[r]))
                 continue;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < width; i++)
                 sums[r][i] += p[r] * v[i];
         }
@@ -101,7 +128,7 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
     vec *out = a->out + first;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++, out += a->vectors)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             out[i] = a->fresh ? sums[r][i] : out[i] + sums[r][i];
 }
@@ -111,6 +138,8 @@ FA_INLINE void add_rows_of_values(const value_product *a, fa_dtype dtype, int ro
     int i = 0;
     for (; i + VALUE_VECTORS(rows) <= a->vectors; i += VALUE_VECTORS(rows))
         add_values(a, i, dtype, rows, VALUE_VECTORS(rows), visible_only);
+    for (; VALUE_VECTORS(rows) > 4 && i + 4 <= a->vectors; i += 4)
+        add_values(a, i, dtype, rows, 4, visible_only);
     for (; i + 2 <= a->vectors; i += 2)
         add_values(a, i, dtype, rows, 2, visible_only);
     if (i < a->vectors)
@@ -163,7 +192,11 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
                          const lookahead *ahead, fa_dtype dtype, int rows, real scale, vec *scores)
 {
     const int keys = LANES / rows;
-    request next = {ahead->key, p->key.row, prefetch_span(p->key.col, p->head_dim), 0};
+    reading_order order = {
+        .runs = {block_run(key, &p->key, p->head_dim, range), ahead->values,
+                 next_run(ahead->key, &p->key, p->head_dim, ahead)},
+    };
+    order.distance = rows_ahead(&order);
     prefetch_queries(p, ahead, 0, ahead->query_rows);
     for (int n = 0; range->first + n < range->last; n += keys) {
         const char *k[LANES];
@@ -171,10 +204,7 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
             int64_t index = min_i64(max_i64(range->first + n + j, range->key_lo), range->key_hi - 1);
             k[j] = key->data + (index - key->first) * key->row;
         }
-        next.count = (int)max_i64(min_i64(ahead->key_rows - n, keys), 0);
-        if (next.count > 0)
-            next.data = ahead->key + n * next.row;
-        scores[n / keys] = dot_keys(k, dtype, t->query, key_vectors(p->head_dim), rows, &next) * scale;
+        scores[n / keys] = dot_keys(k, dtype, t->query, key_vectors(p->head_dim), rows, &order, n) * scale;
     }
 }
 
@@ -217,18 +247,25 @@ static void multiply_narrow_value(const fa_problem *p, const tile *t, const key_
 {
     if (value->scale)
         multiply_by_scales(t, range, value, probabilities);
-    const bool is_dense = prefetch_span(p->value.col, p->head_dim_v) > 0;
     value_product product = {
-        .value = value->data + (range->key_lo - value->first) * value->row,
         .row = value->row,
-        .p = (const real *)probabilities + (range->key_lo - range->first) * t->narrow,
-        .num_keys = (int)(range->key_hi - range->key_lo),
         .vectors = vectors_of(p->head_dim_v),
         .fresh = t->fresh,
         .out = t->out,
-        .next = {ahead->value, p->value.row, is_dense ? LANES * p->value.col : 0, ahead->key_rows},
+        .order = {.runs = {block_run(value, &p->value, p->head_dim_v, range),
+                           next_run(ahead->key, &p->key, p->head_dim, ahead),
+                           next_run(ahead->value, &p->value, p->head_dim_v, ahead)}},
     };
-    add_values_any(&product, value->dtype, t->narrow, visible_only);
+    product.order.distance = rows_ahead(&product.order);
+    for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {
+        end = min_i64((n / VALUES_ABREAST + 1) * VALUES_ABREAST, range->key_hi);
+        product.value = value->data + (n - value->first) * value->row;
+        product.p = (const real *)probabilities + (n - range->first) * t->narrow;
+        product.num_keys = (int)(end - n);
+        add_values_any(&product, value->dtype, t->narrow, visible_only);
+        product.order.distance += product.num_keys;
+        product.fresh = false;
+    }
 }
 
 #endif
