@@ -42,30 +42,45 @@ FA_INLINE int rows_ahead(const reading_order *order)
     return row > 0 ? (int)min_i64(AHEAD_BYTES / row, most) : (int)most;
 }
 
-/* Lane j * rows + r: Σ_d key[j][d] query[r][d], of keys n + j. Key by key, which the CPU's own look-ahead
- * understands. Registers: LANES sums and a key. */
+/* Keys that are read side by side, a vector of each at a time. Key by key is what the CPU's own look-ahead
+ * understands; where bytes are widened, arithmetic is dearer than reading, and a vector of queries that is
+ * there serves all keys. */
+FA_INLINE int keys_abreast(fa_dtype dtype, int rows)
+{
+    return dtype == FA_INT8 && rows > 1 ? LANES / rows : 1;
+}
+
+/* Lane j * rows + r: Σ_d key[j][d] query[r][d], of keys n + j. Registers: LANES sums and a key. */
 FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *query, int vectors, int rows,
                        const reading_order *order, int n)
 {
     vec sums[LANES];
     const int at_once = keys_at_once(dtype);
     const int step = key_vector_bytes(dtype);
+    const int abreast = keys_abreast(dtype, rows);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
         sums[i] = vec_splat(0);
 #pragma GCC unroll 16
-    for (int j = 0; j < LANES / rows; j++) {
-        const char *soon = row_to_ask_for(order, n + j, key[j]);
+    for (int j = 0; j < LANES / rows; j += abreast) {
+        const char *soon[LANES];
+#pragma GCC unroll 16
+        for (int g = 0; g < abreast; g++)
+            soon[g] = row_to_ask_for(order, n + j + g, key[j + g]);
 #pragma GCC unroll 4
         for (int d = 0; d < vectors; d += at_once) {
-            if (d * step % 64 == 0)
-                __builtin_prefetch(soon + d * step, 0, 3);
+#pragma GCC unroll 16
+            for (int g = 0; g < abreast; g++) {
+                if (d * step % 64 == 0)
+                    __builtin_prefetch(soon[g] + d * step, 0, 3);
 #pragma GCC unroll 2
-            for (int i = 0; i < at_once; i++) {
-                panel k = load_key_vector(key[j] + d * step, dtype, i);
+                for (int i = 0; i < at_once; i++) {
+                    panel k = load_key_vector(key[j + g] + d * step, dtype, i);
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; r++)
-                    sums[j * rows + r] = multiply_lanes(k, query[r * vectors + d + i], sums[j * rows + r]);
+                    for (int r = 0; r < rows; r++)
+                        sums[(j + g) * rows + r] =
+                            multiply_lanes(k, query[r * vectors + d + i], sums[(j + g) * rows + r]);
+                }
             }
         }
     }
@@ -173,18 +188,34 @@ static void add_values_any(const value_product *a, fa_dtype dtype, int rows, boo
         add_values_of(a, dtype, 1, visible_only);
 }
 
+/* The scales of the range's keys; of those that may not be read, the nearest one's. */
+static void load_scales(const key_range *range, const operand_block *block, real *scales)
+{
+    const int lead = (int)(range->key_lo - range->first), end = (int)(range->key_hi - range->first);
+    const char *src = block->scale + (range->key_lo - block->first) * block->scale_step;
+    if (block->scale_step == sizeof(real) && FA_REAL_DTYPE == FA_FLOAT32) {
+        memcpy(scales + lead, src, (size_t)(end - lead) * sizeof(real));
+    } else {
+        for (int n = lead; n < end; n++, src += block->scale_step)
+            scales[n] = load_element(src, FA_FLOAT32);
+    }
+    for (int n = 0; n < lead; n++)
+        scales[n] = scales[lead];
+    for (int n = end; n < num_keys(range); n++)
+        scales[n] = scales[end - 1];
+}
+
 /* Multiplies the panel's rows by the scales of their keys, or of their values. */
 static void multiply_by_scales(const tile *t, const key_range *range, const operand_block *block, vec *panel)
 {
-    real lanes[(KEY_BLOCK + LANES) * NARROW_ROWS + LANES];
-    const int keys = (int)(range->last - range->first);
-    for (int n = 0; n < keys; n++) { /* later keys overwrite what is too much */
-        int64_t key = min_i64(max_i64(range->first + n, range->key_lo), range->key_hi - 1);
-        const char *scale = block->scale + (key - block->first) * block->scale_step;
-        vec_store(lanes + n * t->narrow, vec_splat(load_element(scale, FA_FLOAT32)));
+    real scales[KEY_BLOCK + LANES] = {0};
+    load_scales(range, block, scales);
+    for (int v = 0; v < num_keys(range) >> t->key_shift; v++) {
+        vec x = vec_load(scales + (v << t->key_shift));
+        for (int r = 1; r < t->narrow; r *= 2) /* each key's, side by side for its rows */
+            x = __builtin_shufflevector(x, x, INTERLEAVE_LOW);
+        panel[v] *= x;
     }
-    for (int v = 0; v < keys >> t->key_shift; v++)
-        panel[v] *= vec_load(lanes + v * LANES);
 }
 
 /* Scores of all keys of the range, as multiply_query_key. */
