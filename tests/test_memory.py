@@ -7,10 +7,15 @@ from oracle import DTYPE_IDS, DTYPES, F32, assert_close, check, exact, make_rng,
 
 import fastattn
 
-GUARDED = """
+GUARDED = '''
 import numpy as np, fastattn
 from guarded import guarded
 from oracle import DTYPES, F32, make_rng, normal, qkv
+
+def spaced(x, step, end):
+    """x with gaps between the elements of a row, but none behind its last one."""
+    wide = np.repeat(x[..., ::-1] if step < 0 else x, abs(step), axis=-1)[..., : (x.shape[-1] - 1) * abs(step) + 1]
+    return guarded(wide, end)[..., ::step]
 
 query_dtype, kv_dtype = DTYPES[{dtypes}]
 rng = make_rng()
@@ -31,7 +36,9 @@ for end in (True, False):
             fastattn.attention(*arrays, mask=mask, return_lse=True, return_weights=True)
             turned = [guarded(np.ascontiguousarray(x.swapaxes(-1, -2)), end).swapaxes(-1, -2) for x in arrays]
             fastattn.attention(*turned, causal=True)
-"""
+            for step in (2, -1, -2, 3):
+                fastattn.attention(*[spaced(x, step, end) for x in arrays], causal=True)
+'''
 
 # 64 float32 are 256 bytes, so 16 rows fill a page of 4096; other dtypes and pages take their share.
 NEVER_READ = """

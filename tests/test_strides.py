@@ -46,6 +46,19 @@ def test_layouts(dtypes, layout):
     check(lay(query)[:, :, 5:6], lay(key), lay(value))
 
 
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("layout", ["dim-before-seq", "reversed", "last-axis-strided", "last-axis-reversed", "thirds"])
+def test_layouts_of_whole_vectors_and_tails(dtypes, layout):
+    """Vectors that are shuffled or transposed on their way, whole ones and tails, from even keys and odd ones."""
+    lay = LAYOUTS.get(layout, lambda x: np.repeat(x, 3, axis=-1)[..., ::3])
+    for head_dim, head_dim_v in [(64, 80), (33, 32), (80, 17), (96, 49)]:
+        arrays = [lay(x) for x in qkv(make_rng(), (1, 2, 2, 70, 135, head_dim), dtypes, head_dim_v)]
+        check(*arrays)
+        check(*arrays, window=(40, 3), query_offset=45)
+        check(arrays[0][:, :, :3], *arrays[1:], window=(70, 1))
+
+
 @each_dtype
 def test_packed_qkv(dtypes):
     if dtypes[0] != dtypes[1]:

@@ -219,12 +219,33 @@ FA_INLINE void gather_bytes(const char *src, ptrdiff_t step, int count, int size
     }
 }
 
+/* Elements that lie so close are loaded as vectors, and shuffled. */
+FA_INLINE bool is_close(ptrdiff_t step, int size)
+{
+    return step == size || step == -size || step == 2 * size || step == -2 * size;
+}
+
+/* LANES elements that are close to each other; nothing before the first or behind the last is read. */
+FA_INLINE vec load_close(const char *src, ptrdiff_t step, fa_dtype dtype)
+{
+    const int size = element_size(dtype);
+    const char *lowest = step < 0 ? src + (LANES - 1) * step : src;
+    vec x = load_contiguous(lowest, dtype);
+    if (step == 2 * size || step == -2 * size) {
+        vec y = load_contiguous(lowest + (LANES - 1) * size, dtype);
+        x = __builtin_shufflevector(x, y, STEP_TWO_LANES);
+    }
+    return step < 0 ? __builtin_shufflevector(x, x, REVERSED_LANES) : x;
+}
+
 /* `count` <= LANES elements `step` bytes apart; the lanes beyond are 0, and nothing there is read. */
 FA_INLINE vec load_elements(const char *src, ptrdiff_t step, int count, fa_dtype dtype)
 {
     const int size = element_size(dtype);
     if (step == size && count == LANES)
         return load_contiguous(src, dtype);
+    if (count == LANES && is_close(step, size))
+        return load_close(src, step, dtype);
     char elements[8 * LANES] = {0};
     gather_bytes(src, step, count, size, elements);
     return load_contiguous(elements, dtype);
@@ -280,6 +301,15 @@ FA_INLINE void store_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype 
         store_contiguous(rows[j] + offset, dtype, x[j]);
 }
 
+/* Whether LANES rows lie side by side, an element apart. */
+FA_INLINE bool are_adjacent(char *const *rows, int size)
+{
+    bool adjacent = true;
+    for (int j = 1; j < LANES; j++)
+        adjacent &= rows[j] - rows[0] == j * size;
+    return adjacent;
+}
+
 /* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole squares
  * of the usual dtypes stay in registers. */
 FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count, fa_dtype dtype,
@@ -290,6 +320,9 @@ FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, 
         load_whole_square(rows, offset, FA_REAL_DTYPE, x);
     } else if (whole && dtype == FA_FLOAT16) {
         load_whole_square(rows, offset, FA_FLOAT16, x);
+    } else if (are_adjacent(rows, element_size(dtype))) {
+        for (int i = 0; i < count; i++)
+            x[i] = load_contiguous(rows[0] + offset + i * step, dtype);
     } else {
         for (int j = 0; j < LANES; j++)
             x[j] = load_elements(rows[j] + offset, step, count, dtype);
@@ -308,6 +341,9 @@ FA_INLINE void store_square(char *const *rows, int num_rows, ptrdiff_t offset, p
         store_whole_square(rows, offset, FA_FLOAT16, x);
     } else if (whole && dtype == FA_BFLOAT16) {
         store_whole_square(rows, offset, FA_BFLOAT16, x);
+    } else if (num_rows == LANES && are_adjacent(rows, element_size(dtype))) {
+        for (int i = 0; i < count; i++)
+            store_contiguous(rows[0] + offset + i * step, dtype, x[i]);
     } else {
         vec y[LANES]; /* apart from x, which can then stay in registers above */
         memcpy(y, x, sizeof y);
@@ -337,10 +373,41 @@ FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
     return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
 }
 
+/* Whether rows lie side by side, an element apart, and what follows in a row lies far from it. */
+FA_INLINE bool lies_across(const fa_array *array)
+{
+    const int size = element_size(array->dtype);
+    return array->row == size && !is_close(array->col, size);
+}
+
+/* stage_rows by squares, which are transposed. */
+FA_INLINE void stage_rows_across(const source_rows *src, int num_keys, int head_dim, char *stage)
+{
+    const fa_array *array = src->array;
+    for (int n = 0; n < num_keys; n += LANES) {
+        const int keys = num_keys - n < LANES ? num_keys - n : LANES;
+        for (int d = 0; d < head_dim; d += LANES) {
+            vec x[LANES];
+            for (int j = 0; j < LANES; j++) {
+                const char *column = src->data + n * array->row + (d + j) * array->col;
+                x[j] =
+                    d + j < head_dim ? load_elements(column, array->row, keys, array->dtype) : vec_splat(0);
+            }
+            vec_transpose(x);
+            for (int i = 0; i < keys; i++)
+                vec_store(stage + (n + i) * staged_row_bytes(head_dim) + d * (int)sizeof(real), x[i]);
+        }
+    }
+}
+
 /* Widens `num_keys` rows into [n][d], and multiplies them by their scales. */
 FA_INLINE void stage_rows(const source_rows *src, int num_keys, int head_dim, char *stage)
 {
     const fa_array *array = src->array;
+    if (lies_across(array) && !src->scale) {
+        stage_rows_across(src, num_keys, head_dim, stage);
+        return;
+    }
     for (int n = 0; n < num_keys; n++) {
         const char *row = src->data + n * array->row;
         char *dst = stage + n * staged_row_bytes(head_dim);

@@ -51,7 +51,7 @@ FA_INLINE uvec load_key_pair(const source_rows *src, int first, int num_keys, in
         low = load_halves(row, value->col, head_dim_v - e);
     if (first + 1 >= 0 && first + 1 < num_keys)
         high = load_halves(row + value->row, value->col, head_dim_v - e);
-    return low | high << 16;
+    return make_pairs(low, high);
 }
 
 /* Transposes groups of REDUCTION keys, of which the first lacks its first `lead` ones. */

@@ -48,15 +48,47 @@ FA_INLINE void interleave_keys(const char *first, const char *second, char *dst)
                                          24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
 }
 
+/* stage_value without a lead, by squares, which are transposed. */
+FA_INLINE void stage_value_across(const source_rows *src, int num_keys, int head_dim_v, char *stage)
+{
+    const fa_array *value = src->array;
+    for (int n = 0; n < num_keys; n += 2 * LANES) {
+        for (int e = 0; e < head_dim_v; e += LANES) {
+            vec x[LANES];
+            for (int j = 0; j < LANES; j++)
+                x[j] = (vec)load_pairs(src->data + n * value->row + (e + j) * value->col, value->row,
+                                       e + j < head_dim_v ? num_keys - n : 0);
+            vec_transpose(x);
+            for (int i = 0; i < LANES && n + 2 * i < num_keys; i++)
+                vec_store(stage + (n / 2 + i) * staged_row_bytes(head_dim_v) + 4 * e, x[i]);
+        }
+    }
+}
+
+/* Two halves that are `step` bytes apart, in a pair. */
+FA_INLINE void store_pair(const char *src, ptrdiff_t step, char *dst)
+{
+    memcpy(dst, src, 2);
+    memcpy(dst + 2, src + step, 2);
+}
+
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
 FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *stage)
 {
     const fa_array *value = src->array;
+    if (lies_across(value) && lead == 0) {
+        stage_value_across(src, num_keys, head_dim_v, stage);
+        return;
+    }
     for (int n = -lead; n < num_keys; n += 2) {
         const char *row = src->data + n * value->row;
         char *dst = stage + (n + lead) / 2 * staged_row_bytes(head_dim_v);
+        const bool both = n >= 0 && n + 1 < num_keys;
         int e = 0;
-        if (value->col == 2 && n >= 0 && n + 1 < num_keys)
+        if (both && !is_close(value->col, 2))
+            for (; e < head_dim_v; e++)
+                store_pair(row + e * value->col, value->row, dst + 4 * e);
+        if (both && value->col == 2)
             for (; e + 2 * LANES <= head_dim_v; e += 2 * LANES)
                 interleave_keys(row + 2 * e, row + value->row + 2 * e, dst + 4 * e);
         for (; e < head_dim_v; e += LANES) {
@@ -65,7 +97,7 @@ FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int h
                 low = load_halves(row + e * value->col, value->col, head_dim_v - e);
             if (n + 1 < num_keys)
                 high = load_halves(row + value->row + e * value->col, value->col, head_dim_v - e);
-            vec_store(dst + e * 4, (vec)(low | high << 16));
+            vec_store(dst + e * 4, (vec)make_pairs(low, high));
         }
     }
 }

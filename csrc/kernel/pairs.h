@@ -30,13 +30,23 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
     return dot_pairs((a - (uvec){0}) & (uvec)visible, b, c);
 }
 
-FA_INLINE uint32_t load_pair(const char *src, ptrdiff_t col, int count)
+/* `count` halves, as lanes; LANES of them at most, and 0 beyond, where nothing is read. */
+FA_INLINE uvec load_halves(const char *src, ptrdiff_t col, int count)
 {
-    uint16_t low, high = 0;
-    memcpy(&low, src, sizeof low);
-    if (count > 1)
-        memcpy(&high, src + col, sizeof high);
-    return low | (uint32_t)high << 16;
+    if (col == 2 && count >= LANES)
+        return uvec_load_halves(src);
+    if (count >= LANES && is_close(col, 2))
+        return (uvec)load_close(src, col, FA_BFLOAT16) >> 16;
+    uint16_t halves[LANES] = {0};
+    if (count > 0)
+        gather_bytes(src, col, count < LANES ? count : LANES, 2, (char *)halves);
+    return uvec_load_halves(halves);
+}
+
+/* Lanes (low, high). */
+FA_INLINE uvec make_pairs(uvec low, uvec high)
+{
+    return low | high << 16;
 }
 
 /* Up to LANES pairs from `count` elements; 0 beyond them, where nothing is read. */
@@ -44,10 +54,8 @@ FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
 {
     if (col == 2 && count >= 2 * LANES)
         return (uvec)vec_load(src);
-    uint32_t pairs[LANES] = {0};
-    for (int i = 0; i < LANES && 2 * i < count; i++)
-        pairs[i] = load_pair(src + 2 * i * col, col, count - 2 * i);
-    return (uvec)vec_load(pairs);
+    uvec x = load_halves(src, col, count), y = load_halves(src + LANES * col, col, count - LANES);
+    return make_pairs(__builtin_shufflevector(x, y, EVEN_LANES), __builtin_shufflevector(x, y, ODD_LANES));
 }
 
 /* Pairs times `sign`: 1, -1, or 0, and then what is not finite becomes NaN. */
@@ -60,6 +68,16 @@ FA_INLINE uvec times_sign(uvec pairs, real sign)
     return pairs ^ flip;
 }
 
+/* x[i]: elements 2i and 2i + 1 of `count` <= LANES rows that lie side by side, in pairs. 0 beyond them, and
+ * beyond the `columns` elements of a row. */
+FA_INLINE void load_pairs_across(const char *src, ptrdiff_t row, ptrdiff_t col, int count, int columns,
+                                 vec x[LANES])
+{
+    for (int i = 0; i < LANES; i++, src += 2 * col)
+        x[i] = (vec)make_pairs(load_halves(src, row, 2 * i < columns ? count : 0),
+                               load_halves(src + col, row, 2 * i + 1 < columns ? count : 0));
+}
+
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). Whole vectors:
  * it ends in zeros. */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
@@ -67,11 +85,16 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
 {
     (void)dtype;
     for (int m = 0; m < vectors; m++) {
+        const bool adjacent = are_adjacent(rows + m * LANES, 2);
         for (int d = 0; d < head_dim; d += 2 * LANES) {
             vec x[LANES];
-            for (int j = 0; j < LANES; j++)
-                x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
-            vec_transpose(x);
+            if (adjacent) {
+                load_pairs_across(rows[m * LANES] + d * col, 2, col, LANES, head_dim - d, x);
+            } else {
+                for (int j = 0; j < LANES; j++)
+                    x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
+                vec_transpose(x);
+            }
             for (int j = 0; j < LANES; j++)
                 query[(d / 2 + j) * vectors + m] = times_sign((uvec)x[j], sign);
         }
@@ -125,14 +148,21 @@ FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors
     return (const panel *)scores;
 }
 
-FA_INLINE uvec load_halves(const char *src, ptrdiff_t col, int count)
+/* stage_pairs by squares, which are transposed. */
+FA_INLINE void stage_pairs_across(const source_rows *src, int num_keys, int head_dim, char *stage)
 {
-    if (col == 2 && count >= LANES)
-        return uvec_load_halves(src);
-    uint32_t x[LANES] = {0};
-    for (int i = 0; i < LANES && i < count; i++)
-        x[i] = load_pair(src + i * col, col, 1);
-    return (uvec)vec_load(x);
+    const fa_array *key = src->array;
+    for (int n = 0; n < num_keys; n += LANES) {
+        const int keys = num_keys - n < LANES ? num_keys - n : LANES;
+        for (int d = 0; d < head_dim; d += 2 * LANES) {
+            vec x[LANES];
+            load_pairs_across(src->data + n * key->row + d * key->col, key->row, key->col, keys, head_dim - d,
+                              x);
+            vec_transpose(x);
+            for (int i = 0; i < keys; i++)
+                vec_store(stage + (n + i) * staged_row_bytes(head_dim) + 2 * d, x[i]);
+        }
+    }
 }
 
 /* Keys as they are, in rows that end in zeros, behind `lead` rows of zeros. */
@@ -141,11 +171,20 @@ FA_INLINE void stage_pairs(const source_rows *src, int lead, int num_keys, int h
     const fa_array *key = src->array;
     memset(stage, 0, (size_t)(lead * staged_row_bytes(head_dim)));
     stage += lead * staged_row_bytes(head_dim);
+    if (lies_across(key)) {
+        stage_pairs_across(src, num_keys, head_dim, stage);
+        return;
+    }
     for (int n = 0; n < num_keys; n++) {
+        const char *row = src->data + n * key->row;
         char *dst = stage + n * staged_row_bytes(head_dim);
+        if (!is_close(key->col, 2)) { /* a vector that is read where its elements were just written waits */
+            vec_store(dst + head_dim / (2 * LANES) * FA_VECTOR_BYTES, vec_splat(0));
+            gather_bytes(row, key->col, head_dim, 2, dst);
+            continue;
+        }
         for (int d = 0; d < head_dim; d += 2 * LANES)
-            vec_store(dst + 2 * d,
-                      (vec)load_pairs(src->data + n * key->row + d * key->col, key->col, head_dim - d));
+            vec_store(dst + 2 * d, (vec)load_pairs(row + d * key->col, key->col, head_dim - d));
     }
 }
 

@@ -91,19 +91,37 @@ FA_INLINE vec vec_copysign(vec y, vec x)
     return (vec)((ivec)y | ((ivec)x & sign));
 }
 
-/* Elements of a and b in turn, from their lower and from their upper halves. */
+/* Lanes of shuffles of two vectors a and b, or of one. INTERLEAVE: a's and b's in turn, from their lower and
+ * from their upper halves. EVEN, ODD: every other one. STEP_TWO: every other one of a and what follows it, if
+ * b begins with a's last lane. */
 #if FA_VECTOR_BYTES / FA_REAL_BYTES == 16
 #define INTERLEAVE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define INTERLEAVE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define STEP_TWO_LANES 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31
+#define REVERSED_LANES 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0
 #elif FA_VECTOR_BYTES / FA_REAL_BYTES == 8
 #define INTERLEAVE_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define INTERLEAVE_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#define STEP_TWO_LANES 0, 2, 4, 6, 9, 11, 13, 15
+#define REVERSED_LANES 7, 6, 5, 4, 3, 2, 1, 0
 #elif FA_VECTOR_BYTES / FA_REAL_BYTES == 4
 #define INTERLEAVE_LOW 0, 4, 1, 5
 #define INTERLEAVE_HIGH 2, 6, 3, 7
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
+#define STEP_TWO_LANES 0, 2, 5, 7
+#define REVERSED_LANES 3, 2, 1, 0
 #else
 #define INTERLEAVE_LOW 0, 2
 #define INTERLEAVE_HIGH 1, 3
+#define EVEN_LANES 0, 2
+#define ODD_LANES 1, 3
+#define STEP_TWO_LANES 0, 3
+#define REVERSED_LANES 1, 0
 #endif
 
 #ifndef vec_sums
