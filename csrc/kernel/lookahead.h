@@ -105,4 +105,19 @@ FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
 
+/* Rows [begin, begin + count) of the tile's, of the mask and the bias of the block behind this one. */
+FA_INLINE void prefetch_modifiers(const fa_problem *p, const tile *t, const key_range *range, int begin,
+                                  int count)
+{
+    const int64_t keys = min_i64(t->key_hi - range->key_hi, KEY_BLOCK);
+    if (keys <= 0)
+        return;
+    for (int j = begin; j < begin + count && j < t->rows; j++) {
+        if (p->bias.data)
+            prefetch(t->bias[j] + range->key_hi * p->bias.col, prefetch_span(p->bias.col, keys));
+        if (p->mask.data)
+            prefetch(t->mask[j] + range->key_hi * p->mask.col, prefetch_span(p->mask.col, keys));
+    }
+}
+
 #endif

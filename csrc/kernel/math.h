@@ -51,19 +51,22 @@ FA_INLINE vec vec_exp2(vec t)
     return vec_exp2_of(split_exponent(t));
 }
 
-/* tanh|x| = u / (u + 2) with u = e^{2|x|} - 1, which keeps its relative accuracy near 0 because
- * 2^n (2^r - 1) + (2^n - 1) does. Beyond the clamp the result is 1 to the last bit. */
-FA_INLINE vec vec_tanh(vec x)
+/* v = 1 - e^(-2|x · factor|), which keeps its relative accuracy near 0 because it is (1 - 2^n) - 2^n (2^r -
+ * 1). Beyond the clamp it is 1 to the last bit. */
+FA_INLINE vec vec_one_minus_exp(vec x, real factor)
 {
     const real two_log2e = (real)2.885390081777926814720;
-    const real largest = FA_REAL_BYTES == 4 ? 30 : 60;
-    vec t = vec_abs(x) * two_log2e;
-    t = vec_select(vec_greater(t, vec_splat(largest)), vec_splat(largest), t); /* NaN stays */
-    vec n = vec_round(t);
-    vec r = t - n;
-    vec power = vec_scale_exponent(vec_splat(1), n);
-    vec u = vec_exp2m1_over_r(r) * r * power + (power - 1);
-    return vec_copysign(u / (u + 2), x);
+    const real lowest = FA_REAL_BYTES == 4 ? -30 : -60;
+    exponent t =
+        split_exponent(vec_max(vec_splat(lowest), vec_abs(x) * (-two_log2e * factor))); /* NaN stays */
+    vec power = vec_scale_exponent(vec_splat(1), t.n);
+    return (1 - power) - vec_exp2m1_over_r(t.r) * (t.r * power);
+}
+
+/* tanh(x · factor) of x and that v. */
+FA_INLINE vec vec_tanh_of(vec v, vec x)
+{
+    return vec_copysign(v / (2 - v), x);
 }
 
 #endif

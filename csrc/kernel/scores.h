@@ -25,8 +25,13 @@ FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
     const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300;
     const double clamped = fmin(fmax(p->softcap, lowest), 1 / lowest);
     const real softcap = (real)clamped, inverse = (real)(1 / clamped);
-    for (int i = 0; i < count; i++)
-        scores[i] = softcap * vec_tanh(scores[i] * inverse);
+    /* Half of a tanh while the other half of the one before is formed, as in `exponentiate`. */
+    vec next = vec_one_minus_exp(scores[0], inverse);
+    for (int i = 0; i < count; i++) {
+        vec now = next, x = scores[i];
+        next = vec_one_minus_exp(scores[i + 1 < count ? i + 1 : i], inverse);
+        scores[i] = softcap * vec_tanh_of(now, x);
+    }
 }
 
 /* Not NaN + -inf: -inf in a bias masks whatever the key holds. */
@@ -52,8 +57,6 @@ static void add_narrow_bias(const fa_problem *p, const tile *t, const key_range 
 /* Bias lies with keys along its rows; a lane is a query, so LANES × LANES squares are transposed. */
 FA_INLINE void add_bias(const fa_problem *p, const tile *t, const key_range *range, int vectors, vec *scores)
 {
-    for (int j = 0; j < t->rows; j++) /* the next block's: rows are too far apart for the CPU to guess */
-        prefetch(t->bias[j] + range->key_hi * p->bias.col, prefetch_span(p->bias.col, KEY_BLOCK));
     for (int64_t n = range->key_lo; n < range->key_hi; n += LANES) {
         int count = (int)min_i64(LANES, range->key_hi - n);
         vec *rows = scores + (n - range->first) * vectors;

@@ -158,6 +158,7 @@ FA_INLINE vec vec_rotate(vec x, int count)
 }
 
 /* Transposes LANES vectors in place: log2(LANES) perfect shuffles of the whole matrix. */
+#ifndef vec_transpose
 FA_INLINE void vec_transpose(vec x[LANES])
 {
 #pragma GCC unroll 4
@@ -173,5 +174,6 @@ FA_INLINE void vec_transpose(vec x[LANES])
             x[i] = y[i];
     }
 }
+#endif
 
 #endif

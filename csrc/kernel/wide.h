@@ -60,10 +60,14 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const int rows = MICRO_ROWS(vectors);
     const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
+    const bool modified = p->mask.data || p->bias.data;
+    const int modifiers = share_of_step(t->rows, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
         prefetch_values_and_out(p, t, ahead, e / rows, values, results);
+        if (modified)
+            prefetch_modifiers(p, t, range, e / rows * modifiers, modifiers);
         if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
             const char *first = base + e * (int)sizeof(operand);
             product(&first, true, value->row, probabilities, length, vectors, visible_only, c);
