@@ -202,7 +202,9 @@ static void choose_threads(const fa_problem *p, double work, fa_partition *part)
 static void choose_tiles_per_item(const fa_problem *p, bool alike, fa_partition *part)
 {
     const fa_kernel *kernel = fa_select_kernel(p);
-    part->tiles_per_item = MAX_TILES_PER_ITEM;
+    const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
+    const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
+    part->tiles_per_item = (int)clamp(most_tiles, 1, MAX_TILES_PER_ITEM);
     while (part->tiles_per_item > 1 && (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
                                         count_items(p, part, alike) < ITEMS_PER_THREAD * part->num_threads))
         part->tiles_per_item--;

@@ -2,7 +2,18 @@
 #ifndef FA_ISA_AVX512BF16_H
 #define FA_ISA_AVX512BF16_H
 
+#include <string.h>
+
 #include "avx512.h"
+
+/* As the products, it takes subnormal numbers as 0. */
+FA_INLINE void vec_store_bfloat16(void *dst, vec x)
+{
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(dst, &halves, sizeof halves);
+}
+
+#define vec_store_bfloat16 vec_store_bfloat16
 
 #include "../kernel/elements.h"
 

@@ -135,6 +135,7 @@ FA_INLINE vec vec_load_int8(const void *src)
 }
 #endif
 
+#ifndef vec_store_bfloat16
 FA_INLINE void vec_store_bfloat16(void *dst, vec x)
 {
     uvec bits = (uvec)x;
@@ -144,6 +145,7 @@ FA_INLINE void vec_store_bfloat16(void *dst, vec x)
     uvec halves = (uvec)vec_select(number, (vec)rounded, (vec)quiet_nan);
     *(half_vec_unaligned *)dst = __builtin_convertvector(halves, half_vec);
 }
+#endif
 
 #ifndef vec_load_float16
 FA_INLINE vec vec_load_float16(const void *src)

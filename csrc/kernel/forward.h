@@ -314,13 +314,13 @@ static void attend_split(item_state *s, int64_t split)
     const int64_t key_hi = min_i64(s->key_hi, (split + 1) * s->item->split_keys);
     const bool with_sinks = split == s->item->first_split;
     attend_keys(s, key_lo, key_hi, with_sinks, false);
-    vec suspect = {0};
+    vec sums = {0};
     for (int j = 0; j < s->num_tiles; j++) {
         const tile *t = &s->w.tiles[j];
         for (int64_t i = 0; !t->fresh && i < out_vectors(t, p->head_dim_v); i++)
-            suspect += t->out[i] - t->out[i];
+            sums += t->out[i];
     }
-    if (!all_zero(suspect))
+    if (!are_finite(sums))
         attend_keys(s, key_lo, key_hi, with_sinks, true);
 }
 

@@ -88,6 +88,14 @@ FA_INLINE source_rows rows_from(const fa_problem *p, const item_arrays *a, const
  * tile's vector repeat all of them. */
 static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
+    if (a->group == 1 && !is_narrow(t)) {
+        for (int j = 0; j < t->vectors * LANES; j++) {
+            t->lane_key[j] = 0;
+            t->row[j] = row_begin + min_i64(j, t->rows - 1);
+            t->head[j] = a->first_head;
+        }
+        return;
+    }
     int64_t row = row_begin / a->group, head = row_begin % a->group;
     for (int j = 0; j < t->vectors * LANES; j++) {
         const bool repeats = is_narrow(t) && j >= t->narrow;
@@ -202,18 +210,19 @@ FA_INLINE vec inverse_or_zero(vec x)
     return vec_select(vec_equal(x, vec_splat(0)), vec_splat(0), 1 / x);
 }
 
-FA_INLINE bool all_zero(vec x)
+/* Whether results have been finite, by their sums: those of finite ones may overflow, which costs a second
+ * try and changes nothing. */
+FA_INLINE bool are_finite(vec sums)
 {
-    real total = 0;
-    for (int j = 0; j < LANES; j++)
-        total += x[j];
-    return total == 0;
+    const vec zero = vec_splat(0);
+    vec wrong = vec_select(vec_equal(sums - sums, zero), zero, vec_splat(1));
+    return !vmask_any(vec_greater(wrong, zero));
 }
 
 /* Normalises and stores; false if some result is not finite. */
 static bool finish_narrow_tile(const fa_problem *p, const tile *t)
 {
-    vec suspect = {0};
+    vec sums = {0};
     const vec inverse_sum = inverse_or_zero(t->row_sum[0]);
     const int vectors = vectors_of(p->head_dim_v);
     for (int r = 0; r < t->rows; r++) {
@@ -223,16 +232,16 @@ static bool finish_narrow_tile(const fa_problem *p, const tile *t)
         for (int i = 0; i < vectors; i++) {
             int count = (int)min_i64(LANES, p->head_dim_v - i * LANES);
             vec x = out[i] * inverse_sum[r];
-            suspect += x - x;
+            sums += x;
             store_elements(t->out_row[r] + i * LANES * p->out.col, p->out.col, count, p->out.dtype, x);
         }
     }
-    return all_zero(suspect);
+    return are_finite(sums);
 }
 
 static bool finish_tile(const fa_problem *p, tile *t)
 {
-    vec suspect = {0}; /* x - x is 0 for every finite x */
+    vec sums = {0};
     fill_if_fresh(p, t);
     if (is_narrow(t))
         return finish_narrow_tile(p, t);
@@ -244,13 +253,13 @@ static bool finish_tile(const fa_problem *p, tile *t)
 #pragma GCC unroll 16
             for (int j = 0; j < LANES; j++) {
                 x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
-                suspect += x[j] - x[j];
+                sums += x[j];
             }
             store_square(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
                          p->out.dtype, x);
         }
     }
-    return all_zero(suspect);
+    return are_finite(sums);
 }
 
 static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)

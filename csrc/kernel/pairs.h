@@ -78,6 +78,28 @@ FA_INLINE void load_pairs_across(const char *src, ptrdiff_t row, ptrdiff_t col, 
                                load_halves(src + col, row, 2 * i + 1 < columns ? count : 0));
 }
 
+FA_INLINE void load_whole_pair_square(char *const *rows, ptrdiff_t offset, vec x[LANES])
+{
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+        x[j] = vec_load(rows[j] + offset);
+    vec_transpose(x);
+}
+
+/* x[i]: elements 2i and 2i + 1 of LANES rows, from element d of `head_dim` on. */
+FA_INLINE void load_pair_square(char *const *rows, ptrdiff_t col, int d, int head_dim, vec x[LANES])
+{
+    if (col == 2 && d + 2 * LANES <= head_dim) {
+        load_whole_pair_square(rows, d * col, x);
+    } else if (are_adjacent(rows, 2)) {
+        load_pairs_across(rows[0] + d * col, 2, col, LANES, head_dim - d, x);
+    } else {
+        for (int j = 0; j < LANES; j++)
+            x[j] = (vec)load_pairs(rows[j] + d * col, col, head_dim - d);
+        vec_transpose(x);
+    }
+}
+
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). Whole vectors:
  * it ends in zeros. */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
@@ -85,16 +107,10 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
 {
     (void)dtype;
     for (int m = 0; m < vectors; m++) {
-        const bool adjacent = are_adjacent(rows + m * LANES, 2);
         for (int d = 0; d < head_dim; d += 2 * LANES) {
             vec x[LANES];
-            if (adjacent) {
-                load_pairs_across(rows[m * LANES] + d * col, 2, col, LANES, head_dim - d, x);
-            } else {
-                for (int j = 0; j < LANES; j++)
-                    x[j] = (vec)load_pairs(rows[m * LANES + j] + d * col, col, head_dim - d);
-                vec_transpose(x);
-            }
+            load_pair_square(rows + m * LANES, col, d, head_dim, x);
+#pragma GCC unroll 16
             for (int j = 0; j < LANES; j++)
                 query[(d / 2 + j) * vectors + m] = times_sign((uvec)x[j], sign);
         }
