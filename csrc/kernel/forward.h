@@ -286,7 +286,7 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
     gather_row_sum(&s->w.tiles[0]);
 }
 
-/* False if some result is not finite. */
+/* False if some result may not be finite. */
 static bool finish_tiles(item_state *s)
 {
     bool finite = true;
@@ -295,12 +295,20 @@ static bool finish_tiles(item_state *s)
     return finite;
 }
 
+static bool are_finite_outs(const item_state *s)
+{
+    bool finite = true;
+    for (int i = 0; i < s->num_tiles; i++)
+        finite &= is_finite_out(s->problem, &s->w.tiles[i]);
+    return finite;
+}
+
 /* 0 · NaN is NaN: a value that is not finite, under a key that some rows see and others do not, has reached
  * all of them. That shows in the results, and only then are hidden values kept apart, in a second try. */
 static void attend_whole(item_state *s)
 {
     attend_keys(s, s->key_lo, s->key_hi, true, false);
-    if (finish_tiles(s))
+    if (finish_tiles(s) || are_finite_outs(s))
         return;
     attend_keys(s, s->key_lo, s->key_hi, true, true);
     finish_tiles(s);
@@ -314,13 +322,7 @@ static void attend_split(item_state *s, int64_t split)
     const int64_t key_hi = min_i64(s->key_hi, (split + 1) * s->item->split_keys);
     const bool with_sinks = split == s->item->first_split;
     attend_keys(s, key_lo, key_hi, with_sinks, false);
-    vec sums = {0};
-    for (int j = 0; j < s->num_tiles; j++) {
-        const tile *t = &s->w.tiles[j];
-        for (int64_t i = 0; !t->fresh && i < out_vectors(t, p->head_dim_v); i++)
-            sums += t->out[i];
-    }
-    if (!are_finite(sums))
+    if (!are_finite_outs(s))
         attend_keys(s, key_lo, key_hi, with_sinks, true);
 }
 

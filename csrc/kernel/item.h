@@ -219,7 +219,16 @@ FA_INLINE bool are_finite(vec sums)
     return !vmask_any(vec_greater(wrong, zero));
 }
 
-/* Normalises and stores; false if some result is not finite. */
+/* Whether every element that a tile has summed is finite. */
+static bool is_finite_out(const fa_problem *p, const tile *t)
+{
+    vec zeros = {0};
+    for (int64_t i = 0; !t->fresh && i < out_vectors(t, p->head_dim_v); i++)
+        zeros += t->out[i] - t->out[i];
+    return are_finite(zeros);
+}
+
+/* Normalises and stores; false if some result may not be finite. */
 static bool finish_narrow_tile(const fa_problem *p, const tile *t)
 {
     vec sums = {0};
