@@ -317,7 +317,6 @@ static void attend_whole(item_state *s)
 /* The tiles' softmaxes over one split of the keys, and tried again as in attend_whole. */
 static void attend_split(item_state *s, int64_t split)
 {
-    const fa_problem *p = s->problem;
     const int64_t key_lo = max_i64(s->key_lo, split * s->item->split_keys);
     const int64_t key_hi = min_i64(s->key_hi, (split + 1) * s->item->split_keys);
     const bool with_sinks = split == s->item->first_split;
