@@ -25,6 +25,7 @@ LAYOUTS = {
     "fortran": np.asfortranarray,
     "reversed": lambda x: np.ascontiguousarray(x[::-1, ::-1, ::-1, ::-1])[::-1, ::-1, ::-1, ::-1],
     "last-axis-strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "last-axis-in-thirds": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
     "last-axis-reversed": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
     "rows-strided": lambda x: np.repeat(x, 3, axis=-2)[..., ::3, :],
     "padded-rows": lambda x: np.pad(x, ((0, 0), (0, 0), (0, 0), (3, 4)))[..., 3:-4],
@@ -48,10 +49,12 @@ def test_layouts(dtypes, layout):
 
 @pytest.mark.isa
 @each_dtype
-@pytest.mark.parametrize("layout", ["dim-before-seq", "reversed", "last-axis-strided", "last-axis-reversed", "thirds"])
+@pytest.mark.parametrize(
+    "layout", ["dim-before-seq", "reversed", "last-axis-strided", "last-axis-reversed", "last-axis-in-thirds"]
+)
 def test_layouts_of_whole_vectors_and_tails(dtypes, layout):
     """Vectors that are shuffled or transposed on their way, whole ones and tails, from even keys and odd ones."""
-    lay = LAYOUTS.get(layout, lambda x: np.repeat(x, 3, axis=-1)[..., ::3])
+    lay = LAYOUTS[layout]
     for head_dim, head_dim_v in [(64, 80), (33, 32), (80, 17), (96, 49)]:
         arrays = [lay(x) for x in qkv(make_rng(), (1, 2, 2, 70, 135, head_dim), dtypes, head_dim_v)]
         check(*arrays)
@@ -115,7 +118,7 @@ def test_out_views(dtypes, layout):
     query, key, value = qkv(make_rng(), SHAPE, dtypes, head_dim_v=13)
     expected = exact(query, key, value)
     steps = {"reversed": (-1, -1, -1, -1), "last-axis-strided": (1, 1, 1, 2), "last-axis-reversed": (1, 1, 1, -1),
-             "rows-strided": (1, 1, 3, 1)}.get(layout, (1, 1, 1, 1))  # fmt: skip
+             "last-axis-in-thirds": (1, 1, 1, 3), "rows-strided": (1, 1, 3, 1)}.get(layout, (1, 1, 1, 1))  # fmt: skip
     order = {"batch-seq-heads-dim": (0, 2, 1, 3), "seq-batch-heads-dim": (2, 0, 1, 3), "dim-before-seq": (0, 1, 3, 2),
              "fortran": (3, 2, 1, 0)}.get(layout, (0, 1, 2, 3))  # fmt: skip
     pad = 5 if layout == "padded-rows" else 0

@@ -88,7 +88,7 @@ FA_INLINE source_rows rows_from(const fa_problem *p, const item_arrays *a, const
  * tile's vector repeat all of them. */
 static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
-    if (a->group == 1 && !is_narrow(t)) {
+    if (a->group == 1 && !is_narrow(t)) { /* without branches: it counts where sequences are short */
         for (int j = 0; j < t->vectors * LANES; j++) {
             t->lane_key[j] = 0;
             t->row[j] = row_begin + min_i64(j, t->rows - 1);
@@ -210,8 +210,9 @@ FA_INLINE vec inverse_or_zero(vec x)
     return vec_select(vec_equal(x, vec_splat(0)), vec_splat(0), 1 / x);
 }
 
-/* Whether results have been finite, by their sums: those of finite ones may overflow, which costs a second
- * try and changes nothing. */
+/* Whether results are finite, by their sums; those of finite ones may overflow, so false is to be looked
+ * into.
+ */
 FA_INLINE bool are_finite(vec sums)
 {
     const vec zero = vec_splat(0);

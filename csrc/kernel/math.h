@@ -51,21 +51,16 @@ FA_INLINE vec vec_exp2(vec t)
     return vec_exp2_of(split_exponent(t));
 }
 
-/* v = 1 - e^(-2|x · factor|), which keeps its relative accuracy near 0 because it is (1 - 2^n) - 2^n (2^r -
- * 1). Beyond the clamp it is 1 to the last bit. */
-FA_INLINE vec vec_one_minus_exp(vec x, real factor)
+/* tanh(x · factor): v / (2 - v) with x's sign, of v = 1 - e^(-2|x · factor|), which keeps its relative
+ * accuracy near 0 because it is (1 - 2^n) - 2^n (2^r - 1). Beyond the clamp it is 1 to the last bit. */
+FA_INLINE vec vec_tanh(vec x, real factor)
 {
     const real two_log2e = (real)2.885390081777926814720;
     const real lowest = FA_REAL_BYTES == 4 ? -30 : -60;
-    exponent t =
-        split_exponent(vec_max(vec_splat(lowest), vec_abs(x) * (-two_log2e * factor))); /* NaN stays */
+    vec minus_twice = vec_abs(x) * (-two_log2e * factor);                 /* in units of log2 */
+    exponent t = split_exponent(vec_max(vec_splat(lowest), minus_twice)); /* NaN stays */
     vec power = vec_scale_exponent(vec_splat(1), t.n);
-    return (1 - power) - vec_exp2m1_over_r(t.r) * (t.r * power);
-}
-
-/* tanh(x · factor) of x and that v. */
-FA_INLINE vec vec_tanh_of(vec v, vec x)
-{
+    vec v = (1 - power) - vec_exp2m1_over_r(t.r) * (t.r * power);
     return vec_copysign(v / (2 - v), x);
 }
 

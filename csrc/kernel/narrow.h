@@ -30,11 +30,13 @@ FA_INLINE const char *row_to_ask_for(const reading_order *order, int n, const ch
     return row;
 }
 
+/* Rows of the next block, or none if they are not dense. */
 FA_INLINE row_run next_run(const char *data, const fa_array *array, int64_t columns, const lookahead *ahead)
 {
     return (row_run){data, array->row, prefetch_span(array->col, columns) > 0 ? ahead->key_rows : 0};
 }
 
+/* Of a block that is staged, none of whose rows are asked for, it is a whole block. */
 FA_INLINE int rows_ahead(const reading_order *order)
 {
     const int64_t most = order->runs[0].count + order->runs[1].count;
@@ -48,6 +50,19 @@ FA_INLINE int rows_ahead(const reading_order *order)
 FA_INLINE int keys_abreast(fa_dtype dtype, int rows)
 {
     return dtype == FA_INT8 && rows > 1 ? LANES / rows : 1;
+}
+
+/* sums[r] += lane by lane products of a row of keys from vector d on, as many as are read at once. */
+FA_INLINE void multiply_key(const char *key, fa_dtype dtype, const panel *query, int vectors, int rows, int d,
+                            vec *sums)
+{
+#pragma GCC unroll 2
+    for (int i = 0; i < keys_at_once(dtype); i++) {
+        panel k = load_key_vector(key + d * key_vector_bytes(dtype), dtype, i);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            sums[r] = multiply_lanes(k, query[r * vectors + d + i], sums[r]);
+    }
 }
 
 /* Lane j * rows + r: Σ_d key[j][d] query[r][d], of keys n + j. Registers: LANES sums and a key. */
@@ -73,14 +88,7 @@ FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *quer
             for (int g = 0; g < abreast; g++) {
                 if (d * step % 64 == 0)
                     __builtin_prefetch(soon[g] + d * step, 0, 3);
-#pragma GCC unroll 2
-                for (int i = 0; i < at_once; i++) {
-                    panel k = load_key_vector(key[j + g] + d * step, dtype, i);
-#pragma GCC unroll 8
-                    for (int r = 0; r < rows; r++)
-                        sums[(j + g) * rows + r] =
-                            multiply_lanes(k, query[r * vectors + d + i], sums[(j + g) * rows + r]);
-                }
+                multiply_key(key[j + g], dtype, query, vectors, rows, d, sums + (j + g) * rows);
             }
         }
     }

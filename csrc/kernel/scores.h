@@ -25,13 +25,8 @@ FA_INLINE void cap(const fa_problem *p, int count, vec *scores)
     const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300;
     const double clamped = fmin(fmax(p->softcap, lowest), 1 / lowest);
     const real softcap = (real)clamped, inverse = (real)(1 / clamped);
-    /* Half of a tanh while the other half of the one before is formed, as in `exponentiate`. */
-    vec next = vec_one_minus_exp(scores[0], inverse);
-    for (int i = 0; i < count; i++) {
-        vec now = next, x = scores[i];
-        next = vec_one_minus_exp(scores[i + 1 < count ? i + 1 : i], inverse);
-        scores[i] = softcap * vec_tanh_of(now, x);
-    }
+    for (int i = 0; i < count; i++)
+        scores[i] = softcap * vec_tanh(scores[i], inverse);
 }
 
 /* Not NaN + -inf: -inf in a bias masks whatever the key holds. */
