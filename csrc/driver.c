@@ -11,12 +11,19 @@
 /* Key blocks between two looks at the clock: some 10 µs of work each at the least that is worth a thread. */
 #define BLOCKS_PER_CLOCK 16
 
+/* Claims of many items at first and of single ones at the end: few, because each takes a cache line from the
+ * other threads, which may be far away, and yet all threads end at the same time. */
+#define CLAIMS_PER_THREAD 16
+
+#define CACHE_LINE 64
+
+/* What is written stays apart from what every thread reads again and again. */
 typedef struct {
-    fa_run run;
+    _Alignas(CACHE_LINE) fa_run run;
     const fa_partition *partition;
-    _Atomic int64_t next_item;
     char *shared; /* partial results; see plan.h */
-    void *caller_scratch;
+    _Alignas(CACHE_LINE) _Atomic int64_t next_item;
+    _Alignas(CACHE_LINE) void *caller_scratch;
     int64_t next_poll;
     unsigned blocks; /* that the caller has begun */
 } forward_job;
@@ -42,37 +49,61 @@ typedef struct {
     const fa_kernel *kernel; /* NULL: no item */
 } claim;
 
-static void claim_item(forward_job *job, claim *c)
+/* Items that a thread has claimed and not begun. */
+typedef struct {
+    int64_t begin, end;
+} item_range;
+
+/* Of sequences that differ, any item may be most of the work, and is claimed alone. */
+static int64_t items_per_claim(const fa_partition *partition, int64_t items_left)
 {
-    int64_t index = atomic_fetch_add_explicit(&job->next_item, 1, memory_order_relaxed);
-    c->kernel = NULL;
-    if (index < job->partition->num_items)
-        c->kernel = fa_item_at(job->run.problem, job->partition, index, job->shared, &c->item);
+    int64_t items =
+        partition->before ? 1 : items_left / ((int64_t)CLAIMS_PER_THREAD * partition->num_threads);
+    return items > 1 ? items : 1;
 }
 
-/* While there is plenty, a thread claims an item before it works on the one it has, so that it can start
- * the next one's reads; the last ones go to whoever is free. */
-static void claim_ahead(forward_job *job, claim *c)
+static void claim_items(forward_job *job, item_range *mine)
+{
+    const int64_t num_items = job->partition->num_items;
+    int64_t begun = atomic_load_explicit(&job->next_item, memory_order_relaxed);
+    int64_t count = items_per_claim(job->partition, num_items - begun);
+    mine->begin = atomic_fetch_add_explicit(&job->next_item, count, memory_order_relaxed);
+    mine->end = mine->begin + count < num_items ? mine->begin + count : num_items;
+}
+
+static void take_item(forward_job *job, item_range *mine, claim *c)
+{
+    if (mine->begin >= mine->end)
+        claim_items(job, mine);
+    c->kernel = NULL;
+    if (mine->begin < mine->end)
+        c->kernel = fa_item_at(job->run.problem, job->partition, mine->begin++, job->shared, &c->item);
+}
+
+/* While there is plenty, a thread has an item before it works on the one before, so that it can start the
+ * next one's reads; the last ones go to whoever is free. */
+static void take_ahead(forward_job *job, item_range *mine, claim *c)
 {
     int64_t claimed = atomic_load_explicit(&job->next_item, memory_order_relaxed);
     c->kernel = NULL;
-    if (claimed + 2 * job->partition->num_threads <= job->partition->num_items)
-        claim_item(job, c);
+    if (mine->begin < mine->end || claimed + 2 * job->partition->num_threads <= job->partition->num_items)
+        take_item(job, mine, c);
 }
 
 static void work_through_items(forward_job *job, void *scratch, bool is_caller)
 {
+    item_range mine = {0};
     claim claims[2];
-    claim_item(job, &claims[0]);
+    take_item(job, &mine, &claims[0]);
     for (int i = 0; claims[i].kernel; i ^= 1) {
         claim *now = &claims[i], *next = &claims[i ^ 1];
-        claim_ahead(job, next);
+        take_ahead(job, &mine, next);
         now->kernel->forward(job->run.problem, &now->item, next->kernel ? &next->item : NULL, scratch,
                              &job->run, is_caller);
         if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
             return;
         if (!next->kernel)
-            claim_item(job, next);
+            take_item(job, &mine, next);
     }
 }
 
