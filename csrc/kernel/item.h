@@ -249,6 +249,21 @@ static bool finish_narrow_tile(const fa_problem *p, const tile *t)
     return are_finite(sums);
 }
 
+/* Of a wide tile: elements [e, e + count) of the rows of vector m, normalised and stored; their sums. */
+FA_INLINE vec finish_square(const fa_problem *p, const tile *t, int m, int e, int count, vec inverse_sum)
+{
+    const vec *out = t->out + e * t->vectors + m;
+    vec x[LANES], sums[4] = {0}; /* four: each addition waits for the one before */
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) {
+        x[j] = out[(j < count ? j : 0) * t->vectors] * inverse_sum;
+        sums[j % 4] += x[j];
+    }
+    store_square(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
+                 p->out.dtype, x);
+    return sums[0] + sums[1] + (sums[2] + sums[3]);
+}
+
 static bool finish_tile(const fa_problem *p, tile *t)
 {
     vec sums = {0};
@@ -257,17 +272,11 @@ static bool finish_tile(const fa_problem *p, tile *t)
         return finish_narrow_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
         vec inverse_sum = inverse_or_zero(t->row_sum[m]);
-        for (int e = 0; e < p->head_dim_v; e += LANES) {
-            int count = (int)min_i64(LANES, p->head_dim_v - e);
-            vec x[LANES];
-#pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) {
-                x[j] = t->out[(e + (j < count ? j : 0)) * t->vectors + m] * inverse_sum;
-                sums += x[j];
-            }
-            store_square(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
-                         p->out.dtype, x);
-        }
+        int e = 0;
+        for (; e + LANES <= p->head_dim_v; e += LANES)
+            sums += finish_square(p, t, m, e, LANES, inverse_sum);
+        if (e < p->head_dim_v)
+            sums += finish_square(p, t, m, e, (int)p->head_dim_v - e, inverse_sum);
     }
     return are_finite(sums);
 }

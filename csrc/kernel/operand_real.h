@@ -29,6 +29,13 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
     return c + (vec)((ivec)vec_splat(a) & ivec_nonzero((ivec)b ^ hidden)) * b;
 }
 
+FA_INLINE void store_columns(const vec *x, int count, int vectors, real sign, panel *query)
+{
+#pragma GCC unroll 16
+    for (int j = 0; j < count; j++)
+        query[j * vectors] = x[j] * sign;
+}
+
 /* Row j of the tile at rows[j], as panel[d][m] lanes, times `sign` (1, -1 or 0: exact). */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
                           real sign, panel *query)
@@ -36,10 +43,15 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     for (int m = 0; m < vectors; m++) {
         for (int d = 0; d < head_dim; d += LANES) {
             int count = head_dim - d < LANES ? head_dim - d : LANES;
+            panel *columns = query + d * vectors + m;
             vec x[LANES];
-            load_square(rows + m * LANES, d * col, col, count, dtype, x);
-            for (int j = 0; j < count; j++)
-                query[(d + j) * vectors + m] = x[j] * sign;
+            if (dtype == FA_REAL_DTYPE && col == sizeof(real) && count == LANES) {
+                load_whole_square(rows + m * LANES, d * col, FA_REAL_DTYPE, x);
+                store_columns(x, LANES, vectors, sign, columns);
+            } else {
+                load_square(rows + m * LANES, d * col, col, count, dtype, x);
+                store_columns(x, count, vectors, sign, columns);
+            }
         }
     }
 }
