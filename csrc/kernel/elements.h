@@ -164,14 +164,16 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 #endif
 #endif
 
-/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. */
+/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin with
+ * a line. */
 FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
 {
-    for (ptrdiff_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(data + i, 0, 2);
+    const char *first_line = data - ((uintptr_t)data & 63);
+    for (const char *line = first_line; line < data + bytes; line += 64)
+        __builtin_prefetch(line, 0, 2);
 }
 
-/* To be written. */
+/* To be written. Of rows that touch, the last line comes with the row behind. */
 FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
 {
     for (ptrdiff_t i = 0; i < bytes; i += 64)
