@@ -241,6 +241,26 @@ def test_window_composes_with_everything(dtypes):
         check(query, key, value, window=window, key_lengths=np.array([90, 31]), causal=True)
 
 
+@pytest.mark.isa
+@each_dtype
+def test_intervals_that_begin_and_end_at_any_key(dtypes):
+    """Twenty heads at one position make a tile whose interval no row cuts; its keys are read in pairs, or more."""
+    rng = make_rng()
+    query, key, value = qkv(rng, (1, 20, 1, 1, 90, 12), dtypes)
+    bias = normal(rng, (20, 1, 90), F32) - 1000
+    modifiers = [
+        {},
+        {"softcap": 0.5},
+        {"softcap": 0.5, "bias": bias},
+        {"softcap": 0.5, "alibi_slopes": np.full(20, 2.0)},
+        {"softcap": 0.5, "mask": rng.random((20, 1, 90)) < 0.7},
+        {"bias": bias},
+    ]
+    for left, right in itertools.product((1, 2, 15), (0, 3, 16, 30)):
+        for keywords in modifiers:
+            check(query, key, value, window=(left, right), query_offset=50, **keywords)
+
+
 def test_bounds_and_offsets_beyond_every_key():
     query, key, value = qkv(make_rng(), (1, 2, 2, 9, 20, 8))
     for bound in (2**31, 2**62, 2**63 - 1):

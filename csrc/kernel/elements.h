@@ -164,8 +164,8 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 #endif
 #endif
 
-/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin with
- * a line. */
+/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
+ * with a line. */
 FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
 {
     const char *first_line = data - ((uintptr_t)data & 63);

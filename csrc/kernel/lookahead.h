@@ -32,7 +32,8 @@ FA_INLINE row_run block_run(const operand_block *block, const fa_array *array, i
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
  * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
  * over the rows of the first product, values and results over those of the second: memory serves few
- * lines at a time, and in one burst the work would wait for them. */
+ * lines at a time, and in one burst the work would wait for them. The rows of a mask or a bias, which are
+ * many, are spread over both products. */
 typedef struct {
     const char *key, *value;
     int key_rows;
@@ -105,18 +106,19 @@ FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
 
-/* Rows [begin, begin + count) of the tile's, of the mask and the bias of the block behind this one. */
+/* Rows [begin, begin + count) of the mask and the bias, of those up to `end`, of the block behind this one.
+ */
 FA_INLINE void prefetch_modifiers(const fa_problem *p, const tile *t, const key_range *range, int begin,
-                                  int count)
+                                  int count, int end)
 {
-    const int64_t keys = min_i64(t->key_hi - range->key_hi, KEY_BLOCK);
+    const int64_t n = range->key_hi, keys = min_i64(t->key_hi - n, KEY_BLOCK);
     if (keys <= 0)
         return;
-    for (int j = begin; j < begin + count && j < t->rows; j++) {
+    for (int j = begin; j < begin + count && j < end; j++) {
         if (p->bias.data)
-            prefetch(t->bias[j] + range->key_hi * p->bias.col, prefetch_span(p->bias.col, keys));
+            prefetch(t->bias[j] + n * p->bias.col, prefetch_span(p->bias.col, keys));
         if (p->mask.data)
-            prefetch(t->mask[j] + range->key_hi * p->mask.col, prefetch_span(p->mask.col, keys));
+            prefetch(t->mask[j] + n * p->mask.col, prefetch_span(p->mask.col, keys));
     }
 }
 

@@ -93,7 +93,7 @@ FA_INLINE void update_top(const fa_problem *p, tile *t, const key_range *range, 
                 continue;
             for (int j = m * LANES; j < (m + 1) * LANES; j++) {
                 int row = row_of_lane(t, j);
-                int64_t key = range->first + r * keys_per_row(t, narrow) + t->lane_key[j];
+                int64_t key = range->first + (r << t->key_shift) + t->lane_key[j];
                 if (row < t->rows && s[j % LANES] > t->top_least[m][j % LANES])
                     insert_top(p, t, row, s[j % LANES], key);
             }

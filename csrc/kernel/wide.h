@@ -21,31 +21,54 @@ FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, i
     }
 }
 
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest. Panel rows of keys that may not
- * be read, and those up to the micro-kernel's height, repeat the nearest key. */
+FA_INLINE void multiply_sums(real factor, int vectors, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < MICRO_ROWS(vectors); i++)
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++)
+            c[i][m] *= factor;
+}
+
+FA_INLINE void raise_largest(vec c[MAX_MICRO_ROWS][MAX_VECTORS], int vectors, vec largest[MAX_VECTORS])
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < MICRO_ROWS(vectors); i++)
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++)
+            largest[m] = vec_max(c[i][m], largest[m]);
+}
+
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest if it is wanted. Panel rows of
+ * keys that may not be read, and those up to the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
                                   const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  vec *scores, vec largest[MAX_VECTORS])
+                                  bool finds_largest, vec *scores, vec largest[MAX_VECTORS])
 {
     for (int m = 0; m < vectors; m++)
         largest[m] = vec_splat(-(real)INFINITY);
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const int rows = MICRO_ROWS(vectors);
+    const bool modified = p->mask.data || p->bias.data;
+    const int half = t->rows / 2, modifiers = share_of_step(half, num_keys(range), rows);
     for (int r = 0; r < num_keys(range); r += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         const char *a[MAX_MICRO_ROWS];
         point_at_keys(range, key, range->first + r, rows, a);
         prefetch_keys(p, ahead, r, rows);
         prefetch_queries(p, ahead, r, rows);
+        if (modified)
+            prefetch_modifiers(p, t, range, r / rows * modifiers, modifiers, half);
         product(a, false, key->col, t->query, length, vectors, false, c);
+        if (scale != 1)
+            multiply_sums(scale, vectors, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++) {
-                vec s = scale == 1 ? c[i][m] : c[i][m] * scale;
-                scores[(r + i) * vectors + m] = s;
-                largest[m] = vec_max(s, largest[m]);
-            }
+            for (int m = 0; m < vectors; m++)
+                scores[(r + i) * vectors + m] = c[i][m];
+        if (finds_largest)
+            raise_largest(c, vectors, largest);
     }
 }
 
@@ -61,13 +84,13 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
     const bool modified = p->mask.data || p->bias.data;
-    const int modifiers = share_of_step(t->rows, p->head_dim_v, rows);
+    const int half = t->rows / 2, modifiers = share_of_step(t->rows - half, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
         prefetch_values_and_out(p, t, ahead, e / rows, values, results);
         if (modified)
-            prefetch_modifiers(p, t, range, e / rows * modifiers, modifiers);
+            prefetch_modifiers(p, t, range, half + e / rows * modifiers, modifiers, t->rows);
         if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
             const char *first = base + e * (int)sizeof(operand);
             product(&first, true, value->row, probabilities, length, vectors, visible_only, c);

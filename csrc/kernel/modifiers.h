@@ -1,0 +1,250 @@
+/* All that changes or hides scores, in this order: scale, softcap, bias, ALiBi, mask, interval.
+ *
+ * One pass over the panel does it all, and finds the largest scores. It goes by squares of LANES rows,
+ * because bias lies with keys along its rows and must be transposed. */
+#ifndef FA_KERNEL_MODIFIERS_H
+#define FA_KERNEL_MODIFIERS_H
+
+#include "math.h"
+#include "narrow.h"
+
+/* Those that meet a block. */
+typedef struct {
+    bool capped, biased, sloped, masked, bounded;
+    bool narrow; /* the tile is */
+} modifiers;
+
+/* What they need to know of the block. */
+typedef struct {
+    real scale, softcap, scale_over_softcap;
+    vec ahead[MAX_VECTORS];               /* of the first key in a lane, the lane's position */
+    vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* keys the lane's interval lets it see, from its first key on */
+} modifier_terms;
+
+/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
+FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
+{
+    return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
+}
+
+static void set_scales(const fa_problem *p, double scale, modifier_terms *terms)
+{
+    /* Beyond these the cap does nothing, or leaves nothing, to the precision of `real`. */
+    const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300, largest = FA_REAL_BYTES == 4 ? 1e38 : 1e308;
+    const double softcap = fmin(fmax(p->softcap, lowest), 1 / lowest);
+    terms->scale = (real)scale;
+    terms->softcap = (real)softcap;
+    terms->scale_over_softcap = (real)fmin(scale / softcap, largest);
+}
+
+static void set_ahead(const tile *t, const key_range *range, modifier_terms *terms)
+{
+    for (int j = 0; j < t->vectors * LANES; j++)
+        terms->ahead[j / LANES][j % LANES] = (real)(t->position[j] - range->first - t->lane_key[j]);
+}
+
+/* Small enough to be exact in `real`. */
+static void set_intervals(const tile *t, const key_range *range, modifier_terms *terms)
+{
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        int64_t first = range->first + t->lane_key[j];
+        terms->lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), KEY_BLOCK);
+        terms->hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), KEY_BLOCK);
+    }
+}
+
+/* Of panel row r and vector m, lane by lane: each has a key of its own, or one that may not be read. */
+static vec gather_bias(const fa_problem *p, const tile *t, const key_range *range, int r, int m)
+{
+    vec bias = {0};
+    for (int j = m * LANES; j < (m + 1) * LANES; j++) {
+        int64_t n = range->first + (r << t->key_shift) + t->lane_key[j];
+        if (n >= range->key_lo && n < range->key_hi)
+            bias[j % LANES] = load_element(t->bias[j] + n * p->bias.col, p->bias.dtype);
+    }
+    return bias;
+}
+
+/* Of panel rows [r, r + count) and vector m. */
+FA_INLINE void load_bias(const fa_problem *p, const tile *t, const key_range *range, bool narrow, int r,
+                         int count, int m, vec bias[LANES])
+{
+    const int64_t n = range->first + r;
+    if (!narrow && n >= range->key_lo)
+        load_square(t->bias + m * LANES, n * p->bias.col, p->bias.col, count, p->bias.dtype, bias);
+    else
+        for (int j = 0; j < count; j++)
+            bias[j] = gather_bias(p, t, range, r + j, m);
+}
+
+/* Not NaN + -inf: -inf in a bias masks whatever the key holds. */
+FA_INLINE vec add_bias(vec score, vec bias)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY);
+    return vec_select(vec_equal(bias, minus_infinity), minus_infinity, score + bias);
+}
+
+/* `count` <= 64 booleans `step` bytes apart, as bits. */
+#ifndef load_mask_bits
+FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
+{
+    uint64_t bits = 0;
+    if (step == 0)
+        return *mask ? ~(uint64_t)0 >> (64 - count) : 0;
+    int n = 0;
+    if (step == 1 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__) {
+        for (; n + 8 <= count; n += 8) {
+            uint64_t bytes;
+            memcpy(&bytes, mask + n, sizeof bytes);
+            /* 1 in each byte that is not 0; the product gathers them in the top byte. */
+            const uint64_t low_bits = 0x7f7f7f7f7f7f7f7f;
+            bytes = (((bytes & low_bits) + low_bits) | bytes) >> 7 & 0x0101010101010101;
+            bits |= (bytes * 0x0102040810204080) >> 56 << n;
+        }
+    }
+    for (; n < count; n++)
+        bits |= (uint64_t)(mask[n * step] != 0) << n;
+    return bits;
+}
+#endif
+
+typedef enum { SEES_NONE, SEES_SOME, SEES_ALL } visibility;
+
+/* Reads the block's part of the mask into t->mask_words. */
+static visibility load_mask(const fa_problem *p, tile *t, const key_range *range)
+{
+    typedef uint64_t words __attribute__((vector_size(8 * LANES)));
+    const int count = (int)(range->key_hi - range->key_lo);
+    const int lead = (int)(range->key_lo - range->first);
+    const uint64_t full = ~(uint64_t)0 >> (64 - count);
+    uint64_t any = 0, all = full, bits = 0;
+    const char *previous = NULL;
+    for (int m = 0; m < t->vectors; m++) {
+        words lanes;
+        for (int j = 0; j < LANES; j++) {
+            const char *mask = t->mask[m * LANES + j];
+            if (mask != previous) {
+                bits = load_mask_bits(mask + range->key_lo * p->mask.col, p->mask.col, count);
+                any |= bits;
+                all &= bits;
+                previous = mask;
+            }
+            lanes[j] = bits << lead >> t->lane_key[m * LANES + j];
+        }
+        for (int word = 0; word < MASK_WORDS; word++)
+            t->mask_words[word][m] = __builtin_convertvector(lanes >> (word * LANE_BITS % 64), ivec);
+    }
+    return any == 0 ? SEES_NONE : all == full ? SEES_ALL : SEES_SOME;
+}
+
+/* Where panel row r + j lets the lanes of vector m see its key; a square's bits lie in one word. */
+FA_INLINE vmask load_visible(const tile *t, bool narrow, int r, int j, int m)
+{
+    const int first = narrow ? (r + j) << t->key_shift : r;
+    const uvec word = (uvec)t->mask_words[first / LANE_BITS][m] >> first % LANE_BITS;
+    return ivec_test((ivec)word, ivec_splat((lane)1 << (narrow ? 0 : j)));
+}
+
+/* Panel rows [r, r + count) of vector m, count <= LANES, r a multiple of LANES. Copies of what stays the
+ * same: the compiler cannot know that the panel does not overlap it. */
+FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
+                             const modifier_terms *terms, int r, int count, int m, vec *scores, vec *largest)
+{
+    const vec minus_infinity = vec_splat(-(real)INFINITY), slope = t->slope[m], ahead = terms->ahead[m];
+    const vec lo = terms->lo[m], hi = terms->hi[m];
+    const real scale = terms->scale, softcap = terms->softcap, scale_over_softcap = terms->scale_over_softcap;
+    const int vectors = t->vectors, key_shift = by.narrow ? t->key_shift : 0;
+    vec bias[LANES], most = *largest;
+    vec *score = scores + r * vectors + m;
+    if (by.biased)
+        load_bias(p, t, range, by.narrow, r, count, m, bias);
+#pragma GCC unroll 16
+    for (int j = 0; j < count; j++, score += vectors) {
+        const vec key = vec_splat((real)((r + j) << key_shift));
+        vec s = *score;
+        if (by.capped)
+            s = softcap * vec_tanh(s, scale_over_softcap);
+        else if (by.biased || by.sloped)
+            s *= scale;
+        if (by.biased)
+            s = add_bias(s, bias[j]);
+        if (by.sloped)
+            s -= slope * vec_abs(ahead - key);
+        if (by.masked)
+            s = vec_select(load_visible(t, by.narrow, r, j, m), s, minus_infinity);
+        if (by.bounded) {
+            s = vec_select(vec_greater(hi, key), s, minus_infinity);
+            s = vec_select(vec_greater(lo, key), minus_infinity, s);
+        }
+        *score = s;
+        most = vec_max(s, most);
+    }
+    *largest = most;
+}
+
+/* By vectors, and then along the rows of bias: its lines are shared by squares that follow each other. */
+FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
+                           const modifier_terms *terms, int rows, vec *scores, vec *largest)
+{
+    for (int m = 0; m < t->vectors; m++) {
+        largest[m] = vec_splat(-(real)INFINITY);
+        int r = 0;
+        for (; r + LANES <= rows; r += LANES)
+            modify_square(p, t, range, by, terms, r, LANES, m, scores, largest + m);
+        if (r < rows)
+            modify_square(p, t, range, by, terms, r, rows - r, m, scores, largest + m);
+    }
+}
+
+/* Panel rows behind the last key that may be read, of a wide tile. (Those before the first lie outside every
+ * row's interval.) */
+static void hide_rows_behind(const tile *t, const key_range *range, vec *scores)
+{
+    const int end = num_keys(range) * t->vectors;
+    for (int i = (int)(range->key_hi - range->first) * t->vectors; i < end; i++)
+        scores[i] = vec_splat(-(real)INFINITY);
+}
+
+static modifiers find_modifiers(const fa_problem *p, const tile *t, const key_range *range, bool masked)
+{
+    const int64_t last = is_narrow(t) ? range->last : range->key_hi;
+    return (modifiers){.capped = p->softcap != 0,
+                       .biased = p->bias.data,
+                       .sloped = p->alibi_slopes.data,
+                       .masked = masked,
+                       .bounded = range->first < t->inner_lo || last > t->inner_hi,
+                       .narrow = is_narrow(t)};
+}
+
+FA_INLINE int count_modifiers(modifiers by)
+{
+    return by.capped + by.biased + by.sloped + by.masked + by.bounded;
+}
+
+/* Changes and hides scores that are there, and finds each lane's largest. Of wide tiles, the usual single
+ * modifiers have copies of their own, where what is not there takes no time. */
+static void modify_scores(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
+                          double scale, vec *scores, vec largest[MAX_VECTORS])
+{
+    modifier_terms terms;
+    const int rows = by.narrow ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
+    const bool alone = count_modifiers(by) == 1 && !by.narrow;
+    set_scales(p, scale, &terms);
+    if (by.sloped)
+        set_ahead(t, range, &terms);
+    if (by.bounded)
+        set_intervals(t, range, &terms);
+
+    if (alone && by.capped)
+        modify_rows(p, t, range, (modifiers){.capped = true}, &terms, rows, scores, largest);
+    else if (alone && by.biased)
+        modify_rows(p, t, range, (modifiers){.biased = true}, &terms, rows, scores, largest);
+    else if (alone && by.masked)
+        modify_rows(p, t, range, (modifiers){.masked = true}, &terms, rows, scores, largest);
+    else if (alone && by.bounded)
+        modify_rows(p, t, range, (modifiers){.bounded = true}, &terms, rows, scores, largest);
+    else
+        modify_rows(p, t, range, by, &terms, rows, scores, largest);
+}
+
+#endif
