@@ -237,3 +237,19 @@ def test_softcaps_beyond_the_precision(dtypes, softcap):
     same = {"scale": 0.0} if softcap < 1 else {}
     out_tol, _, _ = tolerances(query, key, value)
     assert_close(fastattn.attention(query, key, value, softcap=softcap), exact(query, key, value, **same), out_tol)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [F32, F64], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("seqlen_q", [1, 4000], ids=["narrow", "wide"])
+def test_softcap_keeps_the_relative_accuracy_of_any_score(dtype, seqlen_q):
+    """The lse of one key is its score, capped. Far from 0 and near it are computed differently; lanes of one vector
+    may be on both sides. The bound: some eight roundings."""
+    magnitudes = np.concatenate([np.geomspace(1e-20, 100, 2000), np.linspace(0.74, 0.76, 2000)])
+    scores = (magnitudes * make_rng().choice([-1, 1], 4000)).astype(dtype)
+    for order in (np.arange(4000), make_rng(1).permutation(4000)):
+        query = scores[order].reshape(4000 // seqlen_q, 1, seqlen_q, 1)
+        key = np.ones((1, 1, 1, 1), dtype)
+        _, lse = fastattn.attention(query, key, key, scale=1.0, softcap=3.0, return_lse=True)
+        expected = 3 * np.tanh(query[..., 0].astype(np.longdouble) / 3)
+        np.testing.assert_allclose(lse, expected, rtol=8 * UNIT[dtype])

@@ -51,17 +51,37 @@ FA_INLINE vec vec_exp2(vec t)
     return vec_exp2_of(split_exponent(t));
 }
 
-/* tanh(x · factor): v / (2 - v) with x's sign, of v = 1 - e^(-2|x · factor|), which keeps its relative
- * accuracy near 0 because it is (1 - 2^n) - 2^n (2^r - 1). Beyond the clamp it is 1 to the last bit. */
-FA_INLINE vec vec_tanh(vec x, real factor)
+/* Up to here tanh is a polynomial, which takes half the time. */
+#define TANH_NEAR_ZERO ((real)0.75)
+
+/* tanh x for |x| <= 3/4: x (1 + z P(z)) of z = x², minimax in the relative error, which is 3.3e-8 for float
+ * and 2.9e-17 for double. */
+FA_INLINE vec vec_tanh_near_zero(vec x)
 {
-    const real two_log2e = (real)2.885390081777926814720;
+#if FA_REAL_BYTES == 4
+    static const real c[] = {-0x1.5554a4p-2f, 0x1.10ed5ap-3f, -0x1.b55f7cp-5f, 0x1.4230a0p-6f,
+                             -0x1.3892c6p-8f};
+#else
+    static const real c[] = {-0x1.5555555555490p-2,  0x1.111111110559cp-3,   -0x1.ba1ba1b250e86p-5,
+                             0x1.664f47351a2a3p-6,   -0x1.226e148a8b24bp-7,  0x1.d6cfaecd13b02p-9,
+                             -0x1.7d76aa156ce34p-10, 0x1.340a6778c85dap-11,  -0x1.e7ef4b53accf9p-13,
+                             0x1.658c48f2fe49ap-14,  -0x1.a169748811dd9p-16, 0x1.115fef7407529p-18};
+#endif
+    vec z = x * x;
+    return x * (z * polynomial(c, (int)(sizeof c / sizeof *c) - 1, z) + 1);
+}
+
+/* tanh of any x. Far from 0 it is v / (2 - v) with x's sign, of v = 1 - e^(-2|x|) = (1 - 2^n) - 2^n (2^r -
+ * 1); beyond the clamp it is 1 to the last bit. */
+FA_INLINE vec vec_tanh(vec x)
+{
+    const real minus_two_log2e = (real)-2.885390081777926814720;
     const real lowest = FA_REAL_BYTES == 4 ? -30 : -60;
-    vec minus_twice = vec_abs(x) * (-two_log2e * factor);                 /* in units of log2 */
-    exponent t = split_exponent(vec_max(vec_splat(lowest), minus_twice)); /* NaN stays */
+    exponent t = split_exponent(vec_max(vec_splat(lowest), vec_abs(x) * minus_two_log2e)); /* NaN stays */
     vec power = vec_scale_exponent(vec_splat(1), t.n);
     vec v = (1 - power) - vec_exp2m1_over_r(t.r) * (t.r * power);
-    return vec_copysign(v / (2 - v), x);
+    vec far = vec_copysign(v / (2 - v), x);
+    return vec_select(vec_greater(vec_abs(x), vec_splat(TANH_NEAR_ZERO)), far, vec_tanh_near_zero(x));
 }
 
 #endif

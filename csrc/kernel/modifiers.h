@@ -145,6 +145,16 @@ FA_INLINE vmask load_visible(const tile *t, bool narrow, int r, int j, int m)
     return ivec_test((ivec)word, ivec_splat((lane)1 << (narrow ? 0 : j)));
 }
 
+/* Whether the cap bends none of `count` scores by much: most caps are far above most scores. */
+FA_INLINE bool are_near_zero(const vec *scores, int count, int vectors, real factor)
+{
+    vec farthest = vec_splat(0);
+#pragma GCC unroll 16
+    for (int j = 0; j < count; j++)
+        farthest = vec_max(vec_abs(scores[j * vectors]), farthest);
+    return !vmask_any(vec_greater(farthest * factor, vec_splat(TANH_NEAR_ZERO)));
+}
+
 /* Panel rows [r, r + count) of vector m, count <= LANES, r a multiple of LANES. Copies of what stays the
  * same: the compiler cannot know that the panel does not overlap it. */
 FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
@@ -156,14 +166,17 @@ FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range
     const int vectors = t->vectors, key_shift = by.narrow ? t->key_shift : 0;
     vec bias[LANES], most = *largest;
     vec *score = scores + r * vectors + m;
+    const bool near_zero = by.capped && are_near_zero(score, count, vectors, scale_over_softcap);
     if (by.biased)
         load_bias(p, t, range, by.narrow, r, count, m, bias);
 #pragma GCC unroll 16
     for (int j = 0; j < count; j++, score += vectors) {
         const vec key = vec_splat((real)((r + j) << key_shift));
         vec s = *score;
-        if (by.capped)
-            s = softcap * vec_tanh(s, scale_over_softcap);
+        if (near_zero)
+            s = softcap * vec_tanh_near_zero(s * scale_over_softcap);
+        else if (by.capped)
+            s = softcap * vec_tanh(s * scale_over_softcap);
         else if (by.biased || by.sloped)
             s *= scale;
         if (by.biased)
