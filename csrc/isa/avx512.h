@@ -66,32 +66,26 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
     _mm256_storeu_si256(dst, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-/* Lane i of the result is the sum of x[i]'s lanes. Each step adds the halves, quarters, ... of two vectors:
- * of the two shuffles that takes, one keeps every lane in its place, which any port can do. */
+FA_INLINE __m512 add_even_to_odd_quarters(__m512 a, __m512 b)
+{
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+/* Lane i of the result is the sum of x[i]'s lanes. Within quarters of a vector first, which has the most
+ * ports: lanes 4j to 4j + 3 of y[i] are the sums of quarter j of x[4i] to x[4i + 3]. */
 FA_INLINE vec vec_sums(const vec x[16])
 {
-    vec y[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-        vec a = x[i], b = x[i + 8];
-        y[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
-               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
-    }
+    __m512 y[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        vec a = y[i], b = y[i + 4];
-        y[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
-               __builtin_shufflevector(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+        __m512 a = (__m512)x[4 * i], b = (__m512)x[4 * i + 1];
+        __m512 c = (__m512)x[4 * i + 2], d = (__m512)x[4 * i + 3];
+        __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        y[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        vec a = y[i], b = y[i + 2];
-        y[i] = __builtin_shufflevector(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
-               __builtin_shufflevector(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
-    }
-    vec a = y[0], b = y[1];
-    return __builtin_shufflevector(a, b, 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31) +
-           __builtin_shufflevector(a, b, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+    return (vec)add_even_to_odd_quarters(add_even_to_odd_quarters(y[0], y[1]),
+                                         add_even_to_odd_quarters(y[2], y[3]));
 }
 
 #define vec_sums vec_sums

@@ -210,6 +210,10 @@ static void look_ahead_to_block(const fa_problem *p, const item_arrays *a, int64
     ahead->key = a->key + key_offset(p, a, &p->key, begin);
     ahead->value = a->value + key_offset(p, a, &p->value, begin);
     ahead->key_rows = (int)(block_end(begin, key_hi) - begin);
+    if (a->key_scale) {
+        ahead->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
+        ahead->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
+    }
 }
 
 /* The keys from `begin` on; after the last, the next item's first ones. */

@@ -37,8 +37,9 @@ FA_INLINE row_run block_run(const operand_block *block, const fa_array *array, i
 typedef struct {
     const char *key, *value;
     int key_rows;
-    row_run values;    /* of this block, which a narrow tile reads after its keys */
-    const char *query; /* of the kv head's first query head */
+    const char *key_scale, *value_scale; /* of those keys; NULL: none */
+    row_run values;                      /* of this block, which a narrow tile reads after its keys */
+    const char *query;                   /* of the kv head's first query head */
     int64_t query_begin;
     int query_rows;
     int out_rows; /* of the tile itself */

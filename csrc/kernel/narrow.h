@@ -237,6 +237,10 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
     };
     order.distance = rows_ahead(&order);
     prefetch_queries(p, ahead, 0, ahead->query_rows);
+    if (ahead->key_scale) {
+        prefetch_rows(ahead->key_scale, p->key_scale.row, sizeof(float), ahead->key_rows);
+        prefetch_rows(ahead->value_scale, p->value_scale.row, sizeof(float), ahead->key_rows);
+    }
     for (int n = 0; range->first + n < range->last; n += keys) {
         const char *k[LANES];
         for (int j = 0; j < keys; j++) {
