@@ -324,6 +324,8 @@ FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, 
         load_whole_square(rows, offset, FA_REAL_DTYPE, x);
     } else if (whole && dtype == FA_FLOAT16) {
         load_whole_square(rows, offset, FA_FLOAT16, x);
+    } else if (whole && dtype == FA_BFLOAT16) {
+        load_whole_square(rows, offset, FA_BFLOAT16, x);
     } else if (are_adjacent(rows, element_size(dtype))) {
         for (int i = 0; i < count; i++)
             x[i] = load_contiguous(rows[0] + offset + i * step, dtype);

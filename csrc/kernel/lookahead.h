@@ -107,12 +107,12 @@ FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
 
-/* Rows [begin, begin + count) of the mask and the bias, of those up to `end`, of the block behind this one.
- */
-FA_INLINE void prefetch_modifiers(const fa_problem *p, const tile *t, const key_range *range, int begin,
-                                  int count, int end)
+/* Rows [begin, begin + count) of the mask and the bias, of those up to `end`, of a block that begins with key
+ * n. */
+FA_INLINE void prefetch_modifiers(const fa_problem *p, const tile *t, int64_t n, int begin, int count,
+                                  int end)
 {
-    const int64_t n = range->key_hi, keys = min_i64(t->key_hi - n, KEY_BLOCK);
+    const int64_t keys = min_i64(t->key_hi - n, KEY_BLOCK);
     if (keys <= 0)
         return;
     for (int j = begin; j < begin + count && j < end; j++) {

@@ -252,6 +252,8 @@ static void modify_scores(const fa_problem *p, const tile *t, const key_range *r
         modify_rows(p, t, range, (modifiers){.capped = true}, &terms, rows, scores, largest);
     else if (alone && by.biased)
         modify_rows(p, t, range, (modifiers){.biased = true}, &terms, rows, scores, largest);
+    else if (alone && by.sloped)
+        modify_rows(p, t, range, (modifiers){.sloped = true}, &terms, rows, scores, largest);
     else if (alone && by.masked)
         modify_rows(p, t, range, (modifiers){.masked = true}, &terms, rows, scores, largest);
     else if (alone && by.bounded)

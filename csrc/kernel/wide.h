@@ -57,8 +57,10 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         point_at_keys(range, key, range->first + r, rows, a);
         prefetch_keys(p, ahead, r, rows);
         prefetch_queries(p, ahead, r, rows);
+        if (p->bias.data && t->fresh) /* nobody has asked for it */
+            prefetch_modifiers(p, t, range->key_lo, r / rows * 2 * modifiers, 2 * modifiers, t->rows);
         if (modified)
-            prefetch_modifiers(p, t, range, r / rows * modifiers, modifiers, half);
+            prefetch_modifiers(p, t, range->key_hi, r / rows * modifiers, modifiers, half);
         product(a, false, key->col, t->query, length, vectors, false, c);
         if (scale != 1)
             multiply_sums(scale, vectors, c);
@@ -90,7 +92,7 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
         vec *out = t->out + e * vectors;
         prefetch_values_and_out(p, t, ahead, e / rows, values, results);
         if (modified)
-            prefetch_modifiers(p, t, range, half + e / rows * modifiers, modifiers, t->rows);
+            prefetch_modifiers(p, t, range->key_hi, half + e / rows * modifiers, modifiers, t->rows);
         if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
             const char *first = base + e * (int)sizeof(operand);
             product(&first, true, value->row, probabilities, length, vectors, visible_only, c);

@@ -139,7 +139,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         prefetch_keys(p, ahead, r, PASS_ROWS);
         prefetch_queries(p, ahead, r, PASS_ROWS);
         if (modified)
-            prefetch_modifiers(p, t, range, r / PASS_ROWS * modifiers, modifiers, t->rows);
+            prefetch_modifiers(p, t, range->key_hi, r / PASS_ROWS * modifiers, modifiers, t->rows);
         clear_sums(vectors, true);
         multiply_blocks(key->data + (range->first + r - key->first) * key->row, key->row, FA_VECTOR_BYTES,
                         t->query, length, vectors, true);
