@@ -72,12 +72,26 @@ FA_INLINE void store_pair(const char *src, ptrdiff_t step, char *dst)
     memcpy(dst + 2, src + step, 2);
 }
 
+/* stage_value of whole pairs of rows without gaps, in whole squares: nothing to ask at each of them. */
+FA_INLINE void stage_whole_values(const source_rows *src, int num_keys, int head_dim_v, char *stage)
+{
+    const ptrdiff_t row = src->array->row;
+    const char *first = src->data;
+    for (int n = 0; n < num_keys; n += 2, first += 2 * row, stage += staged_row_bytes(head_dim_v))
+        for (int e = 0; e < head_dim_v; e += 2 * LANES)
+            interleave_keys(first + 2 * e, first + row + 2 * e, stage + 4 * e);
+}
+
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
 FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *stage)
 {
     const fa_array *value = src->array;
     if (lies_across(value) && lead == 0) {
         stage_value_across(src, num_keys, head_dim_v, stage);
+        return;
+    }
+    if (value->col == 2 && lead == 0 && num_keys % 2 == 0 && head_dim_v % (2 * LANES) == 0) {
+        stage_whole_values(src, num_keys, head_dim_v, stage);
         return;
     }
     for (int n = -lead; n < num_keys; n += 2) {
