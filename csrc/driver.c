@@ -11,21 +11,28 @@
 /* Key blocks between two looks at the clock: some 10 µs of work each at the least that is worth a thread. */
 #define BLOCKS_PER_CLOCK 16
 
-/* Claims of many items at first and of single ones at the end: few, because each takes a cache line from the
- * other threads, which may be far away, and yet all threads end at the same time. */
-#define CLAIMS_PER_THREAD 16
-
 #define CACHE_LINE 64
+#define MAX_SHARES 64
 
-/* What is written stays apart from what every thread reads again and again. */
+/* Items that nobody has begun: [next, end), in a cache line of their own. */
+typedef struct {
+    _Alignas(CACHE_LINE) _Atomic int64_t next;
+    int64_t end;
+} item_share;
+
+/* Each thread begins with a share of its own: in the next call on the same arrays it finds there what its
+ * caches hold, and a claim takes no cache line from the other threads, which may be far away. Who has nothing
+ * left helps with the shares of others. What is written stays apart from what every thread reads again and
+ * again. */
 typedef struct {
     _Alignas(CACHE_LINE) fa_run run;
     const fa_partition *partition;
     char *shared; /* partial results; see plan.h */
-    _Alignas(CACHE_LINE) _Atomic int64_t next_item;
+    int num_shares;
     _Alignas(CACHE_LINE) void *caller_scratch;
     int64_t next_poll;
     unsigned blocks; /* that the caller has begun */
+    item_share shares[MAX_SHARES];
 } forward_job;
 
 bool fa_should_stop(fa_run *run, bool is_caller)
@@ -49,61 +56,54 @@ typedef struct {
     const fa_kernel *kernel; /* NULL: no item */
 } claim;
 
-/* Items that a thread has claimed and not begun. */
-typedef struct {
-    int64_t begin, end;
-} item_range;
-
-/* Of sequences that differ, any item may be most of the work, and is claimed alone. */
-static int64_t items_per_claim(const fa_partition *partition, int64_t items_left)
+/* The next item of a share; -1 if there is none. */
+static int64_t claim_from(item_share *share)
 {
-    int64_t items =
-        partition->before ? 1 : items_left / ((int64_t)CLAIMS_PER_THREAD * partition->num_threads);
-    return items > 1 ? items : 1;
+    if (atomic_load_explicit(&share->next, memory_order_relaxed) >= share->end)
+        return -1;
+    int64_t index = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed);
+    return index < share->end ? index : -1;
 }
 
-static void claim_items(forward_job *job, item_range *mine)
+/* From share `at` or, if that has none left, from those behind it. */
+static void take_item(forward_job *job, int *at, claim *c)
 {
-    const int64_t num_items = job->partition->num_items;
-    int64_t begun = atomic_load_explicit(&job->next_item, memory_order_relaxed);
-    int64_t count = items_per_claim(job->partition, num_items - begun);
-    mine->begin = atomic_fetch_add_explicit(&job->next_item, count, memory_order_relaxed);
-    mine->end = mine->begin + count < num_items ? mine->begin + count : num_items;
-}
-
-static void take_item(forward_job *job, item_range *mine, claim *c)
-{
-    if (mine->begin >= mine->end)
-        claim_items(job, mine);
     c->kernel = NULL;
-    if (mine->begin < mine->end)
-        c->kernel = fa_item_at(job->run.problem, job->partition, mine->begin++, job->shared, &c->item);
+    for (int tried = 0; tried < job->num_shares; tried++) {
+        int64_t index = claim_from(&job->shares[*at]);
+        if (index >= 0) {
+            c->kernel = fa_item_at(job->run.problem, job->partition, index, job->shared, &c->item);
+            return;
+        }
+        *at = (*at + 1) % job->num_shares;
+    }
 }
 
-/* While there is plenty, a thread has an item before it works on the one before, so that it can start the
+/* While its share has more, a thread has an item before it works on the one before, so that it can start the
  * next one's reads; the last ones go to whoever is free. */
-static void take_ahead(forward_job *job, item_range *mine, claim *c)
+static void take_ahead(forward_job *job, int *at, claim *c)
 {
-    int64_t claimed = atomic_load_explicit(&job->next_item, memory_order_relaxed);
+    const item_share *share = &job->shares[*at];
     c->kernel = NULL;
-    if (mine->begin < mine->end || claimed + 2 * job->partition->num_threads <= job->partition->num_items)
-        take_item(job, mine, c);
+    if (atomic_load_explicit(&share->next, memory_order_relaxed) + 2 <= share->end)
+        take_item(job, at, c);
 }
 
-static void work_through_items(forward_job *job, void *scratch, bool is_caller)
+static void work_through_items(forward_job *job, void *scratch, int member)
 {
-    item_range mine = {0};
+    const bool is_caller = member == 0;
+    int at = member % job->num_shares;
     claim claims[2];
-    take_item(job, &mine, &claims[0]);
+    take_item(job, &at, &claims[0]);
     for (int i = 0; claims[i].kernel; i ^= 1) {
         claim *now = &claims[i], *next = &claims[i ^ 1];
-        take_ahead(job, &mine, next);
+        take_ahead(job, &at, next);
         now->kernel->forward(job->run.problem, &now->item, next->kernel ? &next->item : NULL, scratch,
                              &job->run, is_caller);
         if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
             return;
         if (!next->kernel)
-            take_item(job, &mine, next);
+            take_item(job, &at, next);
     }
 }
 
@@ -121,19 +121,34 @@ static void forward_items(void *argument, int member)
 {
     forward_job *job = argument;
     if (member == 0) {
-        work_through_items(job, job->caller_scratch, true);
+        work_through_items(job, job->caller_scratch, member);
         return;
     }
     void *scratch = fa_take_scratch(job->partition->scratch_bytes);
     if (!scratch)
         return; /* the others do this member's share */
-    work_through_items(job, scratch, false);
+    work_through_items(job, scratch, member);
     fa_give_back_scratch(scratch);
+}
+
+static void share_out(forward_job *job)
+{
+    const fa_partition *partition = job->partition;
+    job->num_shares = partition->num_threads < MAX_SHARES ? partition->num_threads : MAX_SHARES;
+    for (int i = 0; i < job->num_shares; i++) {
+        atomic_init(&job->shares[i].next, partition->num_items * i / job->num_shares);
+        job->shares[i].end = partition->num_items * (i + 1) / job->num_shares;
+    }
 }
 
 static fa_status forward_partition(const fa_problem *problem, const fa_partition *partition, char *shared)
 {
-    forward_job job = {.run = {.problem = problem}, .partition = partition, .shared = shared};
+    forward_job job; /* not all of its shares are there */
+    job.run = (fa_run){.problem = problem};
+    job.partition = partition;
+    job.shared = shared;
+    job.blocks = 0;
+    share_out(&job);
     job.caller_scratch = fa_take_scratch(partition->scratch_bytes);
     if (!job.caller_scratch)
         return FA_NO_MEMORY;
