@@ -872,7 +872,7 @@ class KVCache:
         try:
             if gained is not None:
                 self._references[gained] += 1
-            if dropped is not None:
+            if dropped is not None and len(dropped):
                 self._references[dropped] -= 1
                 self._returned.extend(dropped[self._references[dropped] == 0].tolist())
             # Before there is a sequence of that id, so that no other can ever get it.
