@@ -49,7 +49,7 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     if (narrow) {
         multiply_narrow_query_key(p, t, range, key, ahead, scale, scores);
     } else {
-        multiply_query_key(p, t, range, key, ahead, scale, vectors, !modified, scores, largest);
+        multiply_query_key(p, t, range, key, ahead, scale, vectors, scores, largest);
         hide_rows_behind(t, range, scores);
     }
     if (modified)

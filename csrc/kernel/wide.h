@@ -21,29 +21,11 @@ FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, i
     }
 }
 
-FA_INLINE void multiply_sums(real factor, int vectors, vec c[MAX_MICRO_ROWS][MAX_VECTORS])
-{
-#pragma GCC unroll 8
-    for (int i = 0; i < MICRO_ROWS(vectors); i++)
-#pragma GCC unroll 3
-        for (int m = 0; m < vectors; m++)
-            c[i][m] *= factor;
-}
-
-FA_INLINE void raise_largest(vec c[MAX_MICRO_ROWS][MAX_VECTORS], int vectors, vec largest[MAX_VECTORS])
-{
-#pragma GCC unroll 8
-    for (int i = 0; i < MICRO_ROWS(vectors); i++)
-#pragma GCC unroll 3
-        for (int m = 0; m < vectors; m++)
-            largest[m] = vec_max(c[i][m], largest[m]);
-}
-
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest if it is wanted. Panel rows of
- * keys that may not be read, and those up to the micro-kernel's height, repeat the nearest key. */
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest. Panel rows of keys
+ * that may not be read, and those up to the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
                                   const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  bool finds_largest, vec *scores, vec largest[MAX_VECTORS])
+                                  vec *scores, vec largest[MAX_VECTORS])
 {
     for (int m = 0; m < vectors; m++)
         largest[m] = vec_splat(-(real)INFINITY);
@@ -62,15 +44,14 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         if (modified)
             prefetch_modifiers(p, t, range->key_hi, r / rows * modifiers, modifiers, half);
         product(a, false, key->col, t->query, length, vectors, false, c);
-        if (scale != 1)
-            multiply_sums(scale, vectors, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                scores[(r + i) * vectors + m] = c[i][m];
-        if (finds_largest)
-            raise_largest(c, vectors, largest);
+            for (int m = 0; m < vectors; m++) {
+                vec s = scale == 1 ? c[i][m] : c[i][m] * scale;
+                scores[(r + i) * vectors + m] = s;
+                largest[m] = vec_max(s, largest[m]);
+            }
     }
 }
 

@@ -125,11 +125,11 @@ FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, con
     }
 }
 
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest if it is wanted; whole passes, as
- * keys are staged. */
+/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest; whole passes, as keys are
+ * staged. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
                                   const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  bool finds_largest, vec *scores, vec largest[MAX_VECTORS])
+                                  vec *scores, vec largest[MAX_VECTORS])
 {
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const bool modified = p->mask.data || p->bias.data;
@@ -147,8 +147,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     }
     for (int i = 0; scale != 1 && i < num_keys(range) * vectors; i++)
         scores[i] *= scale;
-    if (finds_largest)
-        find_largest(scores, num_keys(range), vectors, largest);
+    find_largest(scores, num_keys(range), vectors, largest);
 }
 
 /* Values that are hidden from some rows only, pair by pair: the unit multiplies them all. */
