@@ -253,3 +253,18 @@ def test_softcap_keeps_the_relative_accuracy_of_any_score(dtype, seqlen_q):
         _, lse = fastattn.attention(query, key, key, scale=1.0, softcap=3.0, return_lse=True)
         expected = 3 * np.tanh(query[..., 0].astype(np.longdouble) / 3)
         np.testing.assert_allclose(lse, expected, rtol=8 * UNIT[dtype])
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    ("dtype", "huge", "tiny", "cap"), [(F32, 1e8, 1e-16, 1e30), (F64, 1e15, 1e-30, 1e300)], ids=["float32", "float64"]
+)
+def test_scale_over_softcap_beyond_the_precision(dtype, huge, tiny, cap, seqlen_q):
+    """Scale and cap are normal numbers, and their quotient is not."""
+    query = np.full((1, 1, seqlen_q, 1), huge, dtype)
+    key = huge * np.arange(1, 5, dtype=dtype).reshape(1, 1, 4, 1)
+    value = np.eye(4, dtype=dtype)[None, None]
+    out = fastattn.attention(query, key, value, scale=tiny, softcap=cap)
+    plain = fastattn.attention(query, key, value, scale=tiny)
+    np.testing.assert_allclose(out, plain, rtol=1e-5)
+    assert plain[0, 0, 0, 3] > 0.6

@@ -261,6 +261,17 @@ def test_intervals_that_begin_and_end_at_any_key(dtypes):
             check(query, key, value, window=(left, right), query_offset=50, **keywords)
 
 
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_k", [1, 31, 33, 65, 100])
+def test_scores_far_below_those_of_rows_that_are_not_there(dtypes, seqlen_k):
+    """A panel has whole rows of keys; those that are not there must not count as scores of 0."""
+    query, key = np.full((1, 1, 20, 32), 10, dtypes[0]), np.full((1, 1, seqlen_k, 32), -10, dtypes[1])
+    out, lse, _ = fastattn.attention(query, key, np.ones_like(key), return_lse=True, return_weights=True)
+    assert (out == 1).all()
+    np.testing.assert_allclose(lse.astype(F64), np.log(seqlen_k) - 3200 / np.sqrt(32), rtol=1e-5)
+
+
 def test_bounds_and_offsets_beyond_every_key():
     query, key, value = qkv(make_rng(), (1, 2, 2, 9, 20, 8))
     for bound in (2**31, 2**62, 2**63 - 1):

@@ -118,6 +118,47 @@ def test_same_bits_for_some_of_the_rows(dtypes, keywords):
         assert_same_results(some, [x[:, :, begin:end] for x in together])
 
 
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("kind", ["bias", "alibi", "softcap", "softcap and bias", "mask"])
+@pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
+def test_same_bits_whatever_modifies_other_rows(dtypes, kind, causal):
+    """Which modifiers meet a tile depends on all of its rows; head_dim 32, whose scale is no power of two."""
+    rng = make_rng()
+    query, key, value = qkv(rng, (1, 2, 2, 200, 200, 32), dtypes)
+    bias, seen = rng.standard_normal((200, 200), np.float32), rng.random((200, 200)) < 0.9
+    keywords = {
+        "bias": {"bias": bias},
+        "alibi": {"alibi_slopes": np.array([0.1, 0.3])},
+        "softcap": {"softcap": 3.0},
+        "softcap and bias": {"softcap": 3.0, "bias": bias},
+        "mask": {"mask": seen},
+    }[kind]
+    own_mask = keywords.get("mask", np.ones((200, 200), bool))
+    hides = own_mask.copy()
+    hides[:40, ::3] = False  # of the first rows only
+    alike = call(query, key, value, causal=causal, **{**keywords, "mask": own_mask})
+    other = call(query, key, value, causal=causal, **{**keywords, "mask": hides})
+    assert_same_results([x[:, :, 40:] for x in other], [x[:, :, 40:] for x in alike])
+    for begin, end in ((0, 150), (30, 130), (101, 160)):
+        part = {name: x[begin:end] if name in ("bias", "mask") else x for name, x in keywords.items()}
+        together = call(query, key, value, query_offset=0, causal=causal, **keywords)
+        some = call(query[:, :, begin:end], key, value, query_offset=begin, causal=causal, **part)
+        assert_same_results(some, [x[:, :, begin:end] for x in together])
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("keywords", [{"alibi_slopes": np.full(8, 0.1)}, {"softcap": 2.0}], ids=["alibi", "softcap"])
+def test_same_bits_for_any_number_of_threads_of_long_rows(dtypes, keywords):
+    """More threads cut the rows in other tiles."""
+    arrays = qkv(make_rng(), (1, 8, 8, 1040, 200, 32), dtypes)
+    one = fastattn.attention(*arrays, causal=True, query_offset=0, num_threads=1, **keywords)
+    for num_threads in (2, 3, 4):
+        more = fastattn.attention(*arrays, causal=True, query_offset=0, num_threads=num_threads, **keywords)
+        assert_same_bits(more, one)
+
+
 @each_dtype
 def test_several_python_threads(dtypes):
     jobs = [qkv(make_rng(i), shape, dtypes) for i, shape in enumerate(SHAPES * 4)]

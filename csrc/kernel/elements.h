@@ -169,7 +169,7 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
 {
     const char *first_line = data - ((uintptr_t)data & 63);
-    for (const char *line = first_line; line < data + bytes; line += 64)
+    for (const char *line = first_line; bytes > 0 && line < data + bytes; line += 64)
         __builtin_prefetch(line, 0, 2);
 }
 

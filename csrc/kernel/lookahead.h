@@ -32,8 +32,8 @@ FA_INLINE row_run block_run(const operand_block *block, const fa_array *array, i
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
  * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
  * over the rows of the first product, values and results over those of the second: memory serves few
- * lines at a time, and in one burst the work would wait for them. The rows of a mask or a bias, which are
- * many, are spread over both products. */
+ * lines at a time, and in one burst the work would wait for them. The micro-kernel asks for those of
+ * masks and biases, which are many, in both. */
 typedef struct {
     const char *key, *value;
     int key_rows;

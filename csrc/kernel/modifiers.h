@@ -1,4 +1,4 @@
-/* All that changes or hides scores, in this order: scale, softcap, bias, ALiBi, mask, interval.
+/* All that changes or hides scores, in this order: softcap, bias, ALiBi, mask, interval.
  *
  * One pass over the panel does it all, and finds the largest scores. It goes by squares of LANES rows,
  * because bias lies with keys along its rows and must be transposed. */
@@ -16,7 +16,7 @@ typedef struct {
 
 /* What they need to know of the block. */
 typedef struct {
-    real scale, softcap, scale_over_softcap;
+    real softcap, inverse_softcap;
     vec ahead[MAX_VECTORS];               /* of the first key in a lane, the lane's position */
     vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* keys the lane's interval lets it see, from its first key on */
 } modifier_terms;
@@ -27,14 +27,13 @@ FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
     return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
-static void set_scales(const fa_problem *p, double scale, modifier_terms *terms)
+static void set_softcap(const fa_problem *p, modifier_terms *terms)
 {
     /* Beyond these the cap does nothing, or leaves nothing, to the precision of `real`. */
-    const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300, largest = FA_REAL_BYTES == 4 ? 1e38 : 1e308;
+    const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300;
     const double softcap = fmin(fmax(p->softcap, lowest), 1 / lowest);
-    terms->scale = (real)scale;
     terms->softcap = (real)softcap;
-    terms->scale_over_softcap = (real)fmin(scale / softcap, largest);
+    terms->inverse_softcap = (real)(1 / softcap);
 }
 
 static void set_ahead(const tile *t, const key_range *range, modifier_terms *terms)
@@ -53,7 +52,7 @@ static void set_intervals(const tile *t, const key_range *range, modifier_terms 
     }
 }
 
-/* Of panel row r and vector m, lane by lane: each has a key of its own, or one that may not be read. */
+/* Of panel row r and vector m, lane by lane: each may have a key of its own, or one that may not be read. */
 static vec gather_bias(const fa_problem *p, const tile *t, const key_range *range, int r, int m)
 {
     vec bias = {0};
@@ -162,11 +161,11 @@ FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY), slope = t->slope[m], ahead = terms->ahead[m];
     const vec lo = terms->lo[m], hi = terms->hi[m];
-    const real scale = terms->scale, softcap = terms->softcap, scale_over_softcap = terms->scale_over_softcap;
+    const real softcap = terms->softcap, inverse_softcap = terms->inverse_softcap;
     const int vectors = t->vectors, key_shift = by.narrow ? t->key_shift : 0;
     vec bias[LANES], most = *largest;
     vec *score = scores + r * vectors + m;
-    const bool near_zero = by.capped && are_near_zero(score, count, vectors, scale_over_softcap);
+    const bool near_zero = by.capped && are_near_zero(score, count, vectors, inverse_softcap);
     if (by.biased)
         load_bias(p, t, range, by.narrow, r, count, m, bias);
 #pragma GCC unroll 16
@@ -174,11 +173,9 @@ FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range
         const vec key = vec_splat((real)((r + j) << key_shift));
         vec s = *score;
         if (near_zero)
-            s = softcap * vec_tanh_near_zero(s * scale_over_softcap);
+            s = softcap * vec_tanh_near_zero(s * inverse_softcap);
         else if (by.capped)
-            s = softcap * vec_tanh(s * scale_over_softcap);
-        else if (by.biased || by.sloped)
-            s *= scale;
+            s = softcap * vec_tanh(s * inverse_softcap);
         if (by.biased)
             s = add_bias(s, bias[j]);
         if (by.sloped)
@@ -235,14 +232,17 @@ FA_INLINE int count_modifiers(modifiers by)
 }
 
 /* Changes and hides scores that are there, and finds each lane's largest. Of wide tiles, the usual single
- * modifiers have copies of their own, where what is not there takes no time. */
+ * modifiers have copies of their own, where what is not there takes no time. What a copy computes must be the
+ * same to the last bit: which one runs depends on other rows. So no copy may round twice where another rounds
+ * once. */
 static void modify_scores(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
-                          double scale, vec *scores, vec largest[MAX_VECTORS])
+                          vec *scores, vec largest[MAX_VECTORS])
 {
     modifier_terms terms;
     const int rows = by.narrow ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
     const bool alone = count_modifiers(by) == 1 && !by.narrow;
-    set_scales(p, scale, &terms);
+    if (by.capped)
+        set_softcap(p, &terms);
     if (by.sloped)
         set_ahead(t, range, &terms);
     if (by.bounded)

@@ -5,8 +5,9 @@
 
 #include "modifiers.h"
 
-/* Whether something besides other scores meets the scores, so that they must be in natural units. Otherwise
- * the scale waits for the exponential, where it is free. */
+/* Whether something besides other scores meets the scores, so that they must be in natural units: the
+ * micro-kernel's epilogue then scales them. Otherwise the scale waits for the exponential, where it is free.
+ */
 FA_INLINE bool needs_natural_scores(const fa_problem *p)
 {
     return p->softcap != 0 || p->bias.data || p->alibi_slopes.data || p->sinks.data;
@@ -44,8 +45,8 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     if (seen == SEES_NONE)
         return false;
     const modifiers by = find_modifiers(p, t, range, seen == SEES_SOME);
-    const bool modified = count_modifiers(by) > 0, scaled_later = by.capped || by.biased || by.sloped;
-    const real scale = needs_natural_scores(p) && !scaled_later ? (real)scale_magnitude(p) : 1;
+    const bool modified = count_modifiers(by) > 0;
+    const real scale = needs_natural_scores(p) ? (real)scale_magnitude(p) : 1;
     if (narrow) {
         multiply_narrow_query_key(p, t, range, key, ahead, scale, scores);
     } else {
@@ -53,7 +54,7 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
         hide_rows_behind(t, range, scores);
     }
     if (modified)
-        modify_scores(p, t, range, by, scale_magnitude(p), scores, largest);
+        modify_scores(p, t, range, by, scores, largest);
     else if (narrow)
         find_largest(scores, panel_rows(t, range, narrow), vectors, largest);
     return true;

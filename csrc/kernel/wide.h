@@ -32,7 +32,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const int rows = MICRO_ROWS(vectors);
     const bool modified = p->mask.data || p->bias.data;
-    const int half = t->rows / 2, modifiers = share_of_step(half, num_keys(range), rows);
+    const int half = (t->rows + 1) / 2, asked = share_of_step(half, num_keys(range), rows);
     for (int r = 0; r < num_keys(range); r += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         const char *a[MAX_MICRO_ROWS];
@@ -40,9 +40,9 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
         prefetch_keys(p, ahead, r, rows);
         prefetch_queries(p, ahead, r, rows);
         if (p->bias.data && t->fresh) /* nobody has asked for it */
-            prefetch_modifiers(p, t, range->key_lo, r / rows * 2 * modifiers, 2 * modifiers, t->rows);
+            prefetch_modifiers(p, t, range->key_lo, r / rows * 2 * asked, 2 * asked, t->rows);
         if (modified)
-            prefetch_modifiers(p, t, range->key_hi, r / rows * modifiers, modifiers, half);
+            prefetch_modifiers(p, t, range->key_hi, r / rows * asked, asked, half);
         product(a, false, key->col, t->query, length, vectors, false, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
@@ -67,13 +67,13 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
     const bool modified = p->mask.data || p->bias.data;
-    const int half = t->rows / 2, modifiers = share_of_step(t->rows - half, p->head_dim_v, rows);
+    const int half = (t->rows + 1) / 2, asked = share_of_step(t->rows - half, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
         prefetch_values_and_out(p, t, ahead, e / rows, values, results);
         if (modified)
-            prefetch_modifiers(p, t, range->key_hi, half + e / rows * modifiers, modifiers, t->rows);
+            prefetch_modifiers(p, t, range->key_hi, half + e / rows * asked, asked, t->rows);
         if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
             const char *first = base + e * (int)sizeof(operand);
             product(&first, true, value->row, probabilities, length, vectors, visible_only, c);

@@ -133,13 +133,13 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
 {
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const bool modified = p->mask.data || p->bias.data;
-    const int modifiers = share_of_step(t->rows, num_keys(range), PASS_ROWS);
+    const int asked = share_of_step(t->rows, num_keys(range), PASS_ROWS);
     finish_stores();
     for (int r = 0; r < num_keys(range); r += PASS_ROWS) {
         prefetch_keys(p, ahead, r, PASS_ROWS);
         prefetch_queries(p, ahead, r, PASS_ROWS);
         if (modified)
-            prefetch_modifiers(p, t, range->key_hi, r / PASS_ROWS * modifiers, modifiers, t->rows);
+            prefetch_modifiers(p, t, range->key_hi, r / PASS_ROWS * asked, asked, t->rows);
         clear_sums(vectors, true);
         multiply_blocks(key->data + (range->first + r - key->first) * key->row, key->row, FA_VECTOR_BYTES,
                         t->query, length, vectors, true);
@@ -147,7 +147,7 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     }
     for (int i = 0; scale != 1 && i < num_keys(range) * vectors; i++)
         scores[i] *= scale;
-    find_largest(scores, num_keys(range), vectors, largest);
+    find_largest(scores, (int)(range->key_hi - range->first), vectors, largest);
 }
 
 /* Values that are hidden from some rows only, pair by pair: the unit multiplies them all. */
