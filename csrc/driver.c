@@ -80,7 +80,7 @@ static void take_item(forward_job *job, int *at, claim *c)
 }
 
 /* While its share has more, a thread has an item before it works on the one before, so that it can start the
- * next one's reads; the last ones go to whoever is free. */
+ * next one's reads; a share's last one goes to whoever is free. */
 static void take_ahead(forward_job *job, int *at, claim *c)
 {
     const item_share *share = &job->shares[*at];
@@ -143,7 +143,7 @@ static void share_out(forward_job *job)
 
 static fa_status forward_partition(const fa_problem *problem, const fa_partition *partition, char *shared)
 {
-    forward_job job; /* not all of its shares are there */
+    forward_job job; /* the shares beyond num_shares are never read */
     job.run = (fa_run){.problem = problem};
     job.partition = partition;
     job.shared = shared;

@@ -12,6 +12,7 @@ from oracle import (
     F16,
     F32,
     F64,
+    UNIT,
     assert_close,
     check,
     check_planted,
@@ -265,11 +266,12 @@ def test_intervals_that_begin_and_end_at_any_key(dtypes):
 @each_dtype
 @pytest.mark.parametrize("seqlen_k", [1, 31, 33, 65, 100])
 def test_scores_far_below_those_of_rows_that_are_not_there(dtypes, seqlen_k):
-    """A panel has whole rows of keys; those that are not there must not count as scores of 0."""
+    """A panel has whole rows of keys; those that are not there must not count as scores of 0. The products
+    are exact; scale, logarithm and sum round a few times, in float32 at the least."""
     query, key = np.full((1, 1, 20, 32), 10, dtypes[0]), np.full((1, 1, seqlen_k, 32), -10, dtypes[1])
     out, lse, _ = fastattn.attention(query, key, np.ones_like(key), return_lse=True, return_weights=True)
     assert (out == 1).all()
-    np.testing.assert_allclose(lse.astype(F64), np.log(seqlen_k) - 3200 / np.sqrt(32), rtol=1e-5)
+    np.testing.assert_allclose(lse.astype(F64), np.log(seqlen_k) - 3200 / np.sqrt(32), rtol=8 * UNIT[F32])
 
 
 def test_bounds_and_offsets_beyond_every_key():

@@ -406,14 +406,6 @@ FA_INLINE void stage_rows_across(const source_rows *src, int num_keys, int head_
     }
 }
 
-/* `count` <= LANES elements times `scale`, if there are scales, to a vector of the stage. */
-FA_INLINE void stage_elements(const char *src, ptrdiff_t col, int count, fa_dtype dtype, const real *scale,
-                              char *stage)
-{
-    vec x = load_elements(src, col, count, dtype);
-    vec_store(stage, scale ? x * *scale : x);
-}
-
 /* stage_rows by elements `col` bytes apart. */
 FA_INLINE void stage_rows_along(const source_rows *src, fa_dtype dtype, ptrdiff_t col, bool scaled,
                                 int num_keys, int head_dim, char *stage)
@@ -421,13 +413,15 @@ FA_INLINE void stage_rows_along(const source_rows *src, fa_dtype dtype, ptrdiff_
     const int whole = head_dim / LANES * LANES;
     for (int n = 0; n < num_keys; n++, stage += staged_row_bytes(head_dim)) {
         const char *row = src->data + n * src->array->row;
-        real factor = scaled ? load_element(src->scale + n * src->scale_step, FA_FLOAT32) : 1;
-        const real *scale = scaled ? &factor : NULL;
-        for (int d = 0; d < whole; d += LANES)
-            stage_elements(row + d * col, col, LANES, dtype, scale, stage + d * (int)sizeof(real));
-        if (whole < head_dim)
-            stage_elements(row + whole * col, col, head_dim - whole, dtype, scale,
-                           stage + whole * (int)sizeof(real));
+        real scale = scaled ? load_element(src->scale + n * src->scale_step, FA_FLOAT32) : 1;
+        for (int d = 0; d < whole; d += LANES) {
+            vec x = load_elements(row + d * col, col, LANES, dtype);
+            vec_store(stage + d * (int)sizeof(real), scaled ? x * scale : x);
+        }
+        if (whole < head_dim) {
+            vec x = load_elements(row + whole * col, col, head_dim - whole, dtype);
+            vec_store(stage + whole * (int)sizeof(real), scaled ? x * scale : x);
+        }
     }
 }
 

@@ -14,6 +14,12 @@ FA_INLINE int num_keys(const key_range *range)
     return (int)(range->last - range->first);
 }
 
+/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
+FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
+{
+    return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
+}
+
 /* `count` rows, `row` bytes apart. */
 typedef struct {
     const char *data;

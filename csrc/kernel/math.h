@@ -71,8 +71,8 @@ FA_INLINE vec vec_tanh_near_zero(vec x)
     return x * (z * polynomial(c, (int)(sizeof c / sizeof *c) - 1, z) + 1);
 }
 
-/* tanh of any x. Far from 0 it is v / (2 - v) with x's sign, of v = 1 - e^(-2|x|) = (1 - 2^n) - 2^n (2^r -
- * 1); beyond the clamp it is 1 to the last bit. */
+/* tanh of any x. Far from 0 it is v / (2 - v) with x's sign, of v = 1 - e^(-2|x|), where e^(-2|x|) is 2^n
+ * 2^r; beyond the clamp it is 1 to the last bit. */
 FA_INLINE vec vec_tanh(vec x)
 {
     const real minus_two_log2e = (real)-2.885390081777926814720;

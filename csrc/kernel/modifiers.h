@@ -21,12 +21,6 @@ typedef struct {
     vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* keys the lane's interval lets it see, from its first key on */
 } modifier_terms;
 
-/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
-FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
-{
-    return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
-}
-
 static void set_softcap(const fa_problem *p, modifier_terms *terms)
 {
     /* Beyond these the cap does nothing, or leaves nothing, to the precision of `real`. */
@@ -238,7 +232,7 @@ FA_INLINE int count_modifiers(modifiers by)
 static void modify_scores(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
                           vec *scores, vec largest[MAX_VECTORS])
 {
-    modifier_terms terms;
+    modifier_terms terms = {0};
     const int rows = by.narrow ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
     const bool alone = count_modifiers(by) == 1 && !by.narrow;
     if (by.capped)

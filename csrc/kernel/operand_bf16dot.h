@@ -72,14 +72,21 @@ FA_INLINE void store_pair(const char *src, ptrdiff_t step, char *dst)
     memcpy(dst + 2, src + step, 2);
 }
 
-/* stage_value of whole pairs of rows without gaps, in whole squares: nothing to ask at each of them. */
+/* Two rows without gaps, `row` bytes apart, in pairs, as far as they fill whole vectors: so many elements. */
+FA_INLINE int interleave_rows(const char *src, ptrdiff_t row, int head_dim_v, char *dst)
+{
+    int e = 0;
+    for (; e + 2 * LANES <= head_dim_v; e += 2 * LANES)
+        interleave_keys(src + 2 * e, src + row + 2 * e, dst + 4 * e);
+    return e;
+}
+
+/* stage_value where there is nothing else than that, and nothing to ask at each pair of rows. */
 FA_INLINE void stage_whole_values(const source_rows *src, int num_keys, int head_dim_v, char *stage)
 {
     const ptrdiff_t row = src->array->row;
-    const char *first = src->data;
-    for (int n = 0; n < num_keys; n += 2, first += 2 * row, stage += staged_row_bytes(head_dim_v))
-        for (int e = 0; e < head_dim_v; e += 2 * LANES)
-            interleave_keys(first + 2 * e, first + row + 2 * e, stage + 4 * e);
+    for (int n = 0; n < num_keys; n += 2)
+        interleave_rows(src->data + n * row, row, head_dim_v, stage + n / 2 * staged_row_bytes(head_dim_v));
 }
 
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
@@ -103,8 +110,7 @@ FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int h
             for (; e < head_dim_v; e++)
                 store_pair(row + e * value->col, value->row, dst + 4 * e);
         if (both && value->col == 2)
-            for (; e + 2 * LANES <= head_dim_v; e += 2 * LANES)
-                interleave_keys(row + 2 * e, row + value->row + 2 * e, dst + 4 * e);
+            e = interleave_rows(row, value->row, head_dim_v, dst);
         for (; e < head_dim_v; e += LANES) {
             uvec low = {0}, high = {0};
             if (n >= 0)

@@ -29,6 +29,7 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
     return c + (vec)((ivec)vec_splat(a) & ivec_nonzero((ivec)b ^ hidden)) * b;
 }
 
+/* In two copies below: a square whose size is known stays in registers from here to there. */
 FA_INLINE void store_columns(const vec *x, int count, int vectors, real sign, panel *query)
 {
 #pragma GCC unroll 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -30,7 +31,7 @@ class Way:
     read: Callable[[Any], NDArray[Any]]  # from what run returns to (batch, heads, seqlen_q, head_dim)
 
 
-class Contender:
+class Contender(abc.ABC):
     """A library that computes attention.
 
     Parameters
@@ -53,13 +54,13 @@ class Contender:
     def available(cls) -> bool:
         return all(importlib.util.find_spec(package) for package in cls.packages)
 
+    @abc.abstractmethod
     def refuses(self, case: Case, dtype: str) -> str | None:
         """Return why it cannot compute this, or None if it can."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
         """Yield a maker of each way worth trying. Making one may raise whatever the library raises."""
-        raise NotImplementedError
 
     def context(self) -> AbstractContextManager[Any]:
         """Return the context to run in."""
