@@ -31,6 +31,7 @@ typedef struct {
     int64_t first_split, num_splits; /* of the whole group */
     char *partials;                  /* num_splits of them, of kernel->partial_bytes(rows) each */
     _Atomic int64_t *splits_done;    /* of the group */
+    bool like_before; /* rows, keys and splits are those of the item that used the same scratch before */
 } fa_item;
 
 /* Asked by a kernel between key blocks; true: give up, the results no longer matter. */
@@ -51,7 +52,7 @@ typedef struct {
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
     size_t (*partial_bytes)(const fa_problem *problem, int64_t rows);
     /* Computes the item; `next` (or NULL) is the one that this thread computes after it, whose first
-     * reads are started early. `scratch` is 64-byte aligned. */
+     * reads are started early. `scratch` is 64-byte aligned, and stays between items that are alike. */
     void (*forward)(const fa_problem *problem, const fa_item *item, const fa_item *next, void *scratch,
                     fa_run *run, bool is_caller);
     /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */

@@ -30,8 +30,8 @@ typedef struct {
     char *shared; /* partial results; see plan.h */
     int num_shares;
     _Alignas(CACHE_LINE) void *caller_scratch;
-    int64_t next_poll;
-    unsigned blocks; /* that the caller has begun */
+    int64_t next_poll; /* 0: the clock has not been looked at */
+    unsigned blocks;   /* that the caller has begun */
     item_share shares[MAX_SHARES];
 } forward_job;
 
@@ -42,6 +42,8 @@ bool fa_should_stop(fa_run *run, bool is_caller)
         return true;
     if (is_caller && run->problem->interrupted && ++job->blocks % BLOCKS_PER_CLOCK == 0) {
         int64_t now = fa_nanoseconds();
+        if (job->next_poll == 0) /* so short calls never look at the clock */
+            job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
         if (now >= job->next_poll) {
             job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
             if (run->problem->interrupted())
@@ -65,14 +67,17 @@ static int64_t claim_from(item_share *share)
     return index < share->end ? index : -1;
 }
 
-/* From share `at` or, if that has none left, from those behind it. */
-static void take_item(forward_job *job, int *at, claim *c)
+/* From share `at` or, if that has none left, from those behind it. `before`: what the thread works on before
+ * it, or NULL. */
+static void take_item(forward_job *job, int *at, const claim *before, claim *c)
 {
     c->kernel = NULL;
     for (int tried = 0; tried < job->num_shares; tried++) {
         int64_t index = claim_from(&job->shares[*at]);
         if (index >= 0) {
             c->kernel = fa_item_at(job->run.problem, job->partition, index, job->shared, &c->item);
+            c->item.like_before =
+                before && before->kernel == c->kernel && fa_items_are_alike(&before->item, &c->item);
             return;
         }
         *at = (*at + 1) % job->num_shares;
@@ -81,12 +86,12 @@ static void take_item(forward_job *job, int *at, claim *c)
 
 /* While its share has more, a thread has an item before it works on the one before, so that it can start the
  * next one's reads; a share's last one goes to whoever is free. */
-static void take_ahead(forward_job *job, int *at, claim *c)
+static void take_ahead(forward_job *job, int *at, const claim *before, claim *c)
 {
     const item_share *share = &job->shares[*at];
     c->kernel = NULL;
     if (atomic_load_explicit(&share->next, memory_order_relaxed) + 2 <= share->end)
-        take_item(job, at, c);
+        take_item(job, at, before, c);
 }
 
 static void work_through_items(forward_job *job, void *scratch, int member)
@@ -94,16 +99,16 @@ static void work_through_items(forward_job *job, void *scratch, int member)
     const bool is_caller = member == 0;
     int at = member % job->num_shares;
     claim claims[2];
-    take_item(job, &at, &claims[0]);
+    take_item(job, &at, NULL, &claims[0]);
     for (int i = 0; claims[i].kernel; i ^= 1) {
         claim *now = &claims[i], *next = &claims[i ^ 1];
-        take_ahead(job, &at, next);
+        take_ahead(job, &at, now, next);
         now->kernel->forward(job->run.problem, &now->item, next->kernel ? &next->item : NULL, scratch,
                              &job->run, is_caller);
         if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
             return;
         if (!next->kernel)
-            take_item(job, &at, next);
+            take_item(job, &at, now, next);
     }
 }
 
@@ -148,12 +153,11 @@ static fa_status forward_partition(const fa_problem *problem, const fa_partition
     job.partition = partition;
     job.shared = shared;
     job.blocks = 0;
+    job.next_poll = 0;
     share_out(&job);
     job.caller_scratch = fa_take_scratch(partition->scratch_bytes);
     if (!job.caller_scratch)
         return FA_NO_MEMORY;
-    if (problem->interrupted)
-        job.next_poll = fa_nanoseconds() + INTERRUPT_POLL_NANOSECONDS;
     fa_parallel(partition->num_threads, forward_items, poll_while_waiting, &job);
     fa_give_back_scratch(job.caller_scratch);
     return atomic_load(&job.run.stop) ? FA_INTERRUPTED : FA_OK;

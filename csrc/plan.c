@@ -317,6 +317,14 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
     return cut.kernel;
 }
 
+bool fa_items_are_alike(const fa_item *a, const fa_item *b)
+{
+    const fa_sequence *s = &a->sequence, *t = &b->sequence;
+    return a->row_begin == b->row_begin && a->row_end == b->row_end && s->num_queries == t->num_queries &&
+           s->num_keys == t->num_keys && s->query_offset == t->query_offset &&
+           a->split_keys == b->split_keys && a->split_begin == b->split_begin && a->split_end == b->split_end;
+}
+
 fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
 {
     fa_partition part;

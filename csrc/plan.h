@@ -41,4 +41,7 @@ void fa_free_partition(fa_partition *partition);
 const fa_kernel *fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index,
                             char *shared, fa_item *item);
 
+/* Whether two items differ in nothing but where their arrays lie. */
+bool fa_items_are_alike(const fa_item *a, const fa_item *b);
+
 #endif

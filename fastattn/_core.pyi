@@ -1,29 +1,53 @@
-"""The compiled side: fastattn.api calls it with every argument in place."""
+"""The compiled side: `attention`, and what fastattn.api calls with every argument in place."""
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from fastattn.api import Options
+
+Array = NDArray[Any]
+
+@overload
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    scale: float | None,
-    causal: bool,
-    query_offset: ArrayLike | None,
-    window: tuple[int | None, int | None] | None,
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    alibi_slopes: ArrayLike | None,
-    softcap: float | None,
-    sinks: ArrayLike | None,
-    key_lengths: ArrayLike | None,
-    out: np.ndarray[Any, Any] | None,
-    return_lse: bool,
-    return_weights: bool,
-    num_threads: int | None,
-) -> Any: ...
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    return_weights: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array, Array]: ...
 def top_keys(
     query: ArrayLike,
     key: ArrayLike,
@@ -54,19 +78,19 @@ def attention_varlen(
     alibi_slopes: ArrayLike | None,
     softcap: float | None,
     sinks: ArrayLike | None,
-    out: np.ndarray[Any, Any] | None,
+    out: Array | None,
     return_lse: bool,
     num_threads: int | None,
 ) -> Any: ...
 def attention_paged(
     query: ArrayLike,
     cu_seqlens_q: ArrayLike | None,
-    key_pages: np.ndarray[Any, Any],
-    value_pages: np.ndarray[Any, Any],
-    key_scales: np.ndarray[Any, Any] | None,
-    value_scales: np.ndarray[Any, Any] | None,
-    page_table: np.ndarray[Any, Any],
-    lengths: np.ndarray[Any, Any],
+    key_pages: Array,
+    value_pages: Array,
+    key_scales: Array | None,
+    value_scales: Array | None,
+    page_table: Array,
+    lengths: Array,
     scale: float | None,
     causal: bool,
     query_offset: ArrayLike | None,
@@ -74,7 +98,7 @@ def attention_paged(
     alibi_slopes: ArrayLike | None,
     softcap: float | None,
     sinks: ArrayLike | None,
-    out: np.ndarray[Any, Any] | None,
+    out: Array | None,
     return_lse: bool,
     return_weights: bool,
     num_threads: int | None,

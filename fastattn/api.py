@@ -1,4 +1,7 @@
-"""The public functions: signatures, defaults and what they mean. `fastattn._core` does the work."""
+"""The public functions: signatures, defaults and what they mean. `fastattn._core` does the work.
+
+`attention` itself is of `_core`: to call it through one more function would cost small calls a tenth of their time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core
+from fastattn._core import attention as attention
 from fastattn._merge import merge_results
 
 Array = NDArray[Any]
@@ -52,169 +56,6 @@ class PackedOptions(TypedDict, total=False):
     sinks: ArrayLike | None
     out: Array | None
     num_threads: int | None
-
-
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = False,
-    return_weights: Literal[False] = False,
-    **options: Unpack[Options],
-) -> Array: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    return_weights: Literal[False] = False,
-    **options: Unpack[Options],
-) -> tuple[Array, Array]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = False,
-    return_weights: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Array, Array]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    return_weights: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Array, Array, Array]: ...
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: Window | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    out: Array | None = None,
-    return_lse: bool = False,
-    return_weights: bool = False,
-    num_threads: int | None = None,
-) -> Any:
-    """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
-
-    Scores are computed in the order: ``q·k * scale``, softcap, bias, ALiBi, then whatever hides a key
-    (``mask``, ``causal``, ``window``, ``key_lengths``), then the softmax, which a sink joins. All
-    keywords compose. A key that is hidden contributes nothing, not even if it or its value is NaN.
-    The score matrix is never stored; memory beyond the results is at most 1 MiB a thread, and less than a
-    twentieth of the keys' where few query rows share long keys.
-
-    Parameters
-    ----------
-    query : array_like, shape (..., H, Sq, D)
-        float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. ``D`` is at most 512.
-        Axis -3 is heads; those left of it are batch axes, which broadcast. 2-D arrays are one head.
-        Arrays in the order (batch, seq, heads, dim) are passed as ``x.swapaxes(1, 2)``.
-    key : array_like, shape (..., Hkv, Sk, D)
-        ``H`` must be a multiple of ``Hkv``; query head ``h`` reads key head ``h // (H // Hkv)``. In
-        query's dtype, or float16 or bfloat16 under a float32 query.
-    value : array_like, shape (..., Hkv, Sk, Dv)
-        In key's dtype. ``Dv`` is at most 512.
-    scale : float, optional
-        Any finite number, 0 and negative ones included; default ``1 / sqrt(D)``.
-    causal : bool
-        Whether the query at position ``p`` sees key ``j`` only if ``j <= p``.
-    query_offset : int or array_like of int, optional
-        Position of query row 0, or one for each batch item; row ``i`` is at ``i + query_offset``.
-        Default ``Sk - Sq`` (``key_lengths - Sq``): the last query sees the last key. 0 is the
-        alignment of PyTorch and ONNX.
-    window : (left, right), optional
-        The query at ``p`` sees key ``j`` only if ``p - left <= j <= p + right``; None is unbounded.
-    mask : array_like of bool, broadcastable to (..., H, Sq, Sk), optional
-        True where a query may see a key.
-    bias : array_like of floats, broadcastable to (..., H, Sq, Sk), optional
-        Added to the scores. -inf hides the key.
-    alibi_slopes : array_like, shape (H,) or (..., H), optional
-        ``-slope * abs(p - j)`` is added to the scores [3]_.
-    softcap : float, optional
-        Scores become ``softcap * tanh(score / softcap)``. Must be greater than 0.
-    sinks : array_like, shape (H,), optional
-        One more logit a head, neither scaled nor capped, which takes part in the softmax but has no
-        value: weights then sum to less than 1.
-    key_lengths : int or array_like of int, broadcastable to the batch shape, optional
-        Keys from there on do not exist, and are not read.
-    out : ndarray, shape (..., H, Sq, Dv), optional
-        Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
-    return_lse, return_weights : bool
-        Whether to return the log-sum-exp of each row's scores, and the attention weights, too. Weights
-        take memory and a second pass.
-    num_threads : int, optional
-        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
-
-    Returns
-    -------
-    out : ndarray, shape (..., H, Sq, Dv)
-        In query's dtype. 0 for a query that sees no key. float16 and bfloat16 are accumulated in
-        float32, and rounded at the end; bfloat16 probabilities are rounded before they meet the values
-        where the CPU multiplies bfloat16 by itself.
-    lse : ndarray, shape (..., H, Sq)
-        Natural logarithm; float64 for float64, else float32. -inf for a query that sees no key, or its
-        sink. Returned with ``return_lse``.
-    weights : ndarray, shape (..., H, Sq, Sk)
-        In query's dtype. Returned with ``return_weights``.
-
-    Raises
-    ------
-    TypeError
-        A dtype or kind that is not accepted.
-    ValueError
-        A shape or a value that is not accepted, or `out` that overlaps an input.
-    MemoryError
-        No memory for a result or for scratch.
-        In each of these cases nothing has been written.
-    KeyboardInterrupt
-        After Ctrl-C, within a fraction of a second; `out` is then partly written.
-
-    Notes
-    -----
-    The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
-    queries in the lanes of vector registers.
-
-    References
-    ----------
-    .. [1] Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
-    .. [2] Dao, Fu, Ermon, Rudra and Ré, "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
-    .. [3] Press, Smith and Lewis, "Train Short, Test Long", 2021.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastattn
-    >>> rng = np.random.default_rng(0)
-    >>> query, key, value = rng.standard_normal((3, 2, 8, 100, 64), dtype=np.float32)
-    >>> fastattn.attention(query, key, value, causal=True).shape
-    (2, 8, 100, 64)
-    >>> out, weights = fastattn.attention(query, key, value, window=(2, 0), return_weights=True)
-    >>> int(np.count_nonzero(weights[0, 0, 50]))
-    3
-    """
-    return _core.attention(
-        query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
-        out, return_lse, return_weights, num_threads,
-    )  # fmt: skip
 
 
 @overload

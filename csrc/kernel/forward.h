@@ -187,13 +187,13 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
 typedef struct {
     const fa_problem *problem;
     const fa_item *item, *next;
-    item_arrays arrays;
+    item_arrays arrays, next_arrays;
     workspace w;
     int num_tiles;
     int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
     fa_run *run;
     bool is_caller;
-} item_state;
+} item_state; /* at the front of the scratch */
 
 /* Key blocks begin at multiples of KEY_BLOCK, so that a row's sums are grouped the same way whatever
  * else its tile and its item see. */
@@ -224,10 +224,8 @@ static void look_ahead_to_keys(const item_state *s, int64_t begin, lookahead *ah
         look_ahead_to_block(p, &s->arrays, begin, s->key_hi, ahead);
     } else if (s->next) {
         const fa_sequence *next = &s->next->sequence;
-        item_arrays a;
-        locate_keys(p, s->next, &a);
         int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        look_ahead_to_block(p, &a, first, next->key_hi, ahead);
+        look_ahead_to_block(p, &s->next_arrays, first, next->key_hi, ahead);
     }
 }
 
@@ -241,9 +239,7 @@ static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
         ahead->query_begin = s->w.tiles[i].row_begin;
         ahead->query_rows = s->w.tiles[i].rows;
     } else if (s->next) {
-        item_arrays a;
-        locate_keys(p, s->next, &a);
-        ahead->query = a.query + a.first_head * p->query.head;
+        ahead->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
         ahead->query_begin = s->next->row_begin;
         ahead->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
     }
@@ -456,26 +452,38 @@ static void attend_item(item_state *s)
         attend_weights(s);
 }
 
+#define STATE_BYTES ((sizeof(item_state) + 63) / 64 * 64)
+
 static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch,
                          fa_run *run, bool is_caller)
 {
-    item_state s = {.problem = p,
-                    .item = item,
-                    .next = next,
-                    .arrays = locate(p, item),
-                    .run = run,
-                    .is_caller = is_caller};
-    int64_t rows = item->row_end - item->row_begin;
-    lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), scratch, &s.w);
-    locate_tiles(&s, item);
-    attend_item(&s);
+    item_state *s = scratch;
+    const item_arrays arrays = item->like_before && s->next ? s->next_arrays : locate(p, item);
+    s->problem = p;
+    s->item = item;
+    s->next = next;
+    if (next)
+        s->next_arrays = locate(p, next);
+    s->run = run;
+    s->is_caller = is_caller;
+    if (item->like_before) {
+        for (int i = 0; i < s->num_tiles; i++)
+            move_tile(p, &s->arrays, &arrays, &s->w.tiles[i]);
+        s->arrays = arrays;
+    } else {
+        int64_t rows = item->row_end - item->row_begin;
+        s->arrays = arrays;
+        lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), (char *)scratch + STATE_BYTES, &s->w);
+        locate_tiles(s, item);
+    }
+    attend_item(s);
     end_products();
 }
 
 static size_t scratch_bytes(const fa_problem *p, int tiles)
 {
     workspace unused;
-    return lay_out(p, tiles, NULL, &unused);
+    return STATE_BYTES + lay_out(p, tiles, NULL, &unused);
 }
 
 const fa_kernel FA_KERNEL = {

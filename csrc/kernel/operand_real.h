@@ -29,32 +29,33 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
     return c + (vec)((ivec)vec_splat(a) & ivec_nonzero((ivec)b ^ hidden)) * b;
 }
 
-/* In two copies below: a square whose size is known stays in registers from here to there. */
-FA_INLINE void store_columns(const vec *x, int count, int vectors, real sign, panel *query)
+/* Elements [d, d + count) of LANES rows, times `sign`, to columns[i * vectors]. A whole square stays in
+ * registers, and is not inlined: in a loop, the compiler would keep an address for each row in memory. */
+static __attribute__((noinline)) void pack_square(char *const *rows, ptrdiff_t offset, ptrdiff_t col,
+                                                  int count, fa_dtype dtype, int vectors, real sign,
+                                                  panel *columns)
 {
+    vec x[LANES];
+    if (dtype == FA_REAL_DTYPE && col == sizeof(real) && count == LANES) {
+        load_whole_square(rows, offset, FA_REAL_DTYPE, x);
 #pragma GCC unroll 16
-    for (int j = 0; j < count; j++)
-        query[j * vectors] = x[j] * sign;
+        for (int i = 0; i < LANES; i++, columns += vectors)
+            *columns = x[i] * sign;
+    } else {
+        load_square(rows, offset, col, count, dtype, x);
+        for (int i = 0; i < count; i++, columns += vectors)
+            *columns = x[i] * sign;
+    }
 }
 
 /* Row j of the tile at rows[j], as panel[d][m] lanes, times `sign` (1, -1 or 0: exact). */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
                           real sign, panel *query)
 {
-    for (int m = 0; m < vectors; m++) {
-        for (int d = 0; d < head_dim; d += LANES) {
-            int count = head_dim - d < LANES ? head_dim - d : LANES;
-            panel *columns = query + d * vectors + m;
-            vec x[LANES];
-            if (dtype == FA_REAL_DTYPE && col == sizeof(real) && count == LANES) {
-                load_whole_square(rows + m * LANES, d * col, FA_REAL_DTYPE, x);
-                store_columns(x, LANES, vectors, sign, columns);
-            } else {
-                load_square(rows + m * LANES, d * col, col, count, dtype, x);
-                store_columns(x, count, vectors, sign, columns);
-            }
-        }
-    }
+    for (int m = 0; m < vectors; m++)
+        for (int d = 0; d < head_dim; d += LANES)
+            pack_square(rows + m * LANES, d * col, col, head_dim - d < LANES ? head_dim - d : LANES, dtype,
+                        vectors, sign, query + d * vectors + m);
 }
 
 /* Of a narrow tile: a row of queries times `sign`, in vectors that end in zeros, in the order in which keys
