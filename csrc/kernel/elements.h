@@ -165,12 +165,14 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 #endif
 
 /* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
- * with a line. */
+ * with a line. Four lines a turn, because where sequences are short, asking is a twentieth of the work. */
 FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
 {
-    const char *first_line = data - ((uintptr_t)data & 63);
-    for (const char *line = first_line; bytes > 0 && line < data + bytes; line += 64)
-        __builtin_prefetch(line, 0, 2);
+    const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
+    const ptrdiff_t lines = bytes > 0 ? (lead + bytes + 63) / 64 : 0;
+#pragma GCC unroll 4
+    for (ptrdiff_t i = 0; i < lines; i++)
+        __builtin_prefetch(data - lead + 64 * i, 0, 2);
 }
 
 /* To be written. Of rows that touch, the last line comes with the row behind. */
