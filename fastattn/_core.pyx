@@ -205,6 +205,15 @@ cdef int64_t longest(cnp.ndarray cu_seqlens) except -1:
     return np.diff(cu_seqlens).max(initial=0)
 
 
+cdef int64_t largest(cnp.ndarray lengths) noexcept:
+    """Of int64, C-contiguous; 0 of none. What a step does beside attention finds no cache warm."""
+    cdef const int64_t *length = <const int64_t *>cnp.PyArray_DATA(lengths)
+    cdef int64_t most = 0
+    for n in range(lengths.shape[0]):
+        most = max(most, length[n])
+    return most
+
+
 cdef int check_query_of_cache(const fa_problem *p, cnp.ndarray query, cnp.ndarray key) except -1:
     if p.query.dtype == FA_FLOAT32 or p.query.dtype == p.key.dtype:
         return 0
@@ -544,7 +553,7 @@ cdef class Call:
         p.num_kv_heads = key.shape[1]
         p.head_dim_v = value.shape[3]
         p.page_size = key.shape[2]
-        p.seqlen_k = lengths.max(initial=0)
+        p.seqlen_k = largest(lengths)
         if key.shape[3] != p.head_dim:
             raise ValueError(f"query and the cache must have the same head_dim, but query has shape {shape_of(q)} and "
                              f"the cache {key.shape[3]}")

@@ -105,18 +105,17 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     return found
 
 
-def checked_floats(name: str, x: ArrayLike) -> Array:
-    array = np.asarray(x)
+def check_floats(name: str, array: Array) -> None:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats: convert with {name}.astype(...)")
-    return array
 
 
 def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
     """Raise unless the shape is the accepted one; a word stands for any number."""
-    fits = array.ndim == len(accepted) and all(
-        isinstance(want, str) or size == want for size, want in zip(array.shape, accepted, strict=True)
-    )
+    fits = array.ndim == len(accepted)
+    if fits:
+        for size, want in zip(array.shape, accepted, strict=True):
+            fits &= size == want or isinstance(want, str)
     if not fits:
         raise ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, accepted))})")
 
@@ -828,12 +827,18 @@ class KVCache:
 
     def _stored(self, key: ArrayLike, value: ArrayLike, batch: tuple[int, ...]) -> list[Array]:
         """Return key and value as they will be stored: (sequences, heads, tokens, ...) for each part of a page."""
-        keys, values = checked_floats("key", key), checked_floats("value", value)
+        keys, values = np.asarray(key), np.asarray(value)
+        as_they_are = self.key_scales is None and keys.dtype == values.dtype == self.dtype
+        if not as_they_are:
+            check_floats("key", keys)
+            check_floats("value", values)
         check_shape("key", keys, (*batch, self.num_kv_heads, "tokens", self.head_dim))
         check_shape("value", values, (*batch, self.num_kv_heads, keys.shape[-2], self.head_dim_v))
         if not batch:
             keys, values = keys[None], values[None]
-        if self.dtype != np.int8:
+        if as_they_are:
+            return [keys, values]
+        if self.key_scales is None:
             return [keys.astype(self.dtype, copy=False), values.astype(self.dtype, copy=False)]
         (keys, key_scales), (values, value_scales) = quantized("key", keys), quantized("value", values)
         return [keys, values, key_scales, value_scales]
@@ -893,9 +898,10 @@ class KVCache:
         self._returned = np.flatnonzero(self._references[: self._first_unused] == 0).tolist()
 
     def _check_free(self, entries: list[Entry], count: int, num_copied: int) -> None:
-        begins = sum(self._pages_for(entry.length) for entry in entries)
-        needed = num_copied + sum(self._pages_for(entry.length + count) for entry in entries) - begins
-        if needed > self.pages_free:
+        needed = num_copied
+        for entry in entries:
+            needed += self._pages_for(entry.length + count) - self._pages_for(entry.length)
+        if needed and needed > self.pages_free:
             raise MemoryError(
                 f"{needed} pages are needed for {count} tokens in each of {len(entries)} sequences, but only "
                 f"{self.pages_free} of {self.num_pages} are free"
