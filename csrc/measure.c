@@ -53,51 +53,40 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 }
 
 typedef struct {
+    const fa_kernel *kernel;
     const char *data;
-    size_t bytes;
-    _Atomic size_t next;
-    _Atomic uint64_t sum;
+    size_t bytes, share; /* of all; of a member */
+    bool asks_ahead;
+    _Atomic size_t read;
+    _Atomic int64_t sum;
 } read_job;
 
-#define READ_CHUNK ((size_t)1 << 18)
-
-/* Some CPUs wait for few lines at a time unless they are asked for this far ahead. */
-#define READ_AHEAD 8192
-
-/* The first passes bring what a cache can hold. */
-#define READ_PASSES 8
+/* The first passes bring what a cache can hold. By turns they ask ahead or leave that to the CPU: some CPUs
+ * wait for few lines at a time, others are slowed by being asked. */
+#define READ_PASSES 16
 
 static void run_read(void *argument, int member)
 {
-    (void)member;
-    typedef uint64_t wide __attribute__((vector_size(64), aligned(1), may_alias));
     read_job *job = argument;
-    for (;;) {
-        size_t begin = atomic_fetch_add(&job->next, READ_CHUNK);
-        if (begin >= job->bytes)
-            return;
-        size_t bytes = job->bytes - begin < READ_CHUNK ? job->bytes - begin : READ_CHUNK;
-        wide sum[4] = {0};
-        for (size_t i = 0; i + sizeof sum <= bytes; i += sizeof sum) {
-            for (size_t j = 0; j < 4; j++) {
-                const char *data = job->data + begin + i + j * sizeof(wide);
-                __builtin_prefetch(data + READ_AHEAD, 0, 2);
-                sum[j] += *(const wide *)data;
-            }
-        }
-        sum[0] += sum[1] + sum[2] + sum[3];
-        atomic_fetch_add(&job->sum, sum[0][0] + sum[0][7]);
-    }
+    const size_t begin = (size_t)member * job->share;
+    if (begin >= job->bytes)
+        return;
+    const size_t bytes = job->bytes - begin < job->share ? job->bytes - begin : job->share;
+    atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->asks_ahead));
+    atomic_fetch_add(&job->read, bytes);
 }
 
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
 {
+    const size_t members = num_threads > 1 ? (size_t)num_threads : 1;
     double best = 0;
     for (int pass = 0; pass < READ_PASSES; pass++) {
-        read_job job = {.data = data, .bytes = bytes};
+        read_job job = {.kernel = fa_kernel_for_dtype(FA_FLOAT32), .data = data, .bytes = bytes};
+        job.share = (bytes / members + 64) / 64 * 64;
+        job.asks_ahead = pass % 2 == 1;
         double start = seconds();
         fa_parallel(num_threads, run_read, NULL, &job);
-        double rate = (double)bytes / (seconds() - start);
+        double rate = (double)job.read / (seconds() - start);
         if (rate > best)
             best = rate;
     }

@@ -1019,7 +1019,7 @@ def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
     Returns
     -------
     float
-        Bytes/s, the best of eight passes.
+        Bytes/s, the best of sixteen passes.
 
     Raises
     ------

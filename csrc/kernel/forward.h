@@ -486,6 +486,30 @@ static size_t scratch_bytes(const fa_problem *p, int tiles)
     return STATE_BYTES + lay_out(p, tiles, NULL, &unused);
 }
 
+#define READ_AHEAD 8192
+
+static int64_t read_bytes(const char *data, size_t bytes, bool asks_ahead)
+{
+    typedef int64_t words __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
+    words sums[8] = {0};
+    size_t i = 0;
+    for (; i + sizeof sums <= bytes; i += sizeof sums) {
+#pragma GCC unroll 8
+        for (size_t j = 0; j < 8; j++) {
+            const char *at = data + i + j * sizeof *sums;
+            if (asks_ahead)
+                __builtin_prefetch(at + READ_AHEAD, 0, 2);
+            sums[j] += *(const words *)at;
+        }
+    }
+    int64_t sum = 0;
+    for (; i < bytes; i++)
+        sum += data[i];
+    for (size_t j = 0; j < sizeof sums / sizeof sum; j++)
+        sum += sums[j * sizeof sum / sizeof *sums][j % (sizeof *sums / sizeof sum)];
+    return sum;
+}
+
 const fa_kernel FA_KERNEL = {
     .isa = FA_ISA,
     .name = FA_NAME,
@@ -496,6 +520,7 @@ const fa_kernel FA_KERNEL = {
     .partial_bytes = partial_bytes,
     .forward = forward_item,
     .peak = measure_peak_rounds,
+    .read = read_bytes,
 };
 
 #endif
