@@ -17,17 +17,20 @@ typedef struct {
     int distance;
 } reading_order;
 
-/* While the n-th row of the first run is read, at `row`: that one itself, if no other is to come. */
-FA_INLINE const char *row_to_ask_for(const reading_order *order, int n, const char *row)
+/* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read: the
+ * first of these, if no others are to come. For some rows at once: in a loop over rows this would cost as
+ * much as their arithmetic. */
+FA_INLINE row_run rows_to_ask_for(const reading_order *order, int n, const char *row)
 {
     n += order->distance;
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++) {
-        if (n < order->runs[i].count)
-            return order->runs[i].data + n * order->runs[i].row;
-        n -= order->runs[i].count;
+        const row_run *run = &order->runs[i];
+        if (n < run->count)
+            return (row_run){run->data + n * run->row, run->row, run->count - n};
+        n -= run->count;
     }
-    return row;
+    return (row_run){row, 0, KEY_BLOCK};
 }
 
 /* Rows of the next block, or none if they are not dense. */
@@ -76,18 +79,15 @@ FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *quer
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
         sums[i] = vec_splat(0);
+    const row_run soon = rows_to_ask_for(order, n, key[0]);
 #pragma GCC unroll 16
     for (int j = 0; j < LANES / rows; j += abreast) {
-        const char *soon[LANES];
-#pragma GCC unroll 16
-        for (int g = 0; g < abreast; g++)
-            soon[g] = row_to_ask_for(order, n + j + g, key[j + g]);
 #pragma GCC unroll 4
         for (int d = 0; d < vectors; d += at_once) {
 #pragma GCC unroll 16
             for (int g = 0; g < abreast; g++) {
                 if (d * step % 64 == 0)
-                    __builtin_prefetch(soon[g] + d * step, 0, 3);
+                    __builtin_prefetch(soon.data + (j + g) * soon.row + d * step, 0, 3);
                 multiply_key(key[j + g], dtype, query, vectors, rows, d, sums + (j + g) * rows);
             }
         }
@@ -115,8 +115,30 @@ typedef struct {
     reading_order order;
 } value_product;
 
-/* `width` vectors from `first` on. visible_only: where p is -0 the key is hidden from the row, and its value,
- * be it NaN, adds nothing. */
+/* sums[r][i] += p[r] value[i] of one key, and asks for as many vectors at `soon`. visible_only: where p is -0
+ * the key is hidden from the row, and its value, be it NaN, adds nothing. */
+FA_INLINE void add_value(const char *value, const char *soon, const real *p, fa_dtype dtype, int rows,
+                         int width, bool visible_only, vec sums[8][8])
+{
+    const int size = element_size(dtype);
+    vec v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++) {
+        if (i * LANES * size % 64 == 0)
+            __builtin_prefetch(soon + i * LANES * size, 0, 3);
+        v[i] = load_nth(value, dtype, i);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        if (visible_only && p[r] == 0 && signbit(p[r]))
+            continue;
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            sums[r][i] += p[r] * v[i];
+    }
+}
+
+/* `width` vectors of all keys, from `first` on. */
 FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
                           bool visible_only)
 {
@@ -126,27 +148,15 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
 #pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             sums[r][i] = vec_splat(0);
-    const int size = element_size(dtype);
-    const ptrdiff_t offset = first * LANES * size;
+    const ptrdiff_t offset = first * LANES * element_size(dtype);
     const char *value = a->value + offset;
     const real *p = a->p;
-    for (int n = 0; n < a->num_keys; n++, value += a->row, p += rows) {
-        vec v[8];
-        const char *soon = row_to_ask_for(&a->order, n, value - offset) + offset;
-#pragma GCC unroll 8
-        for (int i = 0; i < width; i++) {
-            if (i * LANES * size % 64 == 0)
-                __builtin_prefetch(soon + i * LANES * size, 0, 3);
-            v[i] = load_nth(value, dtype, i);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            if (visible_only && p[r] == 0 && signbit(p[r]))
-                continue;
-#pragma GCC unroll 8
-            for (int i = 0; i < width; i++)
-                sums[r][i] += p[r] * v[i];
-        }
+    for (int n = 0; n < a->num_keys;) {
+        const row_run run = rows_to_ask_for(&a->order, n, value - offset);
+        const char *soon = run.data + offset;
+        const int end = n + rows_left(n, run.count, a->num_keys);
+        for (; n < end; n++, value += a->row, soon += run.row, p += rows)
+            add_value(value, soon, p, dtype, rows, width, visible_only, sums);
     }
     vec *out = a->out + first;
 #pragma GCC unroll 8
