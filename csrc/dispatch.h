@@ -58,7 +58,7 @@ typedef struct {
     /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */
     double (*peak)(int64_t rounds);
     /* Reads all bytes, by whole vectors; what is returned depends on each of them. */
-    int64_t (*read)(const char *data, size_t bytes, bool asks_ahead);
+    uint64_t (*read)(const char *data, size_t bytes, bool asks_ahead);
 } fa_kernel;
 
 const fa_kernel *fa_select_kernel(const fa_problem *problem);

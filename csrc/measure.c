@@ -58,7 +58,7 @@ typedef struct {
     size_t bytes, share; /* of all; of a member */
     bool asks_ahead;
     _Atomic size_t read;
-    _Atomic int64_t sum;
+    _Atomic uint64_t sum;
 } read_job;
 
 /* The first passes bring what a cache can hold. By turns they ask ahead or leave that to the CPU: some CPUs

@@ -488,25 +488,28 @@ static size_t scratch_bytes(const fa_problem *p, int tiles)
 
 #define READ_AHEAD 8192
 
-static int64_t read_bytes(const char *data, size_t bytes, bool asks_ahead)
+static uint64_t read_bytes(const char *data, size_t bytes, bool asks_ahead)
 {
-    typedef int64_t words __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
-    words sums[8] = {0};
+    typedef uint64_t words __attribute__((vector_size(FA_VECTOR_BYTES)));
+    typedef uint64_t words_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
+    words sums[8] = {{0}};
     size_t i = 0;
     for (; i + sizeof sums <= bytes; i += sizeof sums) {
 #pragma GCC unroll 8
         for (size_t j = 0; j < 8; j++) {
-            const char *at = data + i + j * sizeof *sums;
+            const char *at = data + i + j * FA_VECTOR_BYTES;
             if (asks_ahead)
                 __builtin_prefetch(at + READ_AHEAD, 0, 2);
-            sums[j] += *(const words *)at;
+            sums[j] += *(const words_unaligned *)at;
         }
     }
-    int64_t sum = 0;
+    for (size_t j = 1; j < 8; j++)
+        sums[0] += sums[j];
+    uint64_t sum = 0;
+    for (size_t j = 0; j < FA_VECTOR_BYTES / sizeof sum; j++)
+        sum += sums[0][j];
     for (; i < bytes; i++)
-        sum += data[i];
-    for (size_t j = 0; j < sizeof sums / sizeof sum; j++)
-        sum += sums[j * sizeof sum / sizeof *sums][j % (sizeof *sums / sizeof sum)];
+        sum += (unsigned char)data[i];
     return sum;
 }
 
