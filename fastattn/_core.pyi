@@ -1,53 +1,29 @@
 """The compiled side: `attention`, and what fastattn.api calls with every argument in place."""
 
-from typing import Any, Literal, Unpack, overload
+from typing import Any
 
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.api import Options
-
-Array = NDArray[Any]
-
-@overload
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *,
-    return_lse: Literal[False] = False,
-    return_weights: Literal[False] = False,
-    **options: Unpack[Options],
-) -> Array: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    return_weights: Literal[False] = False,
-    **options: Unpack[Options],
-) -> tuple[Array, Array]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = False,
-    return_weights: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Array, Array]: ...
-@overload
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    return_weights: Literal[True],
-    **options: Unpack[Options],
-) -> tuple[Array, Array, Array]: ...
+    scale: float | None = None,
+    causal: bool = False,
+    query_offset: ArrayLike | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    mask: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    key_lengths: ArrayLike | None = None,
+    out: NDArray[Any] | None = None,
+    return_lse: bool = False,
+    return_weights: bool = False,
+    num_threads: int | None = None,
+) -> Any: ...
 def top_keys(
     query: ArrayLike,
     key: ArrayLike,
@@ -78,19 +54,19 @@ def attention_varlen(
     alibi_slopes: ArrayLike | None,
     softcap: float | None,
     sinks: ArrayLike | None,
-    out: Array | None,
+    out: NDArray[Any] | None,
     return_lse: bool,
     num_threads: int | None,
 ) -> Any: ...
 def attention_paged(
     query: ArrayLike,
     cu_seqlens_q: ArrayLike | None,
-    key_pages: Array,
-    value_pages: Array,
-    key_scales: Array | None,
-    value_scales: Array | None,
-    page_table: Array,
-    lengths: Array,
+    key_pages: NDArray[Any],
+    value_pages: NDArray[Any],
+    key_scales: NDArray[Any] | None,
+    value_scales: NDArray[Any] | None,
+    page_table: NDArray[Any],
+    lengths: NDArray[Any],
     scale: float | None,
     causal: bool,
     query_offset: ArrayLike | None,
@@ -98,7 +74,7 @@ def attention_paged(
     alibi_slopes: ArrayLike | None,
     softcap: float | None,
     sinks: ArrayLike | None,
-    out: Array | None,
+    out: NDArray[Any] | None,
     return_lse: bool,
     return_weights: bool,
     num_threads: int | None,

@@ -1,19 +1,19 @@
 """The public functions: signatures, defaults and what they mean. `fastattn._core` does the work.
 
-`attention` itself is of `_core`: to call it through one more function would cost small calls a tenth of their time.
+`attention` itself is `_core`'s, with its docstring: one more function between would cost small calls a tenth of their
+time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core
-from fastattn._core import attention as attention
 from fastattn._merge import merge_results
 
 Array = NDArray[Any]
@@ -56,6 +56,58 @@ class PackedOptions(TypedDict, total=False):
     sinks: ArrayLike | None
     out: Array | None
     num_threads: int | None
+
+
+class AttentionFunction(Protocol):
+    """The type of `attention`: what it returns depends on two of its keywords."""
+
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        return_lse: Literal[False] = False,
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        return_lse: Literal[True],
+        return_weights: Literal[True],
+        **options: Unpack[Options],
+    ) -> tuple[Array, Array, Array]: ...
+
+
+attention: AttentionFunction = _core.attention
 
 
 @overload
