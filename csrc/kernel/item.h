@@ -194,7 +194,7 @@ static void pack_tile(const fa_problem *p, tile *t)
 {
     const real sign = (real)scale_sign(p);
     for (int r = 0; r < t->narrow; r++)
-        pack_narrow_query(t->query_row[r], p, sign, t->query + r * key_vectors(p->head_dim));
+        pack_narrow_query(t->query_row[r], p, sign, t->narrow, t->query + r);
     if (!is_narrow(t))
         pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
     t->packed = true;

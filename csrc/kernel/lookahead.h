@@ -20,6 +20,25 @@ FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
     return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
+/* Of the keys that may be read, the one nearest to n. */
+static __attribute__((noinline)) const char *nearest_key(const key_range *range, const operand_block *key,
+                                                         int64_t n)
+{
+    const int64_t nearest = min_i64(max_i64(n, range->key_lo), range->key_hi - 1);
+    return key->data + (nearest - key->first) * key->row;
+}
+
+/* Keys [n, n + rows); of those that may not be read, the nearest. */
+FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, int64_t n, int rows,
+                             const char **a)
+{
+    const bool whole = n >= range->key_lo && n + rows <= range->key_hi;
+    const char *first = key->data + (n - key->first) * key->row;
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++, first += key->row)
+        a[i] = whole ? first : nearest_key(range, key, n + i);
+}
+
 /* `count` rows, `row` bytes apart. */
 typedef struct {
     const char *data;

@@ -47,50 +47,88 @@ FA_INLINE int rows_ahead(const reading_order *order)
     return row > 0 ? (int)min_i64(AHEAD_BYTES / row, most) : (int)most;
 }
 
-/* Keys that are read side by side, a vector of each at a time. Key by key is what the CPU's own look-ahead
- * understands; where bytes are widened, arithmetic is dearer than reading, and a vector of queries that is
- * there serves all keys. */
+/* Keys that are read side by side, a vector of each at a time: for some rows all those of a vector of scores,
+ * so that a vector of queries, once there, serves them all. For one row memory serves keys one by one best;
+ * but where bytes are widened, arithmetic is dearer than reading. */
 FA_INLINE int keys_abreast(fa_dtype dtype, int rows)
 {
-    return dtype == FA_INT8 && rows > 1 ? LANES / rows : 1;
+    if (rows > 1)
+        return LANES / rows;
+    return dtype == FA_INT8 ? 4 : 1;
 }
 
-/* sums[r] += lane by lane products of a row of keys from vector d on, as many as are read at once. */
-FA_INLINE void multiply_key(const char *key, fa_dtype dtype, const panel *query, int vectors, int rows, int d,
-                            vec *sums)
+/* sums[g * rows + r] += lane by lane products of key g and row r, of the vectors that are read at once, at
+ * `offset` in a row of keys. In registers: a load beside each multiply-add would be one too many. */
+FA_INLINE void multiply_keys(const char *const *key, ptrdiff_t offset, fa_dtype dtype, const panel *query,
+                             int rows, vec *sums)
 {
 #pragma GCC unroll 2
-    for (int i = 0; i < keys_at_once(dtype); i++) {
-        panel k = load_key_vector(key + d * key_vector_bytes(dtype), dtype, i);
+    for (int i = 0; i < keys_at_once(dtype); i++, query += rows) {
+        panel q[NARROW_ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
-            sums[r] = multiply_lanes(k, query[r * vectors + d + i], sums[r]);
+            q[r] = (panel)vec_in_register((vec)query[r]);
+#pragma GCC unroll 16
+        for (int g = 0; g < keys_abreast(dtype, rows); g++) {
+            panel k = load_key_vector(key[g] + offset, dtype, i);
+            if (rows > 1)
+                k = (panel)vec_in_register((vec)k);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                sums[g * rows + r] = multiply_lanes(k, q[r], sums[g * rows + r]);
+        }
     }
 }
 
-/* Lane j * rows + r: Σ_d key[j][d] query[r][d], of keys n + j. Registers: LANES sums and a key. */
-FA_INLINE vec dot_keys(const char *const *key, fa_dtype dtype, const panel *query, int vectors, int rows,
-                       const reading_order *order, int n)
+/* Rows to ask for while others are read: line by line, `next_key` and `next_line` bytes apart. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row, next_key, next_line;
+} line_requests;
+
+/* Of keys abreast that touch, lines one after another, as memory serves them best. */
+FA_INLINE line_requests spread_requests(const row_run *run, ptrdiff_t row_bytes, int abreast)
 {
-    vec sums[LANES];
-    const int at_once = keys_at_once(dtype);
-    const int step = key_vector_bytes(dtype);
+    if (run->row == row_bytes)
+        return (line_requests){run->data, run->row, 64, 64 * abreast};
+    return (line_requests){run->data, run->row, run->row, 64};
+}
+
+/* sums[g * rows + r] = Σ_d key[g][d] query[r][d], lane by lane. Asks for as many keys from `soon` on. */
+FA_INLINE void dot_keys_abreast(const char *const *key, fa_dtype dtype, const panel *query, int vectors,
+                                int rows, const line_requests *requests, const char *soon, vec *sums)
+{
+    const int at_once = keys_at_once(dtype), step = key_vector_bytes(dtype);
     const int abreast = keys_abreast(dtype, rows);
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
+    for (int i = 0; i < abreast * rows; i++)
         sums[i] = vec_splat(0);
-    const row_run soon = rows_to_ask_for(order, n, key[0]);
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES / rows; j += abreast) {
 #pragma GCC unroll 4
-        for (int d = 0; d < vectors; d += at_once) {
+    for (int d = 0; d < vectors; d += at_once) {
+        if (d * step % 64 == 0) {
 #pragma GCC unroll 16
-            for (int g = 0; g < abreast; g++) {
-                if (d * step % 64 == 0)
-                    __builtin_prefetch(soon.data + (j + g) * soon.row + d * step, 0, 3);
-                multiply_key(key[j + g], dtype, query, vectors, rows, d, sums + (j + g) * rows);
-            }
+            for (int g = 0; g < abreast; g++)
+                __builtin_prefetch(soon + d * step / 64 * requests->next_line + g * requests->next_key, 0, 3);
         }
+        multiply_keys(key, d * step, dtype, query + d * rows, rows, sums);
+    }
+}
+
+/* Lane j * rows + r: Σ_d key[n + j][d] query[r][d]. */
+FA_INLINE vec dot_keys(const key_range *range, const operand_block *key, int64_t n, fa_dtype dtype,
+                       const panel *query, int vectors, int rows, const line_requests *soon)
+{
+    const int abreast = keys_abreast(dtype, rows);
+    vec sums[LANES];
+#pragma GCC unroll 1
+    for (int j = 0; j < LANES / rows; j += abreast) {
+        const char *k[LANES];
+        vec abreast_sums[LANES]; /* in registers, unlike those that a loop goes through */
+        point_at_keys(range, key, n + j, abreast, k);
+        dot_keys_abreast(k, dtype, query, vectors, rows, soon, soon->data + j * soon->row, abreast_sums);
+#pragma GCC unroll 16
+        for (int i = 0; i < abreast * rows; i++)
+            sums[j * rows + i] = abreast_sums[i];
     }
     return vec_sums(sums);
 }
@@ -127,6 +165,8 @@ FA_INLINE void add_value(const char *value, const char *soon, const real *p, fa_
         if (i * LANES * size % 64 == 0)
             __builtin_prefetch(soon + i * LANES * size, 0, 3);
         v[i] = load_nth(value, dtype, i);
+        if (rows > 1)
+            v[i] = vec_in_register(v[i]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
@@ -240,7 +280,8 @@ static void multiply_by_scales(const tile *t, const key_range *range, const oper
 FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *range, const operand_block *key,
                          const lookahead *ahead, fa_dtype dtype, int rows, real scale, vec *scores)
 {
-    const int keys = LANES / rows;
+    const int keys = LANES / rows, vectors = key_vectors(p->head_dim);
+    const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
     reading_order order = {
         .runs = {block_run(key, &p->key, p->head_dim, range), ahead->values,
                  next_run(ahead->key, &p->key, p->head_dim, ahead)},
@@ -251,13 +292,13 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
         prefetch_rows(ahead->key_scale, p->key_scale.row, sizeof(float), ahead->key_rows);
         prefetch_rows(ahead->value_scale, p->value_scale.row, sizeof(float), ahead->key_rows);
     }
-    for (int n = 0; range->first + n < range->last; n += keys) {
-        const char *k[LANES];
-        for (int j = 0; j < keys; j++) {
-            int64_t index = min_i64(max_i64(range->first + n + j, range->key_lo), range->key_hi - 1);
-            k[j] = key->data + (index - key->first) * key->row;
-        }
-        scores[n / keys] = dot_keys(k, dtype, t->query, key_vectors(p->head_dim), rows, &order, n) * scale;
+    for (int n = 0; n < num_keys(range);) {
+        const row_run run = rows_to_ask_for(&order, n, key->data + (range->key_lo - key->first) * key->row);
+        line_requests soon = spread_requests(&run, row_bytes, keys_abreast(dtype, rows));
+        const int end = n + rows_left(n, run.count, num_keys(range));
+        for (; n < end; n += keys, soon.data += keys * soon.row)
+            scores[n / keys] =
+                dot_keys(range, key, range->first + n, dtype, t->query, vectors, rows, &soon) * scale;
     }
 }
 

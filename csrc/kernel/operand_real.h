@@ -58,17 +58,22 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
                         vectors, sign, query + d * vectors + m);
 }
 
-/* Of a narrow tile: a row of queries times `sign`, in vectors that end in zeros, in the order in which keys
- * are read. */
-FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
+/* Of a narrow tile: a row of queries times `sign`, in vectors that end in zeros, `step` apart, in the order
+ * in which keys are read. */
+FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, int step, panel *query)
 {
-    const int vectors = vectors_of(p->head_dim);
-    for (int i = 0; i < vectors; i++) {
-        int count = (int)p->head_dim - i * LANES < LANES ? (int)p->head_dim - i * LANES : LANES;
-        query[i] = load_elements(row + i * LANES * p->query.col, p->query.col, count, p->query.dtype) * sign;
+    const int at_once = reads_twos(&p->key, p->head_dim) ? 2 : 1;
+    for (int d = 0; d < p->head_dim; d += at_once * LANES) {
+        vec x[2];
+        for (int i = 0; i < at_once; i++, row += LANES * p->query.col) {
+            const int left = (int)p->head_dim - d - i * LANES;
+            x[i] = load_elements(row, p->query.col, left < LANES ? left : LANES, p->query.dtype) * sign;
+        }
+        if (at_once == 2)
+            part_twos(x);
+        for (int i = 0; i < at_once; i++, query += step)
+            *query = x[i];
     }
-    for (int i = 0; i < vectors && reads_twos(&p->key, p->head_dim); i += 2)
-        part_twos(query + i);
 }
 
 /* Vectors of a row of keys, and those that are read from the same bytes. */

@@ -118,11 +118,11 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
 }
 
 /* Of a narrow tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
- * zeros. */
-FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, panel *query)
+ * zeros, in vectors that are `step` apart. */
+FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, int step, panel *query)
 {
-    for (int d = 0; d < p->head_dim; d += 2 * LANES)
-        *query++ = times_sign(load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d), sign);
+    for (int d = 0; d < p->head_dim; d += 2 * LANES, query += step)
+        *query = times_sign(load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d), sign);
 }
 
 FA_INLINE int key_vectors(int64_t head_dim)

@@ -46,7 +46,7 @@ typedef struct {
     int64_t *top_keys;
     int top_size[TILE_ROWS];
     vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
-    panel *query;               /* [query_panel_rows][vectors]; narrow: [row][head_dim / LANES] of reals */
+    panel *query;               /* [query_panel_rows][vectors]; narrow: [head_dim / LANES][row] of reals */
     vec *out;                   /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
     partial *total;             /* where keys are split: over the splits so far */
 } tile;

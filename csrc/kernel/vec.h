@@ -47,6 +47,14 @@ FA_INLINE bool vmask_any(vmask where)
 }
 #endif
 
+/* x, loaded once: GCC holds loads for cheap, and would give each use one of its own. */
+#ifndef vec_in_register
+FA_INLINE vec vec_in_register(vec x)
+{
+    return x;
+}
+#endif
+
 /* The larger of two; b where either is NaN. */
 #ifndef vec_max
 FA_INLINE vec vec_max(vec a, vec b)

@@ -9,18 +9,6 @@ FA_INLINE void begin_products(void) {}
 
 FA_INLINE void end_products(void) {}
 
-/* Keys [n, n + rows), of those that may not be read the nearest. */
-FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, int64_t n, int rows,
-                             const char *a[MAX_MICRO_ROWS])
-{
-    const bool whole = n >= range->key_lo && n + rows <= range->key_hi;
-    const char *first = key->data + (n - key->first) * key->row;
-    for (int i = 0; i < rows; i++, first += key->row) {
-        int64_t nearest = min_i64(max_i64(n + i, range->key_lo), range->key_hi - 1);
-        a[i] = whole ? first : key->data + (nearest - key->first) * key->row;
-    }
-}
-
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest. Panel rows of keys
  * that may not be read, and those up to the micro-kernel's height, repeat the nearest key. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
