@@ -178,7 +178,8 @@ FA_INLINE void add_value(const char *value, const char *soon, const real *p, fa_
     }
 }
 
-/* `width` vectors of all keys, from `first` on. */
+/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are asked for one after
+ * another, as memory serves them best. */
 FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
                           bool visible_only)
 {
@@ -188,14 +189,16 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
 #pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             sums[r][i] = vec_splat(0);
-    const ptrdiff_t offset = first * LANES * element_size(dtype);
+    const ptrdiff_t vector_bytes = LANES * element_size(dtype), offset = first * vector_bytes;
     const char *value = a->value + offset;
     const real *p = a->p;
     for (int n = 0; n < a->num_keys;) {
         const row_run run = rows_to_ask_for(&a->order, n, value - offset);
-        const char *soon = run.data + offset;
         const int end = n + rows_left(n, run.count, a->num_keys);
-        for (; n < end; n++, value += a->row, soon += run.row, p += rows)
+        const bool touch = run.row == a->vectors * vector_bytes;
+        const char *soon = run.data + (touch ? (end - n) * offset : offset);
+        const ptrdiff_t next = touch ? width * vector_bytes : run.row;
+        for (; n < end; n++, value += a->row, soon += next, p += rows)
             add_value(value, soon, p, dtype, rows, width, visible_only, sums);
     }
     vec *out = a->out + first;
