@@ -16,6 +16,10 @@
 /* Keys that are worked on together. A page holds a multiple of them. */
 #define FA_KEY_BLOCK 64
 
+/* Keys between two updates of the softmax of a few query rows. Each block gives few scores, and an update
+ * waits for them: by single blocks that is a tenth of the work. */
+#define FA_NARROW_KEYS (4 * FA_KEY_BLOCK)
+
 typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64 } fa_dtype;
 
 typedef enum { FA_OK, FA_NO_MEMORY, FA_INTERRUPTED } fa_status;

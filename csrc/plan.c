@@ -332,12 +332,13 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
         return FA_NO_MEMORY;
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t group = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
+    const bool is_narrow = p->seqlen_q * group <= kernel->narrow_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,
-        .is_narrow = p->seqlen_q * group <= kernel->narrow_rows,
+        .is_narrow = is_narrow,
         .tile_rows = kernel->lanes * kernel->max_vectors,
-        .key_block = FA_KEY_BLOCK,
+        .key_block = is_narrow ? FA_NARROW_KEYS : FA_KEY_BLOCK,
         .tiles_per_item = part.tiles_per_item,
         .num_splits = part.most_splits,
         .num_items = part.num_items,

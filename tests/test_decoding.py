@@ -99,6 +99,26 @@ def test_planted_in_one_split(dtypes, bad):
     check_planted(clean, (query, key, value), mask=mask)
 
 
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_k", [63, 64, 65, 191, 255, 256, 257, 320, 500])
+def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k):
+    """Scores of 64 keys under a mask, of 256 without one: the sums are the same, and a hidden block is not read."""
+    clean = qkv(make_rng(seqlen_k), (1, 4, 2, 2, seqlen_k, 64), dtypes)
+    mask = np.ones(seqlen_k, bool)
+    for keywords in ({}, {"window": (150, 0), "query_offset": seqlen_k - 2}):
+        plain = fastattn.attention(*clean, return_lse=True, **keywords)
+        masked = fastattn.attention(*clean, mask=mask, return_lse=True, **keywords)
+        assert_same_bits(masked[0], plain[0])
+        assert_same_bits(masked[1], plain[1], "lse")
+    mask[64:128] = False
+    mask[320:384] = False
+    query, key, value = (x.copy() for x in clean)
+    key[..., ~mask, :] = np.nan
+    value[..., ~mask, :] = np.nan
+    check_planted(clean, (query, key, value), mask=mask)
+
+
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 9000, 32), (1, 8, 2, 1, 3000, 64), (1, 8, 2, 5, 3000, 16),
                                    (3, 8, 2, 3, 1200, 16)], ids=str)  # fmt: skip

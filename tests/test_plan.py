@@ -69,5 +69,11 @@ def test_tile_does_not_depend_on_threads():
     assert one.threads == 1
 
 
+def test_a_few_rows_take_more_keys_at_once():
+    few, many = (fastattn.plan(*qkv(make_rng(), (1, 8, 8, rows, 1000, 64))) for rows in (1, 100))
+    assert few.path == many.path + "-narrow"
+    assert few.tile[1] > many.tile[1]
+
+
 def test_small_work_stays_on_one_thread():
     assert fastattn.plan(*qkv(make_rng(), (1, 4, 4, 8, 8, 16)), num_threads=2).threads == 1

@@ -19,31 +19,34 @@ FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
     return range;
 }
 
-/* Adds a key block to the running softmax of a tile. */
+/* Makes room in the running softmax for scores up to `largest`. */
+FA_INLINE void raise_reference(const fa_problem *p, tile *t, vec largest[MAX_VECTORS], real to_log2,
+                               int vectors, bool narrow)
+{
+    vec rescale[MAX_VECTORS];
+    if (!raise_row_max(t, largest, to_log2, vectors, narrow, rescale))
+        return;
+    for (int m = 0; m < vectors; m++)
+        t->row_sum[m] *= rescale[m];
+    if (!t->fresh)
+        rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
+}
+
+/* Adds a key block to the running softmax of a wide tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const lookahead *ahead, int vectors, bool narrow,
+                            const operand_block *value, const lookahead *ahead, int vectors,
                             bool visible_only, vec *scores)
 {
-    vec largest[MAX_VECTORS], rescale[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, ahead, vectors, narrow, scores, largest))
+    vec largest[MAX_VECTORS];
+    if (!compute_scores(p, t, range, key, ahead, vectors, false, scores, largest))
         return;
-    const int rows = panel_rows(t, range, narrow);
     if (p->top_count > 0)
-        update_top(p, t, range, scores, vectors, narrow);
+        update_top(p, t, range, scores, vectors, false);
     const real to_log2 = (real)(score_unit(p) * LOG2E);
-    if (raise_row_max(t, largest, to_log2, vectors, narrow, rescale)) {
-        for (int m = 0; m < vectors; m++)
-            t->row_sum[m] *= rescale[m];
-        if (!t->fresh)
-            rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
-    }
-    exponentiate(t, scores, rows, to_log2, vectors, visible_only);
-    if (narrow) {
-        multiply_narrow_value(p, t, range, value, scores, ahead, visible_only);
-    } else {
-        const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-        multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
-    }
+    raise_reference(p, t, largest, to_log2, vectors, false);
+    exponentiate(t, scores, num_keys(range), to_log2, vectors, visible_only);
+    const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
+    multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
     t->fresh = false;
 }
 
@@ -68,7 +71,8 @@ FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vecto
 FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
                                int vectors, bool narrow, vec *weights)
 {
-    const lookahead nothing = {0};
+    static const row_run none[READING_AHEAD];
+    const lookahead nothing = {.reading = none};
     vec largest[MAX_VECTORS];
     if (!compute_scores(p, t, range, key, &nothing, vectors, narrow, weights, largest))
         return false;
@@ -113,20 +117,18 @@ static void attend_block_any(const fa_problem *p, tile *t, const key_range *rang
                              const operand_block *value, const lookahead *ahead, bool visible_only,
                              vec *scores)
 {
-    if (is_narrow(t))
-        attend_block(p, t, range, key, value, ahead, 1, true, visible_only, scores);
-    else if (visible_only && t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, false, true, scores);
+    if (visible_only && t->vectors == 1)
+        attend_block(p, t, range, key, value, ahead, 1, true, scores);
     else if (visible_only && t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, false, true, scores);
+        attend_block(p, t, range, key, value, ahead, 2, true, scores);
     else if (visible_only)
-        attend_block(p, t, range, key, value, ahead, 3, false, true, scores);
+        attend_block(p, t, range, key, value, ahead, 3, true, scores);
     else if (t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, false, false, scores);
+        attend_block(p, t, range, key, value, ahead, 1, false, scores);
     else if (t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, false, false, scores);
+        attend_block(p, t, range, key, value, ahead, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, ahead, 3, false, false, scores);
+        attend_block(p, t, range, key, value, ahead, 3, false, scores);
 }
 
 static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
@@ -190,26 +192,27 @@ typedef struct {
     item_arrays arrays, next_arrays;
     workspace w;
     int num_tiles;
+    int block_keys;         /* in one piece, whose scores are computed at once */
     int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
     fa_run *run;
     bool is_caller;
 } item_state; /* at the front of the scratch */
 
-/* Key blocks begin at multiples of KEY_BLOCK, so that a row's sums are grouped the same way whatever
+/* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever
  * else its tile and its item see. */
-static int64_t block_end(int64_t begin, int64_t key_hi)
+static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
 {
-    return min_i64((begin / KEY_BLOCK + 1) * KEY_BLOCK, key_hi);
+    return min_i64((begin / keys + 1) * keys, key_hi);
 }
 
-static void look_ahead_to_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t key_hi,
+static void look_ahead_to_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
                                 lookahead *ahead)
 {
-    if (begin >= key_hi)
+    if (begin >= end)
         return;
     ahead->key = a->key + key_offset(p, a, &p->key, begin);
     ahead->value = a->value + key_offset(p, a, &p->value, begin);
-    ahead->key_rows = (int)(block_end(begin, key_hi) - begin);
+    ahead->key_rows = (int)(end - begin);
     if (a->key_scale) {
         ahead->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
         ahead->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
@@ -221,11 +224,11 @@ static void look_ahead_to_keys(const item_state *s, int64_t begin, lookahead *ah
 {
     const fa_problem *p = s->problem;
     if (begin < s->key_hi) {
-        look_ahead_to_block(p, &s->arrays, begin, s->key_hi, ahead);
+        look_ahead_to_block(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), ahead);
     } else if (s->next) {
         const fa_sequence *next = &s->next->sequence;
         int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        look_ahead_to_block(p, &s->next_arrays, first, next->key_hi, ahead);
+        look_ahead_to_block(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), ahead);
     }
 }
 
@@ -245,43 +248,152 @@ static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
     }
 }
 
+/* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
+static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool visible_only)
+{
+    const fa_problem *p = s->problem;
+    operand_block key = load_key_block(p, &s->arrays, begin, end, false, s->w.key_stage);
+    operand_block value = load_value_block(p, &s->arrays, begin, end, false, s->w.value_stage);
+    bool asked_for_keys = false; /* by one of the tiles */
+    for (int i = 0; i < s->num_tiles; i++) {
+        tile *t = &s->w.tiles[i];
+        key_range range = tile_range(t, begin, end);
+        bool last_block = end == s->key_hi;
+        if (range.key_lo >= range.key_hi)
+            continue;
+        lookahead ahead = {0};
+        if (last_block)
+            ahead.out_rows = t->rows;
+        if (!asked_for_keys)
+            look_ahead_to_keys(s, end, &ahead);
+        if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
+            look_ahead_to_queries(s, i + 1, &ahead);
+        if (!t->packed)
+            pack_tile(p, t);
+        attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
+        asked_for_keys = true;
+    }
+}
+
+/* Block i of a narrow tile's keys. */
+static key_range block_range(const item_state *s, const key_range *keys, int i)
+{
+    const int64_t begin = i == 0 ? keys->key_lo : (keys->key_lo / s->block_keys + i) * s->block_keys;
+    return tile_range(&s->w.tiles[0], begin, block_end(begin, s->block_keys, keys->key_hi));
+}
+
+static int num_blocks(const item_state *s, const key_range *keys)
+{
+    return (int)((keys->key_hi - 1) / s->block_keys - keys->key_lo / s->block_keys) + 1;
+}
+
+/* The part of the score panel that is a block's. */
+FA_INLINE vec *block_panel(const item_state *s, const key_range *keys, const key_range *range)
+{
+    return s->w.scores + ((range->first - keys->first) >> s->w.tiles[0].key_shift);
+}
+
+/* Keys from `begin` on, and their values, as a narrow tile reads them. */
+static void list_block(const item_state *s, int64_t begin, row_run *key, row_run *value)
+{
+    const fa_problem *p = s->problem;
+    lookahead block = {0};
+    look_ahead_to_keys(s, begin, &block);
+    *key = dense_run(block.key, &p->key, p->head_dim, block.key_rows);
+    *value = dense_run(block.value, &p->value, p->head_dim_v, block.key_rows);
+}
+
+/* What a narrow tile reads, in this order: the keys of all blocks, their values, and the keys and the values
+ * of the block behind them. */
+static void list_runs(const item_state *s, const key_range *keys, row_run *runs)
+{
+    const int count = num_blocks(s, keys);
+    for (int i = 0; i < count; i++)
+        list_block(s, block_range(s, keys, i).key_lo, runs + i, runs + count + i);
+    list_block(s, keys->key_hi, runs + 2 * count, runs + 2 * count + 1);
+}
+
+/* Fills the panel with the scores of all blocks; false if no row sees any key. */
+static bool compute_narrow_scores(item_state *s, const key_range *keys, const row_run *runs,
+                                  bool seen[NARROW_BLOCKS], vec largest[1])
+{
+    const fa_problem *p = s->problem;
+    tile *t = &s->w.tiles[0];
+    bool any = false;
+    largest[0] = vec_splat(-(real)INFINITY);
+    for (int i = 0; i < num_blocks(s, keys); i++) {
+        const key_range range = block_range(s, keys, i);
+        vec *panel = block_panel(s, keys, &range), block_largest[MAX_VECTORS];
+        lookahead ahead = {.reading = runs + i};
+        if (s->arrays.key_scale)
+            look_ahead_to_keys(s, range.key_hi, &ahead);
+        if (range.key_hi == s->key_hi)
+            look_ahead_to_queries(s, 1, &ahead);
+        operand_block key = load_key_block(p, &s->arrays, range.key_lo, range.key_hi, true, s->w.key_stage);
+        seen[i] = compute_scores(p, t, &range, &key, &ahead, 1, true, panel, block_largest);
+        any |= seen[i];
+        if (!seen[i]) {
+            for (int r = 0; r < panel_rows(t, &range, true); r++)
+                panel[r] = vec_splat(-(real)INFINITY);
+            continue;
+        }
+        if (p->top_count > 0)
+            update_top(p, t, &range, panel, 1, true);
+        largest[0] = vec_max(block_largest[0], largest[0]);
+    }
+    return any;
+}
+
+/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of a narrow tile, the only
+ * one of its item. */
+static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visible_only)
+{
+    const fa_problem *p = s->problem;
+    tile *t = &s->w.tiles[0];
+    const key_range keys = tile_range(t, begin, end);
+    if (keys.key_lo >= keys.key_hi)
+        return;
+    if (!t->packed)
+        pack_tile(p, t);
+    row_run runs[2 * NARROW_BLOCKS + 2] = {{0}};
+    bool seen[NARROW_BLOCKS];
+    vec largest[MAX_VECTORS];
+    const int blocks = num_blocks(s, &keys);
+    list_runs(s, &keys, runs);
+    if (!compute_narrow_scores(s, &keys, runs, seen, largest))
+        return;
+    const real to_log2 = (real)(score_unit(p) * LOG2E);
+    raise_reference(p, t, largest, to_log2, 1, true);
+    exponentiate(t, s->w.scores, panel_rows(t, &keys, true), to_log2, 1, visible_only);
+    for (int i = 0; i < blocks; i++) {
+        if (!seen[i])
+            continue;
+        const key_range range = block_range(s, &keys, i);
+        operand_block value =
+            load_value_block(p, &s->arrays, range.key_lo, range.key_hi, true, s->w.value_stage);
+        multiply_narrow_value(p, t, &range, &value, block_panel(s, &keys, &range), runs + blocks + i,
+                              visible_only);
+        t->fresh = false;
+    }
+}
+
 /* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */
 static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with_sinks, bool visible_only)
 {
-    const fa_problem *p = s->problem;
     const bool narrow = is_narrow(&s->w.tiles[0]);
     for (int i = 0; i < s->num_tiles; i++) {
-        reset_tile(p, &s->arrays, with_sinks, &s->w.tiles[i]);
-        reset_top(p, &s->w.tiles[i]);
+        reset_tile(s->problem, &s->arrays, with_sinks, &s->w.tiles[i]);
+        reset_top(s->problem, &s->w.tiles[i]);
     }
     for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return;
         begin_products();
-        end = block_end(begin, key_hi);
-        operand_block key = load_key_block(p, &s->arrays, begin, end, narrow, s->w.key_stage);
-        operand_block value = load_value_block(p, &s->arrays, begin, end, narrow, s->w.value_stage);
-        bool asked_for_keys = false; /* by one of the tiles */
-        for (int i = 0; i < s->num_tiles; i++) {
-            tile *t = &s->w.tiles[i];
-            key_range range = tile_range(t, begin, end);
-            bool last_block = end == s->key_hi;
-            if (range.key_lo >= range.key_hi)
-                continue;
-            lookahead ahead = {0};
-            if (last_block)
-                ahead.out_rows = t->rows;
-            if (narrow)
-                ahead.values = block_run(&value, &p->value, p->head_dim_v, &range);
-            if (!asked_for_keys)
-                look_ahead_to_keys(s, end, &ahead);
-            if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
-                look_ahead_to_queries(s, i + 1, &ahead);
-            if (!t->packed)
-                pack_tile(p, t);
-            attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
-            asked_for_keys = true;
-        }
+        end = block_end(begin, narrow ? NARROW_KEYS : KEY_BLOCK, key_hi);
+        if (narrow)
+            attend_narrow(s, begin, end, visible_only);
+        else
+            attend_tiles(s, begin, end, visible_only);
     }
     gather_row_sum(&s->w.tiles[0]);
 }
@@ -378,7 +490,7 @@ static void attend_weights(item_state *s)
         if (fa_should_stop(s->run, s->is_caller))
             return;
         begin_products();
-        end = block_end(begin, s->key_hi);
+        end = block_end(begin, KEY_BLOCK, s->key_hi);
         operand_block key =
             load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), s->w.key_stage);
         for (int i = 0; i < s->num_tiles; i++) {
@@ -407,6 +519,14 @@ static void narrow_tile(int64_t rows, tile *t)
         t->key_shift++;
 }
 
+/* What is masked, staged or scaled is so block by block, and a page holds a block. */
+static int narrow_block_keys(const fa_problem *p)
+{
+    const bool in_place = lies_in_vectors(&p->key, p->head_dim) && lies_in_vectors(&p->value, p->head_dim_v);
+    const bool one_piece = in_place && !p->page_table.data && !p->mask.data && !p->key_scale.data;
+    return one_piece ? NARROW_KEYS : KEY_BLOCK;
+}
+
 /* Spreads the item's rows evenly over as few tiles as hold them. */
 static void locate_tiles(item_state *s, const fa_item *item)
 {
@@ -426,6 +546,7 @@ static void locate_tiles(item_state *s, const fa_item *item)
         s->key_hi = max_i64(s->key_hi, t->key_hi);
         row += t->rows;
     }
+    s->block_keys = is_narrow(&s->w.tiles[0]) ? narrow_block_keys(s->problem) : KEY_BLOCK;
     s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);
 }

@@ -46,12 +46,13 @@ typedef struct {
     int count;
 } row_run;
 
-/* Rows of a block, or none if what is read is a copy of them. */
-FA_INLINE row_run block_run(const operand_block *block, const fa_array *array, int64_t columns,
-                            const key_range *range)
+/* Of the runs that a narrow tile reads, as many are looked at for what is to be asked for. */
+#define READING_AHEAD 3
+
+/* Rows at `data`, or none if they are not dense. */
+FA_INLINE row_run dense_run(const char *data, const fa_array *array, int64_t columns, int count)
 {
-    return (row_run){block->data + (range->key_lo - block->first) * block->row, block->row,
-                     lies_in_vectors(array, columns) ? (int)(range->key_hi - range->key_lo) : 0};
+    return (row_run){data, array->row, prefetch_span(array->col, columns) > 0 ? count : 0};
 }
 
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
@@ -63,8 +64,8 @@ typedef struct {
     const char *key, *value;
     int key_rows;
     const char *key_scale, *value_scale; /* of those keys; NULL: none */
-    row_run values;                      /* of this block, which a narrow tile reads after its keys */
-    const char *query;                   /* of the kv head's first query head */
+    const row_run *reading; /* what a narrow tile reads: these keys, and READING_AHEAD - 1 runs behind */
+    const char *query;      /* of the kv head's first query head */
     int64_t query_begin;
     int query_rows;
     int out_rows; /* of the tile itself */

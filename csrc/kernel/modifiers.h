@@ -41,8 +41,8 @@ static void set_intervals(const tile *t, const key_range *range, modifier_terms 
 {
     for (int j = 0; j < t->vectors * LANES; j++) {
         int64_t first = range->first + t->lane_key[j];
-        terms->lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), KEY_BLOCK);
-        terms->hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), KEY_BLOCK);
+        terms->lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), NARROW_KEYS);
+        terms->hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), NARROW_KEYS);
     }
 }
 

@@ -6,26 +6,22 @@
 
 #include "lookahead.h"
 
-/* A tile reads in turn the keys of a block, their values, the keys of the next block, and so on. While it
- * reads a row, it asks line by line for the one that comes this far behind: into L1, because a line that is
- * first asked for in L2 waits a second time for one of the few places where L1 keeps what it has missed. */
+/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, run by
+ * run. While it reads a row, it asks line by line for the one that comes this far behind: into L1, because a
+ * line that is first asked for in L2 waits a second time for one of the few places where L1 keeps what it has
+ * missed.
+ */
 #define AHEAD_BYTES 16384
 
-/* The rows of three such turns, and how many rows lie between one that is read and the one asked for. */
-typedef struct {
-    row_run runs[3];
-    int distance;
-} reading_order;
-
-/* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read: the
- * first of these, if no others are to come. For some rows at once: in a loop over rows this would cost as
- * much as their arithmetic. */
-FA_INLINE row_run rows_to_ask_for(const reading_order *order, int n, const char *row)
+/* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read,
+ * `distance` rows ahead: the first of these, if no others are to come. For some rows at once: in a loop over
+ * rows this would cost as much as their arithmetic. */
+FA_INLINE row_run rows_to_ask_for(const row_run *reading, int distance, int n, const char *row)
 {
-    n += order->distance;
+    n += distance;
 #pragma GCC unroll 3
-    for (int i = 0; i < 3; i++) {
-        const row_run *run = &order->runs[i];
+    for (int i = 0; i < READING_AHEAD; i++) {
+        const row_run *run = &reading[i];
         if (n < run->count)
             return (row_run){run->data + n * run->row, run->row, run->count - n};
         n -= run->count;
@@ -33,17 +29,13 @@ FA_INLINE row_run rows_to_ask_for(const reading_order *order, int n, const char 
     return (row_run){row, 0, KEY_BLOCK};
 }
 
-/* Rows of the next block, or none if they are not dense. */
-FA_INLINE row_run next_run(const char *data, const fa_array *array, int64_t columns, const lookahead *ahead)
+/* Of a block that was staged, and thus read before, it is a whole block. */
+FA_INLINE int rows_ahead(const row_run *reading, bool staged)
 {
-    return (row_run){data, array->row, prefetch_span(array->col, columns) > 0 ? ahead->key_rows : 0};
-}
-
-/* Of a block that is staged, none of whose rows are asked for, it is a whole block. */
-FA_INLINE int rows_ahead(const reading_order *order)
-{
-    const int64_t most = order->runs[0].count + order->runs[1].count;
-    const ptrdiff_t row = order->runs[0].row;
+    const int64_t most = reading[0].count + reading[1].count;
+    const ptrdiff_t row = reading[0].row;
+    if (staged)
+        return reading[0].count;
     return row > 0 ? (int)min_i64(AHEAD_BYTES / row, most) : (int)most;
 }
 
@@ -150,7 +142,8 @@ typedef struct {
     int vectors;
     bool fresh; /* out is not there yet */
     vec *out;
-    reading_order order;
+    const row_run *reading;
+    int distance;
 } value_product;
 
 /* sums[r][i] += p[r] value[i] of one key, and asks for as many vectors at `soon`. visible_only: where p is -0
@@ -193,7 +186,7 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
     const char *value = a->value + offset;
     const real *p = a->p;
     for (int n = 0; n < a->num_keys;) {
-        const row_run run = rows_to_ask_for(&a->order, n, value - offset);
+        const row_run run = rows_to_ask_for(a->reading, a->distance, n, value - offset);
         const int end = n + rows_left(n, run.count, a->num_keys);
         const bool touch = run.row == a->vectors * vector_bytes;
         const char *soon = run.data + (touch ? (end - n) * offset : offset);
@@ -285,18 +278,15 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
 {
     const int keys = LANES / rows, vectors = key_vectors(p->head_dim);
     const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
-    reading_order order = {
-        .runs = {block_run(key, &p->key, p->head_dim, range), ahead->values,
-                 next_run(ahead->key, &p->key, p->head_dim, ahead)},
-    };
-    order.distance = rows_ahead(&order);
+    const int distance = rows_ahead(ahead->reading, !lies_in_vectors(&p->key, p->head_dim));
     prefetch_queries(p, ahead, 0, ahead->query_rows);
     if (ahead->key_scale) {
         prefetch_rows(ahead->key_scale, p->key_scale.row, sizeof(float), ahead->key_rows);
         prefetch_rows(ahead->value_scale, p->value_scale.row, sizeof(float), ahead->key_rows);
     }
     for (int n = 0; n < num_keys(range);) {
-        const row_run run = rows_to_ask_for(&order, n, key->data + (range->key_lo - key->first) * key->row);
+        const row_run run =
+            rows_to_ask_for(ahead->reading, distance, n, key->data + (range->key_lo - key->first) * key->row);
         line_requests soon = spread_requests(&run, row_bytes, keys_abreast(dtype, rows));
         const int end = n + rows_left(n, run.count, num_keys(range));
         for (; n < end; n += keys, soon.data += keys * soon.row)
@@ -337,9 +327,9 @@ static void multiply_narrow_query_key(const fa_problem *p, const tile *t, const 
         multiply_by_scales(t, range, key, scores);
 }
 
-/* out (+)= probabilities · V over the keys of the range. */
+/* out (+)= probabilities · V over the keys of the range, the first of the runs that are read. */
 static void multiply_narrow_value(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *value, vec *probabilities, const lookahead *ahead,
+                                  const operand_block *value, vec *probabilities, const row_run *reading,
                                   bool visible_only)
 {
     if (value->scale)
@@ -349,18 +339,16 @@ static void multiply_narrow_value(const fa_problem *p, const tile *t, const key_
         .vectors = vectors_of(p->head_dim_v),
         .fresh = t->fresh,
         .out = t->out,
-        .order = {.runs = {block_run(value, &p->value, p->head_dim_v, range),
-                           next_run(ahead->key, &p->key, p->head_dim, ahead),
-                           next_run(ahead->value, &p->value, p->head_dim_v, ahead)}},
+        .reading = reading,
+        .distance = rows_ahead(reading, !lies_in_vectors(&p->value, p->head_dim_v)),
     };
-    product.order.distance = rows_ahead(&product.order);
     for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {
         end = min_i64((n / VALUES_ABREAST + 1) * VALUES_ABREAST, range->key_hi);
         product.value = value->data + (n - value->first) * value->row;
         product.p = (const real *)probabilities + (n - range->first) * t->narrow;
         product.num_keys = (int)(end - n);
         add_values_any(&product, value->dtype, t->narrow, visible_only);
-        product.order.distance += product.num_keys;
+        product.distance += product.num_keys;
         product.fresh = false;
     }
 }

@@ -16,6 +16,10 @@
 #define KEY_BLOCK FA_KEY_BLOCK
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
+/* In a narrow tile: four blocks, if they are masked, staged, scaled or lie in pages, or one of that size. */
+#define NARROW_KEYS FA_NARROW_KEYS
+#define NARROW_BLOCKS (NARROW_KEYS / KEY_BLOCK)
+
 /* The running softmax of a tile over some of its keys. */
 typedef struct {
     vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS];
@@ -88,8 +92,8 @@ typedef struct {
 
 typedef struct {
     tile *tiles;
-    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: [KEY_BLOCK] keys of `narrow` rows
-                  */
+    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: the keys of NARROW_BLOCKS blocks,
+                  * of `narrow` rows each */
     char *key_stage, *value_stage;
     partial *split; /* of a tile, over the last split */
 } workspace;
