@@ -101,6 +101,27 @@ def test_planted_in_one_split(dtypes, bad):
 
 @pytest.mark.isa
 @each_dtype
+@pytest.mark.parametrize("begin", [0, 1, 6, 7, 31])
+@pytest.mark.parametrize("count", [1, 2, 5, 34])
+def test_keys_begin_and_end_anywhere(dtypes, begin, count):
+    """Values may be multiplied by pairs of keys, of which one may lie outside: it must not be noticed."""
+    end = begin + count
+    clean = qkv(make_rng(begin, count), (1, 3, 1, 1, end + 5, 32), dtypes)
+    keywords = {"window": (count - 1, 0), "query_offset": end - 1}
+    query, key, value = (x.copy() for x in clean)
+    for x in (key, value):
+        x[..., :begin, :] = np.nan
+        x[..., end:, :] = np.nan
+    check_planted(clean, (query, key, value), **keywords)
+    value[..., begin, 0] = np.inf
+    value[..., end - 1, 1] = -np.inf
+    out = fastattn.attention(query, key, value, **keywords)
+    assert (out[..., 0] == np.inf).all()
+    assert (out[..., 1] == -np.inf).all()
+
+
+@pytest.mark.isa
+@each_dtype
 @pytest.mark.parametrize("seqlen_k", [63, 64, 65, 191, 255, 256, 257, 320, 500])
 def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k):
     """Scores of 64 keys under a mask, of 256 without one: the sums are the same, and a hidden block is not read."""

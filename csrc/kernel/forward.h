@@ -173,9 +173,11 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
     if (narrow ? lies_in_vectors(&p->value, p->head_dim_v) : value_is_operand(&p->value))
         return in_place(&src, begin, operand_step(&p->value));
     if (narrow) {
-        stage_rows(&src, (int)(end - begin), (int)p->head_dim_v, stage);
-        return (operand_block){
-            .data = stage, .first = begin, .row = staged_row_bytes(p->head_dim_v), .dtype = FA_REAL_DTYPE};
+        stage_narrow_value(&src, (int)(end - begin), (int)p->head_dim_v, stage);
+        return (operand_block){.data = stage,
+                               .first = begin,
+                               .row = staged_row_bytes(p->head_dim_v),
+                               .dtype = STAGED_VALUE_DTYPE};
     }
     int lead = (int)(begin % REDUCTION);
     stage_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, stage);

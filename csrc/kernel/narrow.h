@@ -133,12 +133,12 @@ FA_INLINE vec dot_keys(const key_range *range, const operand_block *key, int64_t
  * columns, finds them in L1, and that what is asked for ahead is not asked for too late. */
 #define VALUES_ABREAST 32
 
-/* out[r][i] (+)= Σ_n p[n][r] value[n][i] over the vectors i of a row. */
+/* out[r][i] (+)= Σ_n p[n][r] value[n][i] over the vectors i of a row, and the keys [lead, num_keys). */
 typedef struct {
-    const char *value;
+    const char *value; /* of key 0, which cannot be read if lead is 1 */
     ptrdiff_t row;
-    const real *p;
-    int num_keys;
+    const operand *p; /* [key / VALUE_KEYS][row] */
+    int lead, num_keys;
     int vectors;
     bool fresh; /* out is not there yet */
     vec *out;
@@ -146,33 +146,31 @@ typedef struct {
     int distance;
 } value_product;
 
-/* sums[r][i] += p[r] value[i] of one key, and asks for as many vectors at `soon`. visible_only: where p is -0
- * the key is hidden from the row, and its value, be it NaN, adds nothing. */
-FA_INLINE void add_value(const char *value, const char *soon, const real *p, fa_dtype dtype, int rows,
-                         int width, bool visible_only, vec sums[8][8])
+/* Values of which a part is asked for, `width` vectors of each. */
+FA_INLINE void ask_for_values(const char *soon, ptrdiff_t next, ptrdiff_t vector_bytes, int width)
 {
-    const int size = element_size(dtype);
-    vec v[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < width; i++) {
-        if (i * LANES * size % 64 == 0)
-            __builtin_prefetch(soon + i * LANES * size, 0, 3);
-        v[i] = load_nth(value, dtype, i);
-        if (rows > 1)
-            v[i] = vec_in_register(v[i]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        if (visible_only && p[r] == 0 && signbit(p[r]))
-            continue;
+#pragma GCC unroll 2
+    for (int k = 0; k < VALUE_KEYS; k++)
 #pragma GCC unroll 8
         for (int i = 0; i < width; i++)
-            sums[r][i] += p[r] * v[i];
-    }
+            if (i * vector_bytes % 64 == 0)
+                __builtin_prefetch(soon + k * next + i * vector_bytes, 0, 3);
 }
 
-/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are asked for one after
- * another, as memory serves them best. */
+/* sums[r][i] += p[r] value[i], of the keys that are multiplied at once. visible_only: where p is -0 the key
+ * is hidden from the row, and its value, be it NaN, adds nothing. */
+FA_INLINE void add_value(const panel v[8], const operand *p, int rows, int width, bool visible_only,
+                         vec sums[8][8])
+{
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            sums[r][i] = multiply_add(p[r], visible_only ? visible_values(p[r], v[i]) : v[i], sums[r][i]);
+}
+
+/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are asked for one
+ * after another, as memory serves them best. */
 FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
                           bool visible_only)
 {
@@ -184,15 +182,25 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             sums[r][i] = vec_splat(0);
     const ptrdiff_t vector_bytes = LANES * element_size(dtype), offset = first * vector_bytes;
     const char *value = a->value + offset;
-    const real *p = a->p;
+    const operand *p = a->p;
     for (int n = 0; n < a->num_keys;) {
-        const row_run run = rows_to_ask_for(a->reading, a->distance, n, value - offset);
+        const row_run run = rows_to_ask_for(a->reading, a->distance, n, a->value + a->lead * a->row);
         const int end = n + rows_left(n, run.count, a->num_keys);
         const bool touch = run.row == a->vectors * vector_bytes;
         const char *soon = run.data + (touch ? (end - n) * offset : offset);
         const ptrdiff_t next = touch ? width * vector_bytes : run.row;
-        for (; n < end; n++, value += a->row, soon += next, p += rows)
-            add_value(value, soon, p, dtype, rows, width, visible_only, sums);
+        for (; n < end; n += VALUE_KEYS, value += VALUE_KEYS * a->row, soon += VALUE_KEYS * next, p += rows) {
+            /* of keys that may not be read, the other one, which their probability hides */
+            const char *even = n < a->lead ? value + a->row : value;
+            const char *odd = n + 1 < a->num_keys ? value + a->row : value;
+            panel v[8];
+            ask_for_values(soon, next, vector_bytes, width);
+            load_values(even, odd, dtype, width, v);
+#pragma GCC unroll 8
+            for (int i = 0; i < width && rows > 1; i++)
+                v[i] = (panel)vec_in_register((vec)v[i]);
+            add_value(v, p, rows, width, visible_only, sums);
+        }
     }
     vec *out = a->out + first;
 #pragma GCC unroll 8
@@ -220,6 +228,8 @@ FA_INLINE void add_values_of(const value_product *a, fa_dtype dtype, int rows, b
 {
     if (visible_only)
         add_rows_of_values(a, dtype, rows, true);
+    else if (PRODUCTS_IN_BFLOAT16)
+        add_rows_of_values(a, FA_BFLOAT16, rows, false);
     else if (dtype == FA_FLOAT16)
         add_rows_of_values(a, FA_FLOAT16, rows, false);
     else if (dtype == FA_BFLOAT16)
@@ -334,6 +344,8 @@ static void multiply_narrow_value(const fa_problem *p, const tile *t, const key_
 {
     if (value->scale)
         multiply_by_scales(t, range, value, probabilities);
+    const operand *p_of_rows =
+        pack_narrow_probabilities(probabilities, panel_rows(t, range, true), t->narrow);
     value_product product = {
         .row = value->row,
         .vectors = vectors_of(p->head_dim_v),
@@ -344,9 +356,11 @@ static void multiply_narrow_value(const fa_problem *p, const tile *t, const key_
     };
     for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {
         end = min_i64((n / VALUES_ABREAST + 1) * VALUES_ABREAST, range->key_hi);
-        product.value = value->data + (n - value->first) * value->row;
-        product.p = (const real *)probabilities + (n - range->first) * t->narrow;
-        product.num_keys = (int)(end - n);
+        const int64_t first = n / VALUE_KEYS * VALUE_KEYS;
+        product.value = value->data + (first - value->first) * value->row;
+        product.p = p_of_rows + (first - range->first) / VALUE_KEYS * t->narrow;
+        product.lead = (int)(n - first);
+        product.num_keys = (int)(end - first);
         add_values_any(&product, value->dtype, t->narrow, visible_only);
         product.distance += product.num_keys;
         product.fresh = false;

@@ -35,19 +35,6 @@ FA_INLINE ptrdiff_t staged_value_bytes(int64_t head_dim_v)
     return staged_row_bytes(head_dim_v);
 }
 
-/* Two whole vectors of two keys, in pairs. */
-FA_INLINE void interleave_keys(const char *first, const char *second, char *dst)
-{
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
-    halves a = (halves)vec_load(first), b = (halves)vec_load(second);
-    vec_store(dst,
-              (vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
-                                           40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
-    vec_store(dst + FA_VECTOR_BYTES, (vec)__builtin_shufflevector(
-                                         a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
-                                         24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
-}
-
 /* stage_value without a lead, by squares, which are transposed. */
 FA_INLINE void stage_value_across(const source_rows *src, int num_keys, int head_dim_v, char *stage)
 {
@@ -77,7 +64,7 @@ FA_INLINE int interleave_rows(const char *src, ptrdiff_t row, int head_dim_v, ch
 {
     int e = 0;
     for (; e + 2 * LANES <= head_dim_v; e += 2 * LANES)
-        interleave_keys(src + 2 * e, src + row + 2 * e, dst + 4 * e);
+        interleave_keys(src + 2 * e, src + row + 2 * e, (panel *)(dst + 4 * e));
     return e;
 }
 

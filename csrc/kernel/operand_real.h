@@ -109,6 +109,31 @@ FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors
     return scores;
 }
 
+/* Of a narrow tile: keys whose values are multiplied at once. */
+#define VALUE_KEYS 1
+
+/* The panel of a narrow tile as operands, [key][row]: as it is. */
+FA_INLINE const operand *pack_narrow_probabilities(vec *scores, int panel_rows, int narrow)
+{
+    (void)panel_rows, (void)narrow;
+    return (const operand *)scores;
+}
+
+/* `width` vectors of a key's values. */
+FA_INLINE void load_values(const char *value, const char *second, fa_dtype dtype, int width, panel v[8])
+{
+    (void)second;
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++)
+        v[i] = load_nth(value, dtype, i);
+}
+
+/* A key's values; 0 if its probability is -0: it is hidden, be its value NaN. */
+FA_INLINE panel visible_values(operand probability, panel v)
+{
+    return probability == 0 && signbit(probability) ? vec_splat(0) : v;
+}
+
 /* Whether keys (and values) can be broadcast from where they lie: always, if they need no conversion.
  * The stride matters only to the cache. */
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
@@ -144,5 +169,12 @@ FA_INLINE void stage_value(const source_rows *value, int lead, int num_keys, int
     (void)lead;
     stage_rows(value, num_keys, head_dim_v, stage);
 }
+
+FA_INLINE void stage_narrow_value(const source_rows *value, int num_keys, int head_dim_v, char *stage)
+{
+    stage_rows(value, num_keys, head_dim_v, stage);
+}
+
+#define STAGED_VALUE_DTYPE FA_REAL_DTYPE
 
 #endif

@@ -1,5 +1,6 @@
 /* bfloat16 in pairs along the reduction axis, whose products are summed in float32: queries and probabilities
- * are packed as lanes of pairs; a narrow tile reads keys as the pairs that they are.
+ * are packed as lanes of pairs; a narrow tile reads keys as the pairs that they are, and interleaves values
+ * by two keys.
  *
  * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`. */
 #ifndef FA_KERNEL_PAIRS_H
@@ -28,6 +29,19 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
     typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     halves visible = (halves)((halves)b != 0x8000);
     return dot_pairs((a - (uvec){0}) & (uvec)visible, b, c);
+}
+
+/* A whole vector of each of two keys, in pairs. */
+FA_INLINE void interleave_keys(const char *first, const char *second, panel pairs[2])
+{
+    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
+    halves a = (halves)vec_load(first), b = (halves)vec_load(second);
+    vec_store(pairs,
+              (vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
+                                           40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+    vec_store(pairs + 1, (vec)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+                                                      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60,
+                                                      29, 61, 30, 62, 31, 63));
 }
 
 /* `count` halves, as lanes; LANES of them at most, and 0 beyond, where nothing is read. */
@@ -164,6 +178,53 @@ FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors
     return (const panel *)scores;
 }
 
+/* Of a narrow tile: keys whose values are multiplied at once. */
+#define VALUE_KEYS 2
+
+/* The panel of a narrow tile as operands, [key / 2][row], in place: pairs of the probabilities of two keys.
+ */
+FA_INLINE const operand *pack_narrow_probabilities(vec *scores, int panel_rows, int narrow)
+{
+    for (int v = 0; v < panel_rows; v += 2) {
+        const vec a = scores[v], b = v + 1 < panel_rows ? scores[v + 1] : vec_splat(0);
+        vec even, odd; /* keys */
+        if (narrow == 1) {
+            even = __builtin_shufflevector(a, b, EVEN_LANES);
+            odd = __builtin_shufflevector(a, b, ODD_LANES);
+        } else if (narrow == 2) {
+            even = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+            odd = __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+        } else if (narrow == 4) {
+            even = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+            odd = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        } else {
+            even = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+            odd = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        }
+        scores[v / 2] = (vec)round_pairs(even, odd);
+    }
+    return (const operand *)scores;
+}
+
+/* `width` vectors of the values of two keys. */
+FA_INLINE void load_values(const char *first, const char *second, fa_dtype dtype, int width, panel v[8])
+{
+    (void)dtype;
+    if (width == 1)
+        v[0] = make_pairs(uvec_load_halves(first), uvec_load_halves(second));
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < width; i += 2)
+        interleave_keys(first + i / 2 * FA_VECTOR_BYTES, second + i / 2 * FA_VECTOR_BYTES, v + i);
+}
+
+/* Values of two keys; 0 where a key's probability is -0: it is hidden, be its value NaN. */
+FA_INLINE panel visible_values(operand probabilities, panel v)
+{
+    const uint32_t low = (probabilities & 0xffff) == 0x8000 ? 0 : 0xffff;
+    const uint32_t high = probabilities >> 16 == 0x8000 ? 0 : 0xffff0000;
+    return v & (low | high);
+}
+
 /* stage_pairs by squares, which are transposed. */
 FA_INLINE void stage_pairs_across(const source_rows *src, int num_keys, int head_dim, char *stage)
 {
@@ -203,5 +264,13 @@ FA_INLINE void stage_pairs(const source_rows *src, int lead, int num_keys, int h
         }
     }
 }
+
+/* Values as they are, in rows that end in zeros. */
+FA_INLINE void stage_narrow_value(const source_rows *src, int num_keys, int head_dim_v, char *stage)
+{
+    stage_pairs(src, 0, num_keys, head_dim_v, stage);
+}
+
+#define STAGED_VALUE_DTYPE FA_BFLOAT16
 
 #endif
