@@ -276,7 +276,8 @@ class KVCache:
         What is stored: float32, float16, bfloat16 (of ml_dtypes) or int8. int8 has a float32 scale for
         each token and head, ``max(abs(x)) / 127``.
     page_size : int
-        Tokens in a page: a multiple of 64.
+        Tokens in a page: a multiple of 64. Default 256, which the kernel takes at a time for a few queries; pages
+        of 64 waste less on short sequences, and a step of decoding takes an eighth longer with them.
     num_pages : int, optional
         How many pages to allocate. Exactly one of `num_pages` and `store` must be given.
     store : ndarray, optional
@@ -327,7 +328,7 @@ class KVCache:
     >>> cache.lengths
     {0: 101, 1: 101}
     >>> cache
-    KVCache(num_kv_heads=2, head_dim=64, dtype=float32, page_size=64): 2 sequences, 202 tokens, 7 of 10 pages free
+    KVCache(num_kv_heads=2, head_dim=64, dtype=float32, page_size=256): 2 sequences, 202 tokens, 8 of 10 pages free
     """
 
     def __init__(
@@ -337,7 +338,7 @@ class KVCache:
         *,
         head_dim_v: int | None = None,
         dtype: DTypeLike = np.float32,
-        page_size: int = 64,
+        page_size: int = 256,
         num_pages: int | None = None,
         store: Array | None = None,
     ) -> None:
@@ -385,7 +386,7 @@ class KVCache:
         *,
         head_dim_v: int | None = None,
         dtype: DTypeLike = np.float32,
-        page_size: int = 64,
+        page_size: int = 256,
     ) -> int:
         """Return the bytes of a page, before there is a cache: for the size of a store.
 
@@ -406,7 +407,7 @@ class KVCache:
 
         Examples
         --------
-        >>> KVCache.bytes_per_page(8, 128, dtype="float16") == 2 * 8 * 64 * 128 * 2
+        >>> KVCache.bytes_per_page(8, 128, dtype="float16") == 2 * 8 * 256 * 128 * 2
         True
         """
         heads = checked_integer("num_kv_heads", num_kv_heads, 1)

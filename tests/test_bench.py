@@ -10,6 +10,7 @@ from oracle import python
 
 import fastattn
 from fastattn import bench, reference
+from fastattn.bench.contenders import STEPS
 
 SMALL = ("--shapes", "1,2,1,16,16,8", "1,2,2,8,24,16,causal", "--seconds", "0.01", "--peers", "none", "--threads", "1")
 
@@ -129,9 +130,9 @@ def test_a_decoding_step_appends_and_attends(dtype):
     cache, ids = problem.cache
     (make,) = bench.FastAttn(fastattn.get_num_threads()).ways(problem)
     way = make()
-    for turn in range(2 * cache.page_size):
+    for turn in range(2 * STEPS):
         out = way.run()
-        length = 70 + turn % cache.page_size
+        length = 70 + turn % STEPS
         assert [cache.lengths[sequence] for sequence in ids] == [length] * 2
         if length == 70:
             assert problem.error(out) <= problem.tolerance

@@ -28,7 +28,7 @@ each_stored = pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: dtype.n
 
 
 def new_cache(num_pages=8, **keywords):
-    return KVCache(HEADS, DIM, **{"head_dim_v": DIM_V, "num_pages": num_pages, **keywords})
+    return KVCache(HEADS, DIM, **{"head_dim_v": DIM_V, "page_size": 64, "num_pages": num_pages, **keywords})
 
 
 def tokens(rng, count, dtype=F32, batch=()):
@@ -576,7 +576,14 @@ NEW_ERRORS = {
 @pytest.mark.parametrize("case", NEW_ERRORS)
 def test_bad_cache(case):
     spoiled, exception, words = NEW_ERRORS[case]
-    arguments = {"num_kv_heads": HEADS, "head_dim": DIM, "head_dim_v": DIM_V, "num_pages": 2, **spoiled}
+    arguments = {
+        "num_kv_heads": HEADS,
+        "head_dim": DIM,
+        "head_dim_v": DIM_V,
+        "page_size": 64,
+        "num_pages": 2,
+        **spoiled,
+    }
     assert_raises(exception, words, lambda: KVCache(**arguments))
 
 
@@ -624,7 +631,7 @@ STORES = [np.float64, np.uint8, BF16, "datetime64[s]", [("a", "u1"), ("b", "f4")
 @pytest.mark.parametrize("store_dtype", STORES, ids=str)
 def test_any_contiguous_store(store_dtype):
     dtype = np.dtype(store_dtype)
-    page_bytes = KVCache.bytes_per_page(HEADS, DIM, head_dim_v=DIM_V)
+    page_bytes = KVCache.bytes_per_page(HEADS, DIM, head_dim_v=DIM_V, page_size=64)
     store = np.empty((2, -(-2 * page_bytes // dtype.itemsize)), dtype)
     cache = new_cache(None, store=store)
     assert cache.num_pages == store.nbytes // page_bytes
@@ -675,7 +682,7 @@ def test_lists_are_arrays():
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 1e4])
 def test_int8_is_off_by_half_a_step_at_most(given_dtype, magnitude):
     rng = make_rng()
-    cache = KVCache(3, 32, dtype=I8, num_pages=4)
+    cache = KVCache(3, 32, dtype=I8, page_size=64, num_pages=4)
     given = [(normal(rng, (3, 150, 32), F64) * magnitude).astype(given_dtype) for _ in range(2)]
     sequence = cache.add(*given)
     for x, got in zip(given, cache.get(sequence), strict=True):
@@ -772,7 +779,7 @@ def test_load_into_a_store(tmp_path, dtype):
 
 @each_stored
 def test_save_without_the_pages(tmp_path, dtype):
-    page_bytes = KVCache.bytes_per_page(HEADS, DIM, head_dim_v=DIM_V, dtype=dtype)
+    page_bytes = KVCache.bytes_per_page(HEADS, DIM, head_dim_v=DIM_V, dtype=dtype, page_size=64)
     store = np.memmap(tmp_path / "pages", np.uint8, "w+", shape=(12 * page_bytes,))
     cache = family(dtype, store)
     cache.save(tmp_path / "cache", pages=False)
@@ -1061,7 +1068,7 @@ def test_same_bits_of_packed_queries(dtypes, keywords):
 @pytest.mark.isa
 @each_attended
 @pytest.mark.parametrize("seqlen_q", [1, 9])
-@pytest.mark.parametrize("page_size", [64, 128, 4096])
+@pytest.mark.parametrize("page_size", [64, 128, 256, 4096])
 def test_one_sequence(dtypes, seqlen_q, page_size):
     cache, ids = filled(dtypes[1], page_size=page_size)
     query = queries(seqlen_q, dtypes[0])
@@ -1162,7 +1169,7 @@ def test_decoding_step_by_step_is_the_causal_whole():
     rng = make_rng()
     query = normal(rng, (2, Q_HEADS, 150, 32), F32)
     key, value = normal(rng, (2, HEADS, 150, 32), F32), normal(rng, (2, HEADS, 150, 32), F32)
-    cache = KVCache(HEADS, 32, num_pages=6)
+    cache = KVCache(HEADS, 32, page_size=64, num_pages=6)
     ids = [cache.add(key[b, :, :100], value[b, :, :100]) for b in range(2)]
     whole = fastattn.attention(query, key, value, causal=True)
     tolerance, _, _ = tolerances(query, key, value, causal=True)

@@ -389,7 +389,7 @@ CACHE_ERRORS = {
     ),
     "ids for another batch": ({"sequences": [0]}, ValueError, ["query has shape (2, 5, 48)", "(1, rows, 48)"]),
     "sequences floats": ({"sequences": [0.5, 1.5]}, TypeError, ["sequences must be an int"]),
-    "too few pages": ({"query": np.zeros((2, 600, EMBED), F32), "out": None}, MemoryError, ["pages are needed"]),
+    "too few pages": ({"query": np.zeros((2, 2000, EMBED), F32), "out": None}, MemoryError, ["pages are needed"]),
     # Found only when keys and values have already been appended.
     "softcap": ({"softcap": -1.0}, ValueError, ["softcap"]),
     "sinks": ({"sinks": [1.0]}, ValueError, ["sinks"]),
@@ -629,7 +629,7 @@ def test_errors_of_the_layer(spoilt, error, words):
         assert word in str(raised.value)
 
 
-CACHE = fastattn.KVCache(4, 12, num_pages=1)
+CACHE = fastattn.KVCache(4, 12, page_size=64, num_pages=1)
 CALL_ERRORS = {
     "query dtype": ({"query": zeros(2, 5, 48, dtype=F32)}, TypeError, ["query has dtype float32", "float64"]),
     "query integers": ({"query": zeros(2, 5, 48, dtype=int)}, TypeError, ["query has dtype int64"]),

@@ -277,22 +277,19 @@ static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool visible
     }
 }
 
-/* Block i of a narrow tile's keys. */
-static key_range block_range(const item_state *s, const key_range *keys, int i)
-{
-    const int64_t begin = i == 0 ? keys->key_lo : (keys->key_lo / s->block_keys + i) * s->block_keys;
-    return tile_range(&s->w.tiles[0], begin, block_end(begin, s->block_keys, keys->key_hi));
-}
-
-static int num_blocks(const item_state *s, const key_range *keys)
-{
-    return (int)((keys->key_hi - 1) / s->block_keys - keys->key_lo / s->block_keys) + 1;
-}
+/* What a narrow tile takes between two updates of its softmax. */
+typedef struct {
+    key_range keys, blocks[NARROW_BLOCKS];
+    bool seen[NARROW_BLOCKS]; /* by some row */
+    int num_blocks;
+    row_run runs[2 * NARROW_BLOCKS + 2]; /* what is read, in this order: the keys of all blocks, their values,
+                                          * and the keys and the values of the block behind */
+} narrow_step;
 
 /* The part of the score panel that is a block's. */
-FA_INLINE vec *block_panel(const item_state *s, const key_range *keys, const key_range *range)
+FA_INLINE vec *block_panel(const item_state *s, const narrow_step *step, int i)
 {
-    return s->w.scores + ((range->first - keys->first) >> s->w.tiles[0].key_shift);
+    return s->w.scores + ((step->blocks[i].first - step->keys.first) >> s->w.tiles[0].key_shift);
 }
 
 /* Keys from `begin` on, and their values, as a narrow tile reads them. */
@@ -305,75 +302,77 @@ static void list_block(const item_state *s, int64_t begin, row_run *key, row_run
     *value = dense_run(block.value, &p->value, p->head_dim_v, block.key_rows);
 }
 
-/* What a narrow tile reads, in this order: the keys of all blocks, their values, and the keys and the values
- * of the block behind them. */
-static void list_runs(const item_state *s, const key_range *keys, row_run *runs)
+/* Cuts the step's keys into blocks. */
+static void list_blocks(const item_state *s, narrow_step *step)
 {
-    const int count = num_blocks(s, keys);
+    const key_range *keys = &step->keys;
+    int count = 0;
+    for (int64_t begin = keys->key_lo, end; begin < keys->key_hi; begin = end) {
+        end = block_end(begin, s->block_keys, keys->key_hi);
+        step->blocks[count++] = tile_range(&s->w.tiles[0], begin, end);
+    }
     for (int i = 0; i < count; i++)
-        list_block(s, block_range(s, keys, i).key_lo, runs + i, runs + count + i);
-    list_block(s, keys->key_hi, runs + 2 * count, runs + 2 * count + 1);
+        list_block(s, step->blocks[i].key_lo, step->runs + i, step->runs + count + i);
+    list_block(s, keys->key_hi, step->runs + 2 * count, step->runs + 2 * count + 1);
+    step->num_blocks = count;
 }
 
 /* Fills the panel with the scores of all blocks; false if no row sees any key. */
-static bool compute_narrow_scores(item_state *s, const key_range *keys, const row_run *runs,
-                                  bool seen[NARROW_BLOCKS], vec largest[1])
+static bool compute_narrow_scores(item_state *s, narrow_step *step, vec largest[1])
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
     bool any = false;
     largest[0] = vec_splat(-(real)INFINITY);
-    for (int i = 0; i < num_blocks(s, keys); i++) {
-        const key_range range = block_range(s, keys, i);
-        vec *panel = block_panel(s, keys, &range), block_largest[MAX_VECTORS];
-        lookahead ahead = {.reading = runs + i};
+    for (int i = 0; i < step->num_blocks; i++) {
+        const key_range *range = &step->blocks[i];
+        vec *panel = block_panel(s, step, i), block_largest[MAX_VECTORS];
+        lookahead ahead = {.reading = step->runs + i};
         if (s->arrays.key_scale)
-            look_ahead_to_keys(s, range.key_hi, &ahead);
-        if (range.key_hi == s->key_hi)
+            look_ahead_to_keys(s, range->key_hi, &ahead);
+        if (range->key_hi == s->key_hi)
             look_ahead_to_queries(s, 1, &ahead);
-        operand_block key = load_key_block(p, &s->arrays, range.key_lo, range.key_hi, true, s->w.key_stage);
-        seen[i] = compute_scores(p, t, &range, &key, &ahead, 1, true, panel, block_largest);
-        any |= seen[i];
-        if (!seen[i]) {
-            for (int r = 0; r < panel_rows(t, &range, true); r++)
+        operand_block key = load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, s->w.key_stage);
+        step->seen[i] = compute_scores(p, t, range, &key, &ahead, 1, true, panel, block_largest);
+        any |= step->seen[i];
+        if (!step->seen[i]) {
+            for (int r = 0; r < panel_rows(t, range, true); r++)
                 panel[r] = vec_splat(-(real)INFINITY);
             continue;
         }
         if (p->top_count > 0)
-            update_top(p, t, &range, panel, 1, true);
+            update_top(p, t, range, panel, 1, true);
         largest[0] = vec_max(block_largest[0], largest[0]);
     }
     return any;
 }
 
-/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of a narrow tile, the only
- * one of its item. */
+/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of a narrow tile, the only one of its
+ * item.
+ */
 static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visible_only)
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
-    const key_range keys = tile_range(t, begin, end);
-    if (keys.key_lo >= keys.key_hi)
+    narrow_step step = {.keys = tile_range(t, begin, end)};
+    vec largest[MAX_VECTORS];
+    if (step.keys.key_lo >= step.keys.key_hi)
         return;
     if (!t->packed)
         pack_tile(p, t);
-    row_run runs[2 * NARROW_BLOCKS + 2] = {{0}};
-    bool seen[NARROW_BLOCKS];
-    vec largest[MAX_VECTORS];
-    const int blocks = num_blocks(s, &keys);
-    list_runs(s, &keys, runs);
-    if (!compute_narrow_scores(s, &keys, runs, seen, largest))
+    list_blocks(s, &step);
+    if (!compute_narrow_scores(s, &step, largest))
         return;
     const real to_log2 = (real)(score_unit(p) * LOG2E);
     raise_reference(p, t, largest, to_log2, 1, true);
-    exponentiate(t, s->w.scores, panel_rows(t, &keys, true), to_log2, 1, visible_only);
-    for (int i = 0; i < blocks; i++) {
-        if (!seen[i])
+    exponentiate(t, s->w.scores, panel_rows(t, &step.keys, true), to_log2, 1, visible_only);
+    for (int i = 0; i < step.num_blocks; i++) {
+        const key_range *range = &step.blocks[i];
+        if (!step.seen[i])
             continue;
-        const key_range range = block_range(s, &keys, i);
         operand_block value =
-            load_value_block(p, &s->arrays, range.key_lo, range.key_hi, true, s->w.value_stage);
-        multiply_narrow_value(p, t, &range, &value, block_panel(s, &keys, &range), runs + blocks + i,
+            load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, s->w.value_stage);
+        multiply_narrow_value(p, t, range, &value, block_panel(s, &step, i), step.runs + step.num_blocks + i,
                               visible_only);
         t->fresh = false;
     }
@@ -521,11 +520,12 @@ static void narrow_tile(int64_t rows, tile *t)
         t->key_shift++;
 }
 
-/* What is masked, staged or scaled is so block by block, and a page holds a block. */
+/* What is masked, staged or scaled is so block by block, and a page may end with a block. */
 static int narrow_block_keys(const fa_problem *p)
 {
+    const bool in_one_page = !p->page_table.data || p->page_size % NARROW_KEYS == 0;
     const bool in_place = lies_in_vectors(&p->key, p->head_dim) && lies_in_vectors(&p->value, p->head_dim_v);
-    const bool one_piece = in_place && !p->page_table.data && !p->mask.data && !p->key_scale.data;
+    const bool one_piece = in_place && in_one_page && !p->mask.data && !p->key_scale.data;
     return one_piece ? NARROW_KEYS : KEY_BLOCK;
 }
 

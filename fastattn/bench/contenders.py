@@ -143,16 +143,20 @@ def cache_attention(problem: Problem, words: dict[str, Any]) -> Callable[[], NDA
     return lambda: cache.attention(query, ids, **words)
 
 
+# Tokens by which sequences grow while steps of decoding are timed: a hundredth of the case's own.
+STEPS = 64
+
+
 def decoding_step(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArray[Any]]:
     """Return what appends the last key and attends.
 
-    The sequences grow from call to call, and take their next page as they would, but only by a page and
+    The sequences grow from call to call, and take their next page as they would, but only by some tokens and
     then anew: the length that is timed stays the case's.
     """
     cache, ids = problem.cache
     _, key, value = (x[:, :, -1:] for x in problem.arrays)
     attend = cache_attention(problem, words)
-    turns = itertools.cycle(range(cache.page_size))
+    turns = itertools.cycle(range(STEPS))
 
     def step() -> NDArray[Any]:
         if next(turns) == 0:

@@ -263,7 +263,7 @@ class Problem:
         """
         case = self.case
         _, key, value = self.arrays
-        page_size = 64
+        page_size = 256  # as by default
         num_pages = case.batch * (-(-case.seqlen_k // page_size) + 1)
         cache = KVCache(case.num_kv_heads, case.head_dim, dtype=self.dtype, page_size=page_size, num_pages=num_pages)
         ids = [cache.add() for _ in range(case.batch)]
