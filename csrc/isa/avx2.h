@@ -72,14 +72,7 @@ FA_INLINE vec vec_round(vec x)
 }
 #endif
 
-FA_INLINE vec vec_in_register(vec x)
-{
-    __asm__("" : "+v"(x));
-    return x;
-}
-
 #define vec_select vec_select
-#define vec_in_register vec_in_register
 #define vec_max vec_max
 #define vec_round vec_round
 

@@ -163,12 +163,6 @@ FA_INLINE bool vmask_any(vmask where)
     return where != 0;
 }
 
-FA_INLINE vec vec_in_register(vec x)
-{
-    __asm__("" : "+v"(x));
-    return x;
-}
-
 /* `count` <= 64 booleans `step` bytes apart, as bits. */
 FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 {
@@ -186,7 +180,6 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 }
 
 #define load_mask_bits load_mask_bits
-#define vec_in_register vec_in_register
 #define vec_select vec_select
 #define vec_max vec_max
 #define vec_round vec_round

@@ -172,12 +172,12 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
     source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
     if (narrow ? lies_in_vectors(&p->value, p->head_dim_v) : value_is_operand(&p->value))
         return in_place(&src, begin, operand_step(&p->value));
-    if (narrow) {
-        stage_narrow_value(&src, (int)(end - begin), (int)p->head_dim_v, stage);
+    if (narrow) { /* in rows, like keys */
+        stage_key(&src, 0, (int)(end - begin), (int)p->head_dim_v, stage);
         return (operand_block){.data = stage,
                                .first = begin,
                                .row = staged_row_bytes(p->head_dim_v),
-                               .dtype = STAGED_VALUE_DTYPE};
+                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
     }
     int lead = (int)(begin % REDUCTION);
     stage_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, stage);
@@ -347,9 +347,8 @@ static bool compute_narrow_scores(item_state *s, narrow_step *step, vec largest[
     return any;
 }
 
-/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of a narrow tile, the only one of its
- * item.
- */
+/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of an item's only tile, which is
+ * narrow. */
 static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visible_only)
 {
     const fa_problem *p = s->problem;

@@ -258,7 +258,7 @@ static bool finish_narrow_tile(const fa_problem *p, const tile *t)
     vec sums = {0};
     const vec inverse_sum = inverse_or_zero(t->row_sum[0]);
     const int vectors = vectors_of(p->head_dim_v);
-    const bool in_twos = VALUE_KEYS == 1 && reads_twos(&p->value, p->head_dim_v);
+    const bool in_twos = !PRODUCTS_IN_BFLOAT16 && reads_twos(&p->value, p->head_dim_v);
     for (int r = 0; r < t->rows; r++) {
         vec *out = t->out + r * vectors;
         for (int i = 0; i < vectors && in_twos; i += 2)

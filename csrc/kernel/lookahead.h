@@ -20,7 +20,8 @@ FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
     return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
-/* Of the keys that may be read, the one nearest to n. */
+/* Of the keys that may be read, the one nearest to n. Apart, or GCC would compute it for keys that need no
+ * such, in registers that the products want. */
 static __attribute__((noinline)) const char *nearest_key(const key_range *range, const operand_block *key,
                                                          int64_t n)
 {

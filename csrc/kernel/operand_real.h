@@ -170,11 +170,4 @@ FA_INLINE void stage_value(const source_rows *value, int lead, int num_keys, int
     stage_rows(value, num_keys, head_dim_v, stage);
 }
 
-FA_INLINE void stage_narrow_value(const source_rows *value, int num_keys, int head_dim_v, char *stage)
-{
-    stage_rows(value, num_keys, head_dim_v, stage);
-}
-
-#define STAGED_VALUE_DTYPE FA_REAL_DTYPE
-
 #endif

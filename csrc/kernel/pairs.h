@@ -265,12 +265,4 @@ FA_INLINE void stage_pairs(const source_rows *src, int lead, int num_keys, int h
     }
 }
 
-/* Values as they are, in rows that end in zeros. */
-FA_INLINE void stage_narrow_value(const source_rows *src, int num_keys, int head_dim_v, char *stage)
-{
-    stage_pairs(src, 0, num_keys, head_dim_v, stage);
-}
-
-#define STAGED_VALUE_DTYPE FA_BFLOAT16
-
 #endif

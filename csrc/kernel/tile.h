@@ -92,11 +92,14 @@ typedef struct {
 
 typedef struct {
     tile *tiles;
-    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: the keys of NARROW_BLOCKS blocks,
-                  * of `narrow` rows each */
+    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: NARROW_KEYS keys of `narrow`
+                  * rows each */
     char *key_stage, *value_stage;
     partial *split; /* of a tile, over the last split */
 } workspace;
+
+_Static_assert(NARROW_KEYS *NARROW_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
+               "the score panel holds a narrow tile's keys");
 
 FA_INLINE int64_t min_i64(int64_t a, int64_t b)
 {

@@ -48,12 +48,13 @@ FA_INLINE bool vmask_any(vmask where)
 #endif
 
 /* x, loaded once: GCC holds loads for cheap, and would give each use one of its own. */
-#ifndef vec_in_register
 FA_INLINE vec vec_in_register(vec x)
 {
+#ifdef __x86_64__
+    __asm__("" : "+v"(x));
+#endif
     return x;
 }
-#endif
 
 /* The larger of two; b where either is NaN. */
 #ifndef vec_max

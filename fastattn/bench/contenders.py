@@ -143,7 +143,7 @@ def cache_attention(problem: Problem, words: dict[str, Any]) -> Callable[[], NDA
     return lambda: cache.attention(query, ids, **words)
 
 
-# Tokens by which sequences grow while steps of decoding are timed: a hundredth of the case's own.
+# Tokens by which sequences grow while steps of decoding are timed.
 STEPS = 64
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn import reference
-from fastattn.cache import KVCache
+from fastattn.cache import PAGE_SIZE, KVCache
 
 __all__ = ["CASES", "DTYPES", "FLOATS", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
 
@@ -263,12 +263,11 @@ class Problem:
         """
         case = self.case
         _, key, value = self.arrays
-        page_size = 256  # as by default
-        num_pages = case.batch * (-(-case.seqlen_k // page_size) + 1)
-        cache = KVCache(case.num_kv_heads, case.head_dim, dtype=self.dtype, page_size=page_size, num_pages=num_pages)
+        num_pages = case.batch * (-(-case.seqlen_k // PAGE_SIZE) + 1)
+        cache = KVCache(case.num_kv_heads, case.head_dim, dtype=self.dtype, num_pages=num_pages)
         ids = [cache.add() for _ in range(case.batch)]
-        for first in range(0, case.seqlen_k, page_size):
-            page = slice(first, first + page_size)
+        for first in range(0, case.seqlen_k, PAGE_SIZE):
+            page = slice(first, first + PAGE_SIZE)
             cache.append(ids, key[:, :, page], value[:, :, page])
         return cache, ids
 
