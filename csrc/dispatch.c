@@ -70,6 +70,31 @@ static bool has_amx(void)
 }
 #endif
 
+static bool is_zen5(void)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx ||
+        d != signature_AMD_edx || !__get_cpuid(1, &a, &b, &c, &d))
+        return false;
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff); /* base and, from 15 on, extended */
+    return family == 0x1a;
+#else
+    return false;
+#endif
+}
+
+bool fa_asks_into_l1(void)
+{
+    static atomic_int answer = -1; /* CPUID takes tens of microseconds where a hypervisor gives it */
+    int known = atomic_load_explicit(&answer, memory_order_relaxed);
+    if (known < 0) {
+        known = is_zen5();
+        atomic_store_explicit(&answer, known, memory_order_relaxed);
+    }
+    return known;
+}
+
 static bool has_baseline(void)
 {
     return true;
