@@ -3,7 +3,8 @@
 Kernels are compiled once per instruction set and element type, each with the flags of its instruction
 set, chosen by the platform that is built for; which of them runs is decided at run time.
 
-FASTATTN_SANITIZE=address,undefined builds with those sanitizers.
+FASTATTN_SANITIZE=address,undefined builds with those sanitizers, FASTATTN_WERROR=1 with warnings of the C library
+as errors.
 """
 
 import os
@@ -30,6 +31,8 @@ if SANITIZE:
     CFLAGS += SANITIZER_FLAGS
     MODULE_FLAGS += SANITIZER_FLAGS
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
+if os.environ.get("FASTATTN_WERROR"):
+    CFLAGS += ["-Werror"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
