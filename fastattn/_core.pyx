@@ -12,6 +12,7 @@ cimport cython
 cimport numpy as cnp
 from cpython.ref cimport Py_INCREF
 from libc.math cimport isfinite, sqrt
+from libc.stdint cimport uintptr_t
 
 from fastattn._core cimport *
 
@@ -431,6 +432,31 @@ cdef bint overlaps_itself(object array):
     return False
 
 
+cdef struct Extent:
+    uintptr_t begin, end
+
+
+cdef Extent extent_of(cnp.ndarray array):
+    """Where the array's elements lie."""
+    cdef uintptr_t begin = <uintptr_t>cnp.PyArray_DATA(array), end = begin + cnp.PyArray_ITEMSIZE(array)
+    cdef Py_ssize_t span
+    cdef int axis
+    for axis in range(cnp.PyArray_NDIM(array)):
+        if cnp.PyArray_DIM(array, axis) == 0:
+            return Extent(begin, begin)
+        span = (cnp.PyArray_DIM(array, axis) - 1) * cnp.PyArray_STRIDE(array, axis)
+        if span < 0:
+            begin += span
+        else:
+            end += span
+    return Extent(begin, end)
+
+
+cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
+    cdef Extent x = extent_of(a), y = extent_of(b)
+    return x.end <= y.begin or y.end <= x.begin
+
+
 cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) except -1:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
@@ -440,13 +466,13 @@ cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) exce
         raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if overlaps_itself(out):
+    if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
         raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
     for name, array in inputs.items():
         if array is None:
             continue
         array = np.asarray(array)
-        if np.may_share_memory(out, array) and share_memory(out, array):
+        if not lie_apart(out, array) and share_memory(out, array):
             raise ValueError(f"out overlaps {name} in memory")
     return 0
 

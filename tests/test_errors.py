@@ -205,6 +205,28 @@ def test_out_overlaps_an_input(name):
         assert memory.tobytes() == before.tobytes()
 
 
+def test_out_overlaps_what_lies_before_an_inputs_first_element():
+    arguments = good()
+    shape, size = arguments["key"].shape, arguments["key"].size
+    memory = np.full(size + 320, 1.0, F32)
+    arguments["key"] = memory[:size].reshape(shape)[::-1, ::-1, ::-1, ::-1]
+    for begin in (0, 100, size - 1):
+        arguments["out"] = memory[begin : begin + 320].reshape(2, 4, 5, 8)
+        with pytest.raises(ValueError, match=r"(?i)out\b.*overlaps key"):
+            fastattn.attention(**arguments)
+    arguments["out"] = memory[size:].reshape(2, 4, 5, 8)  # beside it
+    fastattn.attention(**arguments)
+
+
+def test_out_between_the_rows_of_an_input():
+    arguments = good()
+    memory = np.full((2, 4, 5, 2, 8), 1.0, F32)
+    arguments["query"], arguments["out"] = memory[..., 0, :], memory[..., 1, :]
+    out = fastattn.attention(**arguments)
+    assert out is arguments["out"]
+    np.testing.assert_array_equal(memory[..., 0, :], 1.0)
+
+
 def test_out_whose_rows_overlap_each_other():
     arguments = good()
     memory = np.full(1000, 7.0, F32)

@@ -353,7 +353,8 @@ static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visibl
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
-    narrow_step step = {.keys = tile_range(t, begin, end)};
+    narrow_step step; /* filled as far as it is read: to clear it would take a hundredth of a small call */
+    step.keys = tile_range(t, begin, end);
     vec largest[MAX_VECTORS];
     if (step.keys.key_lo >= step.keys.key_hi)
         return;

@@ -252,25 +252,34 @@ static bool is_finite_out(const fa_problem *p, const tile *t)
     return are_finite(zeros);
 }
 
-/* Normalises and stores; false if some result may not be finite. */
-static bool finish_narrow_tile(const fa_problem *p, const tile *t)
+/* Normalises and stores a narrow tile; the results' sums. */
+FA_INLINE vec finish_narrow_rows(const fa_problem *p, const tile *t, ptrdiff_t col, fa_dtype dtype)
 {
     vec sums = {0};
-    const vec inverse_sum = inverse_or_zero(t->row_sum[0]);
+    real inverse_sum[LANES];
+    vec_store(inverse_sum, inverse_or_zero(t->row_sum[0]));
     const int vectors = vectors_of(p->head_dim_v);
-    const bool in_twos = !PRODUCTS_IN_BFLOAT16 && reads_twos(&p->value, p->head_dim_v);
     for (int r = 0; r < t->rows; r++) {
-        vec *out = t->out + r * vectors;
-        for (int i = 0; i < vectors && in_twos; i += 2)
-            join_twos(out + i);
         for (int i = 0; i < vectors; i++) {
             int count = (int)min_i64(LANES, p->head_dim_v - i * LANES);
-            vec x = out[i] * inverse_sum[r];
+            vec x = t->out[r * vectors + i] * inverse_sum[r];
             sums += x;
-            store_elements(t->out_row[r] + i * LANES * p->out.col, p->out.col, count, p->out.dtype, x);
+            store_elements(t->out_row[r] + i * LANES * col, col, count, dtype, x);
         }
     }
-    return are_finite(sums);
+    return sums;
+}
+
+/* Normalises and stores; false if some result may not be finite. As for packing, the usual dtype and stride
+ * have a copy of their own. */
+static bool finish_narrow_tile(const fa_problem *p, const tile *t)
+{
+    if (!PRODUCTS_IN_BFLOAT16 && reads_twos(&p->value, p->head_dim_v))
+        for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i += 2)
+            join_twos(t->out + i);
+    if (p->out.dtype == FA_REAL_DTYPE && p->out.col == sizeof(real))
+        return are_finite(finish_narrow_rows(p, t, sizeof(real), FA_REAL_DTYPE));
+    return are_finite(finish_narrow_rows(p, t, p->out.col, p->out.dtype));
 }
 
 /* Of a wide tile: elements [e, e + count) of the rows of vector m, normalised and stored; their sums. */
