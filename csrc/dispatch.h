@@ -61,8 +61,9 @@ typedef struct {
     uint64_t (*read)(const char *data, size_t bytes, bool asks_ahead);
 } fa_kernel;
 
-/* Whether lines of keys and values are best asked for into L1, rather than L2: so on Zen 5, where a line in L2
- * waits a second time for one of the places for what L1 has missed. Zen 4 reads a third more by way of L2. */
+/* Whether lines of keys and values are best asked for into L1, rather than L2: so on Zen 5, where a line in
+ * L2 waits a second time for one of the places for what L1 has missed. Zen 4 reads a third more by way of L2.
+ */
 bool fa_asks_into_l1(void);
 
 const fa_kernel *fa_select_kernel(const fa_problem *problem);

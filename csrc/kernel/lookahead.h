@@ -106,14 +106,6 @@ FA_INLINE void prefetch_queries(const fa_problem *p, const lookahead *ahead, int
     }
 }
 
-FA_INLINE void prefetch_keys(const fa_problem *p, const lookahead *ahead, int begin, int count)
-{
-    const int left = rows_left(begin, count, ahead->key_rows);
-    if (left > 0)
-        prefetch_rows(ahead->key + begin * p->key.row, p->key.row, prefetch_span(p->key.col, p->head_dim),
-                      left);
-}
-
 /* How many of `count` rows fall to each of the steps over `columns` columns, `step` at a time. Once for all
  * of them: a division in each would cost as much as a tenth of its multiply-adds. */
 FA_INLINE int share_of_step(int count, int64_t columns, int step)
@@ -122,14 +114,54 @@ FA_INLINE int share_of_step(int count, int64_t columns, int step)
     return steps > 0 ? (count + steps - 1) / steps : 0;
 }
 
-/* The share of step `step`, of as many that each takes so many values and results. */
-FA_INLINE void prefetch_values_and_out(const fa_problem *p, const tile *t, const lookahead *ahead, int step,
-                                       int values, int results)
+/* Lines that a product asks for at once: L1 of Zen 4 has as many places for what it has missed. Products of
+ * pairs are not slowed by more, and lose where they are interrupted. */
+#define REQUESTS_AT_ONCE (REDUCTION == 1 ? 24 : 1024)
+
+/* Rows that the products over a block ask for, `share` each. Of the last product it may be rows that are not
+ * there, which does no harm. */
+typedef struct {
+    product_requests first;
+    int share, count;
+    ptrdiff_t advance; /* bytes from one product's rows to the next one's */
+} block_requests;
+
+/* `count` rows at `data`, for products of `length` steps. Short sequences have a block for a tile, and would
+ * spend a hundredth of their time on the divisions. */
+FA_INLINE block_requests spread_over_products(const char *data, const fa_array *array, int64_t columns,
+                                              int count, int share, int length)
 {
-    const int left = rows_left(step * values, values, ahead->key_rows);
-    if (left > 0)
-        prefetch_rows(ahead->value + step * values * p->value.row, p->value.row,
-                      prefetch_span(p->value.col, p->head_dim_v), left);
+    ptrdiff_t span = prefetch_span(array->col, columns);
+    if (count <= 0 || span <= 0)
+        return (block_requests){0};
+    block_requests all = {.share = share, .count = count, .advance = share * array->row};
+    if (array->row == span) { /* they touch: as one row */
+        span *= share;
+        share = 1;
+    }
+    const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
+    int lines = (int)((lead + span + 63) / 64), every = length;
+    if (share * lines > REQUESTS_AT_ONCE) {
+        const int times = (int)min_i64((share * lines + REQUESTS_AT_ONCE - 1) / REQUESTS_AT_ONCE, length);
+        lines = (lines + times - 1) / times;
+        every = (length + times - 1) / times;
+    }
+    all.first = (product_requests){data - lead, array->row, share, lines, every};
+    return all;
+}
+
+FA_INLINE product_requests nth_requests(const block_requests *all, int n, int length)
+{
+    if (n * all->share >= all->count)
+        return (product_requests){.every = length};
+    product_requests soon = all->first;
+    soon.data += n * all->advance;
+    return soon;
+}
+
+/* The results of step `step`, of as many that each takes so many. */
+FA_INLINE void prefetch_out(const fa_problem *p, const tile *t, const lookahead *ahead, int step, int results)
+{
     for (int j = step * results; j < (step + 1) * results && j < ahead->out_rows; j++)
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }

@@ -71,7 +71,8 @@ FA_INLINE void pack_narrow_twos(const char *row, ptrdiff_t col, fa_dtype dtype, 
                                 int step, panel *query)
 {
     for (int d = 0; d < head_dim; d += 2 * LANES, row += 2 * LANES * col, query += 2 * step) {
-        vec x[2] = {load_elements(row, col, LANES, dtype), load_elements(row + LANES * col, col, LANES, dtype)};
+        vec x[2] = {load_elements(row, col, LANES, dtype),
+                    load_elements(row + LANES * col, col, LANES, dtype)};
         part_twos(x);
         query[0] = x[0] * sign;
         query[step] = x[1] * sign;

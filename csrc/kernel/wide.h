@@ -21,17 +21,19 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     const int rows = MICRO_ROWS(vectors);
     const bool modified = p->mask.data || p->bias.data;
     const int half = (t->rows + 1) / 2, asked = share_of_step(half, num_keys(range), rows);
+    const block_requests keys =
+        spread_over_products(ahead->key, &p->key, p->head_dim, ahead->key_rows, rows, length);
     for (int r = 0; r < num_keys(range); r += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         const char *a[MAX_MICRO_ROWS];
         point_at_keys(range, key, range->first + r, rows, a);
-        prefetch_keys(p, ahead, r, rows);
+        const product_requests soon = nth_requests(&keys, r / rows, length);
         prefetch_queries(p, ahead, r, rows);
         if (p->bias.data && t->fresh) /* nobody has asked for it */
             prefetch_modifiers(p, t, range->key_lo, r / rows * 2 * asked, 2 * asked, t->rows);
         if (modified)
             prefetch_modifiers(p, t, range->key_hi, r / rows * asked, asked, half);
-        product(a, false, key->col, t->query, length, vectors, false, c);
+        product(a, false, key->col, t->query, length, vectors, false, &soon, c);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
@@ -52,24 +54,27 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
     const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
     const int length = num_keys(range) / REDUCTION;
     const int rows = MICRO_ROWS(vectors);
-    const int values = share_of_step(ahead->key_rows, p->head_dim_v, rows);
+    const block_requests values =
+        spread_over_products(ahead->value, &p->value, p->head_dim_v, ahead->key_rows,
+                             share_of_step(ahead->key_rows, p->head_dim_v, rows), length);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, rows);
     const bool modified = p->mask.data || p->bias.data;
     const int half = (t->rows + 1) / 2, asked = share_of_step(t->rows - half, p->head_dim_v, rows);
     for (int e = 0; e < p->head_dim_v; e += rows) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         vec *out = t->out + e * vectors;
-        prefetch_values_and_out(p, t, ahead, e / rows, values, results);
+        const product_requests soon = nth_requests(&values, e / rows, length);
+        prefetch_out(p, t, ahead, e / rows, results);
         if (modified)
             prefetch_modifiers(p, t, range->key_hi, half + e / rows * asked, asked, t->rows);
         if (value->col == sizeof(operand) && e + rows <= p->head_dim_v) {
             const char *first = base + e * (int)sizeof(operand);
-            product(&first, true, value->row, probabilities, length, vectors, visible_only, c);
+            product(&first, true, value->row, probabilities, length, vectors, visible_only, &soon, c);
         } else {
             const char *a[MAX_MICRO_ROWS];
             for (int i = 0; i < rows; i++)
                 a[i] = base + min_i64(e + i, p->head_dim_v - 1) * value->col;
-            product(a, false, value->row, probabilities, length, vectors, visible_only, c);
+            product(a, false, value->row, probabilities, length, vectors, visible_only, &soon, c);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++)

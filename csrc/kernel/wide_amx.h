@@ -125,6 +125,13 @@ FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, con
     }
 }
 
+/* All that a pass asks for, before it: the unit's own loads go to L1 by themselves. */
+FA_INLINE void ask_for_nth(const block_requests *all, int n)
+{
+    const product_requests soon = nth_requests(all, n, 1);
+    ask_in_passing(&soon, soon.data);
+}
+
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest; whole passes, as keys are
  * staged. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
@@ -134,9 +141,11 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
     const bool modified = p->mask.data || p->bias.data;
     const int asked = share_of_step(t->rows, num_keys(range), PASS_ROWS);
+    const block_requests keys =
+        spread_over_products(ahead->key, &p->key, p->head_dim, ahead->key_rows, PASS_ROWS, 1);
     finish_stores();
     for (int r = 0; r < num_keys(range); r += PASS_ROWS) {
-        prefetch_keys(p, ahead, r, PASS_ROWS);
+        ask_for_nth(&keys, r / PASS_ROWS);
         prefetch_queries(p, ahead, r, PASS_ROWS);
         if (modified)
             prefetch_modifiers(p, t, range->key_hi, r / PASS_ROWS * asked, asked, t->rows);
@@ -155,13 +164,14 @@ FA_INLINE void multiply_visible_value(const char *base, ptrdiff_t row, int head_
                                       int length, int vectors, vec *out)
 {
     const int rows = MICRO_ROWS(vectors), pairs = REDUCTION / 2;
+    const product_requests none = {.every = pairs};
     for (int e = 0; e < head_dim_v; e += rows) {
         const char *a[MAX_MICRO_ROWS];
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
         for (int k = 0; k < length; k++) {
             for (int i = 0; i < rows; i++)
                 a[i] = base + k * row + min_i64(e + i, head_dim_v - 1) * FA_VECTOR_BYTES;
-            product(a, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, c);
+            product(a, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, &none, c);
         }
         for (int i = 0; i < rows; i++)
             for (int m = 0; m < vectors; m++)
@@ -182,13 +192,16 @@ FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_rang
         multiply_visible_value(base, value->row, (int)p->head_dim_v, probabilities, length, vectors, t->out);
         return;
     }
-    const int values = share_of_step(ahead->key_rows, p->head_dim_v, PASS_ROWS);
+    const block_requests values =
+        spread_over_products(ahead->value, &p->value, p->head_dim_v, ahead->key_rows,
+                             share_of_step(ahead->key_rows, p->head_dim_v, PASS_ROWS), 1);
     const int results = share_of_step(ahead->out_rows, p->head_dim_v, PASS_ROWS);
     finish_stores();
     for (int e = 0; e < p->head_dim_v; e += PASS_ROWS) {
         const bool whole = e + BLOCK_ROWS < p->head_dim_v;
         vec *out = t->out + e * vectors;
-        prefetch_values_and_out(p, t, ahead, e / PASS_ROWS, values, results);
+        ask_for_nth(&values, e / PASS_ROWS);
+        prefetch_out(p, t, ahead, e / PASS_ROWS, results);
         if (t->fresh)
             clear_sums(vectors, whole);
         else
