@@ -123,6 +123,8 @@ def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> Non
 
 def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
     """Return the ids, and whether it was a single one."""
+    if type(sequences) is list and all(type(sequence) is int for sequence in sequences):  # as in every step
+        return sequences.copy(), False
     try:
         array = np.asarray(sequences)
     except ValueError:  # lists of different lengths
@@ -836,7 +838,8 @@ class KVCache:
             check_floats("key", keys)
             check_floats("value", values)
         check_shape("key", keys, (*batch, self.num_kv_heads, "tokens", self.head_dim))
-        check_shape("value", values, (*batch, self.num_kv_heads, keys.shape[-2], self.head_dim_v))
+        if values.shape != (accepted := (*keys.shape[:-1], self.head_dim_v)):
+            check_shape("value", values, accepted)
         if not batch:
             keys, values = keys[None], values[None]
         if as_they_are:
@@ -919,8 +922,8 @@ class KVCache:
         sharers: dict[int, int] = {}
         for sequence, entry in entries.items():
             if entry.length % self.page_size:
-                page = int(entry.pages[entry.length // self.page_size])
-                count = sharers.setdefault(page, int(self._references[page]))
+                page = entry.pages.item(entry.length // self.page_size)
+                count = sharers.setdefault(page, self._references.item(page))
                 if count > 1:
                     copied.add(sequence)
                     sharers[page] -= 1
@@ -950,8 +953,9 @@ class KVCache:
                 # Plain slices, a page at a time: what a step does beside attention finds no cache warm.
                 page, slot = divmod(first + done, self.page_size)
                 count = min(self.page_size - slot, added - done)
+                where = (entry.pages.item(page), slice(None), slice(slot, slot + count))
                 for part, tokens in zip(self._parts, stored, strict=True):
-                    part[entry.pages[page], :, slot : slot + count] = tokens[index, :, done : done + count]
+                    part[where] = tokens[index, :, done : done + count]
                 done += count
 
     def _pages_for(self, length: int) -> int:
