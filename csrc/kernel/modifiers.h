@@ -103,31 +103,48 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 
 typedef enum { SEES_NONE, SEES_SOME, SEES_ALL } visibility;
 
-/* Reads the block's part of the mask into t->mask_words. */
-static visibility load_mask(const fa_problem *p, tile *t, const key_range *range)
+/* A row's keys [range->key_lo, range->key_hi), as bits from the first on. */
+FA_INLINE uint64_t load_mask_row(const fa_problem *p, const char *mask, const key_range *range)
+{
+    return load_mask_bits(mask + range->key_lo * p->mask.col, p->mask.col,
+                          (int)(range->key_hi - range->key_lo));
+}
+
+/* Where some keys are hidden from some lanes: t->mask_words from the bits of each. */
+static void spread_mask(tile *t, const uint64_t *bits, int lead)
 {
     typedef uint64_t words __attribute__((vector_size(8 * LANES)));
-    const int count = (int)(range->key_hi - range->key_lo);
-    const int lead = (int)(range->key_lo - range->first);
-    const uint64_t full = ~(uint64_t)0 >> (64 - count);
-    uint64_t any = 0, all = full, bits = 0;
-    const char *previous = NULL;
     for (int m = 0; m < t->vectors; m++) {
         words lanes;
-        for (int j = 0; j < LANES; j++) {
-            const char *mask = t->mask[m * LANES + j];
-            if (mask != previous) {
-                bits = load_mask_bits(mask + range->key_lo * p->mask.col, p->mask.col, count);
-                any |= bits;
-                all &= bits;
-                previous = mask;
-            }
-            lanes[j] = bits << lead >> t->lane_key[m * LANES + j];
-        }
+        for (int j = 0; j < LANES; j++)
+            lanes[j] = bits[m * LANES + j] << lead >> t->lane_key[m * LANES + j];
         for (int word = 0; word < MASK_WORDS; word++)
             t->mask_words[word][m] = __builtin_convertvector(lanes >> (word * LANE_BITS % 64), ivec);
     }
-    return any == 0 ? SEES_NONE : all == full ? SEES_ALL : SEES_SOME;
+}
+
+/* Reads the block's part of the mask, into t->mask_words where it hides some keys and not all. One that all
+ * rows share, as for padding, is read once. */
+static visibility load_mask(const fa_problem *p, tile *t, const key_range *range)
+{
+    const int lanes = t->vectors * LANES;
+    const bool shared = p->mask.row == 0 && p->mask.head == 0;
+    const uint64_t full = ~(uint64_t)0 >> (64 - (range->key_hi - range->key_lo));
+    uint64_t bits[TILE_ROWS], any, all;
+    any = all = bits[0] = load_mask_row(p, t->mask[0], range);
+    for (int j = 1; j < lanes && !shared; j++) {
+        bits[j] = t->mask[j] == t->mask[j - 1] ? bits[j - 1] : load_mask_row(p, t->mask[j], range);
+        any |= bits[j];
+        all &= bits[j];
+    }
+    if (any == 0)
+        return SEES_NONE;
+    if (all == full)
+        return SEES_ALL;
+    for (int j = 1; j < lanes && shared; j++)
+        bits[j] = bits[0];
+    spread_mask(t, bits, (int)(range->key_lo - range->first));
+    return SEES_SOME;
 }
 
 /* Where panel row r + j lets the lanes of vector m see its key; a square's bits lie in one word. */
