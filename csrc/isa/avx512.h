@@ -50,6 +50,12 @@ FA_INLINE vec vec_scale_exponent(vec x, vec n)
     return (vec)_mm512_scalef_ps((__m512)x, (__m512)n);
 }
 
+/* 16 halves at src, as lanes: GCC would widen them eight at a time. */
+FA_INLINE uvec uvec_load_halves(const void *src)
+{
+    return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(src));
+}
+
 /* 16 float16 at src. */
 FA_INLINE vec vec_load_float16(const void *src)
 {
@@ -184,6 +190,7 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 #define vec_max vec_max
 #define vec_round vec_round
 #define vec_scale_exponent vec_scale_exponent
+#define uvec_load_halves uvec_load_halves
 #define vec_load_float16 vec_load_float16
 #define vec_load_int8 vec_load_int8
 

@@ -117,10 +117,12 @@ FA_INLINE void store_element(char *dst, fa_dtype dtype, real x)
 typedef uint16_t half_vec __attribute__((vector_size(FA_VECTOR_BYTES / 2)));
 typedef uint16_t half_vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES / 2), aligned(1), may_alias));
 
+#ifndef uvec_load_halves
 FA_INLINE uvec uvec_load_halves(const void *src)
 {
     return __builtin_convertvector(*(const half_vec_unaligned *)src, uvec);
 }
+#endif
 
 FA_INLINE vec vec_load_bfloat16(const void *src)
 {
