@@ -111,6 +111,15 @@ def test_packed_sequences_are_timed_per_flop():
     assert "of equal, per flop" in bench.report(run)
 
 
+def test_the_table_has_no_column_that_says_nothing():
+    run = measured(EQUAL)
+    assert "of peak" in bench.report(run)
+    assert "of read" not in bench.report(run)
+    read = [dataclasses.replace(row, bandwidth_share=0.5) for row in run.rows]
+    assert "of read" in bench.report(dataclasses.replace(run, rows=read))
+    assert "of read" in bench.report(dataclasses.replace(run, rows=[]))
+
+
 def test_packed_sequences_are_checked_one_by_one():
     problem = bench.Problem(EQUAL.packs("packed", (3, 1, 20, 6)), np.dtype(np.float32))
     packed = [x[0].swapaxes(0, 1) for x in problem.arrays]

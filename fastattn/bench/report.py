@@ -27,7 +27,13 @@ def rows_table(run: Run) -> str:
     costs = any(row.baseline for row in run.rows)
     header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s", "of peak", "of read"]
     header += ["time"] * costs + [f"x {name}" for name in peers]
-    return table(header, [row_cells(row, peers, costs) for row in run.rows])
+    return table(*without_empty_columns(header, [row_cells(row, peers, costs) for row in run.rows]))
+
+
+def without_empty_columns(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """Leave out the columns that say nothing of any row."""
+    kept = [i for i in range(len(header)) if not rows or any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def row_cells(row: Row, peers: list[str], costs: bool) -> list[str]:
