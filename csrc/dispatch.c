@@ -70,7 +70,8 @@ static bool has_amx(void)
 }
 #endif
 
-static bool is_zen5(void)
+/* Zen 5, and what AMD makes after it. */
+static bool is_amd_family_26(void)
 {
 #if defined(__x86_64__)
     unsigned a, b, c, d;
@@ -78,7 +79,7 @@ static bool is_zen5(void)
         d != signature_AMD_edx || !__get_cpuid(1, &a, &b, &c, &d))
         return false;
     const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff); /* base and, from 15 on, extended */
-    return family == 0x1a;
+    return family == 26;
 #else
     return false;
 #endif
@@ -89,7 +90,7 @@ bool fa_asks_into_l1(void)
     static atomic_int answer = -1; /* CPUID takes tens of microseconds where a hypervisor gives it */
     int known = atomic_load_explicit(&answer, memory_order_relaxed);
     if (known < 0) {
-        known = is_zen5();
+        known = is_amd_family_26();
         atomic_store_explicit(&answer, known, memory_order_relaxed);
     }
     return known;

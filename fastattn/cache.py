@@ -113,6 +113,8 @@ def check_floats(name: str, array: Array) -> None:
 
 def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
     """Raise unless the shape is the accepted one; a word stands for any number."""
+    if array.shape == accepted:
+        return
     fits = array.ndim == len(accepted)
     if fits:
         for size, want in zip(array.shape, accepted, strict=True):
@@ -123,8 +125,10 @@ def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> Non
 
 def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
     """Return the ids, and whether it was a single one."""
-    if type(sequences) is list and all(type(sequence) is int for sequence in sequences):  # as in every step
-        return sequences.copy(), False
+    if type(sequences) is list:  # of ints, as in every step
+        ids = sequences.copy()
+        if all(type(sequence) is int for sequence in ids):
+            return ids, False
     try:
         array = np.asarray(sequences)
     except ValueError:  # lists of different lengths
@@ -838,8 +842,7 @@ class KVCache:
             check_floats("key", keys)
             check_floats("value", values)
         check_shape("key", keys, (*batch, self.num_kv_heads, "tokens", self.head_dim))
-        if values.shape != (accepted := (*keys.shape[:-1], self.head_dim_v)):
-            check_shape("value", values, accepted)
+        check_shape("value", values, (*keys.shape[:-1], self.head_dim_v))
         if not batch:
             keys, values = keys[None], values[None]
         if as_they_are:

@@ -277,8 +277,9 @@ static bool finish_narrow_tile(const fa_problem *p, const tile *t)
     if (!PRODUCTS_IN_BFLOAT16 && reads_twos(&p->value, p->head_dim_v))
         for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i += 2)
             join_twos(t->out + i);
-    if (p->out.dtype == FA_REAL_DTYPE && p->out.col == sizeof(real))
-        return are_finite(finish_narrow_rows(p, t, sizeof(real), FA_REAL_DTYPE));
+    const fa_dtype usual = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE;
+    if (p->out.dtype == usual && p->out.col == element_size(usual))
+        return are_finite(finish_narrow_rows(p, t, element_size(usual), usual));
     return are_finite(finish_narrow_rows(p, t, p->out.col, p->out.dtype));
 }
 

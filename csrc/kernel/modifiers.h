@@ -123,17 +123,18 @@ static void spread_mask(tile *t, const uint64_t *bits, int lead)
     }
 }
 
-/* Reads the block's part of the mask, into t->mask_words where it hides some keys and not all. One that all
- * rows share, as for padding, is read once. */
+/* Reads the block's part of the mask, into t->mask_words where it hides some keys and not all. What lanes
+ * share is read once: a row's mask, and one of all rows, as for padding. */
 static visibility load_mask(const fa_problem *p, tile *t, const key_range *range)
 {
     const int lanes = t->vectors * LANES;
     const bool shared = p->mask.row == 0 && p->mask.head == 0;
+    const int distinct = shared ? 1 : is_narrow(t) ? t->narrow : lanes;
     const uint64_t full = ~(uint64_t)0 >> (64 - (range->key_hi - range->key_lo));
-    uint64_t bits[TILE_ROWS], any, all;
-    any = all = bits[0] = load_mask_row(p, t->mask[0], range);
-    for (int j = 1; j < lanes && !shared; j++) {
-        bits[j] = t->mask[j] == t->mask[j - 1] ? bits[j - 1] : load_mask_row(p, t->mask[j], range);
+    uint64_t bits[TILE_ROWS], any = 0, all = full;
+    for (int j = 0; j < distinct; j++) {
+        const bool as_before = j > 0 && t->mask[j] == t->mask[j - 1];
+        bits[j] = as_before ? bits[j - 1] : load_mask_row(p, t->mask[j], range);
         any |= bits[j];
         all &= bits[j];
     }
@@ -141,8 +142,8 @@ static visibility load_mask(const fa_problem *p, tile *t, const key_range *range
         return SEES_NONE;
     if (all == full)
         return SEES_ALL;
-    for (int j = 1; j < lanes && shared; j++)
-        bits[j] = bits[0];
+    for (int j = distinct; j < lanes; j++)
+        bits[j] = bits[j - distinct];
     spread_mask(t, bits, (int)(range->key_lo - range->first));
     return SEES_SOME;
 }

@@ -13,7 +13,7 @@
 /* Whether lines are asked for at all. A row that is read alone leaves its lines to the CPU, which sees where
  * they come from (Zen 4: 8 % faster than asking in float32, 24 % in halves); not so where bytes are widened,
  * or the CPU is one that wants to be asked (fa_asks_into_l1). */
-FA_INLINE bool asks_ahead(fa_dtype dtype, int rows, bool into_l1)
+FA_INLINE bool asks_for_lines(fa_dtype dtype, int rows, bool into_l1)
 {
     return rows > 1 || dtype == FA_INT8 || into_l1;
 }
@@ -89,7 +89,7 @@ FA_INLINE void multiply_keys(const char *const *key, ptrdiff_t offset, fa_dtype 
 typedef struct {
     const char *data;
     ptrdiff_t row, next_key, next_line;
-    bool into_l1;
+    bool into_l1; /* not L2 */
 } line_requests;
 
 /* Of keys abreast that touch, lines one after another, as memory serves them best. */
@@ -111,7 +111,7 @@ FA_INLINE void dot_keys_abreast(const char *const *key, fa_dtype dtype, const pa
         sums[i] = vec_splat(0);
 #pragma GCC unroll 4
     for (int d = 0; d < vectors; d += at_once) {
-        if (d * step % 64 == 0 && asks_ahead(dtype, rows, requests->into_l1)) {
+        if (d * step % 64 == 0 && asks_for_lines(dtype, rows, requests->into_l1)) {
 #pragma GCC unroll 16
             for (int g = 0; g < abreast; g++)
                 ask_for_line(soon + d * step / 64 * requests->next_line + g * requests->next_key,
@@ -159,7 +159,7 @@ typedef struct {
     vec *out;
     const row_run *reading;
     int distance;
-    bool into_l1; /* what is asked for */
+    bool into_l1; /* lines are asked for into L1, not L2 */
 } value_product;
 
 /* Values of which a part is asked for, `width` vectors of each. */
@@ -211,7 +211,7 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             const char *even = n < a->lead ? value + a->row : value;
             const char *odd = n + 1 < a->num_keys ? value + a->row : value;
             panel v[8];
-            if (asks_ahead(dtype, rows, a->into_l1))
+            if (asks_for_lines(dtype, rows, a->into_l1))
                 ask_for_values(soon, next, vector_bytes, width, a->into_l1);
             load_values(even, odd, dtype, width, v);
 #pragma GCC unroll 8

@@ -15,7 +15,7 @@ typedef struct {
     const char *data;
     ptrdiff_t row;
     int rows, lines;
-    int every; /* at least 1 */
+    int every; /* at least 1, but of products without steps */
 } product_requests;
 
 FA_INLINE void ask_in_passing(const product_requests *soon, const char *data)
