@@ -9,12 +9,14 @@ as errors.
 
 import os
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_clib import build_clib
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
@@ -74,9 +76,19 @@ def library(name, sources, flags):
 def kernel_libraries():
     instruction_sets = INSTRUCTION_SETS.get(target_machine(), {"baseline": []})
     return [
-        library(isa, [f"isa/{isa}_{element}.c" for element in ELEMENTS[isa]], flags)
+        library(f"{element}_{isa}", [f"isa/{isa}_{element}.c"], flags)
         for isa, flags in instruction_sets.items()
+        for element in ELEMENTS[isa]
     ]
+
+
+class parallel_build_clib(build_clib):
+    """Compiles the libraries side by side: one after another they take a minute, on two CPUs half of it."""
+
+    def build_libraries(self, libraries):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(super().build_libraries, ([library] for library in libraries)):
+                pass
 
 
 class abi3_wheel(bdist_wheel):
@@ -109,5 +121,5 @@ setup(
             py_limited_api=not FREE_THREADED,
         ),
     ),
-    cmdclass={"bdist_wheel": abi3_wheel},
+    cmdclass={"bdist_wheel": abi3_wheel, "build_clib": parallel_build_clib},
 )
