@@ -520,12 +520,12 @@ static void narrow_tile(int64_t rows, tile *t)
         t->key_shift++;
 }
 
-/* What is masked, staged or scaled is so block by block, and a page may end with a block. */
+/* What is masked or staged is so block by block, and a page may end with a block. */
 static int narrow_block_keys(const fa_problem *p)
 {
     const bool in_one_page = !p->page_table.data || p->page_size % NARROW_KEYS == 0;
     const bool in_place = lies_in_vectors(&p->key, p->head_dim) && lies_in_vectors(&p->value, p->head_dim_v);
-    const bool one_piece = in_place && in_one_page && !p->mask.data && !p->key_scale.data;
+    const bool one_piece = in_place && in_one_page && !p->mask.data;
     return one_piece ? NARROW_KEYS : KEY_BLOCK;
 }
 

@@ -296,7 +296,7 @@ static void load_scales(const key_range *range, const operand_block *block, real
 /* Multiplies the panel's rows by the scales of their keys, or of their values. */
 static void multiply_by_scales(const tile *t, const key_range *range, const operand_block *block, vec *panel)
 {
-    real scales[KEY_BLOCK + LANES] = {0};
+    real scales[NARROW_KEYS + LANES] = {0};
     load_scales(range, block, scales);
     for (int v = 0; v < num_keys(range) >> t->key_shift; v++) {
         vec x = vec_load(scales + (v << t->key_shift));

@@ -16,7 +16,7 @@
 #define KEY_BLOCK FA_KEY_BLOCK
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
-/* In a narrow tile: four blocks, if they are masked, staged, scaled or lie in pages, or one of that size. */
+/* In a narrow tile: four blocks, if they are masked, staged or lie in small pages, or one of that size. */
 #define NARROW_KEYS FA_NARROW_KEYS
 #define NARROW_BLOCKS (NARROW_KEYS / KEY_BLOCK)
 
