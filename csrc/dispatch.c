@@ -70,7 +70,7 @@ static bool has_amx(void)
 }
 #endif
 
-/* Zen 5, and what AMD makes after it. */
+/* That of Zen 5. */
 static bool is_amd_family_26(void)
 {
 #if defined(__x86_64__)
@@ -87,7 +87,7 @@ static bool is_amd_family_26(void)
 
 bool fa_asks_into_l1(void)
 {
-    static atomic_int answer = -1; /* CPUID takes tens of microseconds where a hypervisor gives it */
+    static atomic_int answer = -1; /* CPUID is slow where a hypervisor answers it */
     int known = atomic_load_explicit(&answer, memory_order_relaxed);
     if (known < 0) {
         known = is_amd_family_26();

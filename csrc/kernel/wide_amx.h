@@ -125,7 +125,7 @@ FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, con
     }
 }
 
-/* All that a pass asks for, before it: the unit's own loads go to L1 by themselves. */
+/* All that a pass asks for, before it. */
 FA_INLINE void ask_for_nth(const block_requests *all, int n)
 {
     const product_requests soon = nth_requests(all, n, 1);
