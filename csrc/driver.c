@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "dispatch.h"
+#include "float_mode.h"
 #include "plan.h"
 #include "threads.h"
 
@@ -29,11 +30,24 @@ typedef struct {
     const fa_partition *partition;
     char *shared; /* partial results; see plan.h */
     int num_shares;
+    bool flushes_subnormals;
     _Alignas(CACHE_LINE) void *caller_scratch;
+    uint64_t caller_mode; /* the caller's float mode outside the kernels */
     int64_t next_poll; /* 0: the clock has not been looked at */
     unsigned blocks;   /* that the caller has begun */
     item_share shares[MAX_SHARES];
 } forward_job;
+
+/* A signal handler of Python's may run, which finds the float mode that it expects. */
+static bool is_interrupted(forward_job *job)
+{
+    if (!job->flushes_subnormals)
+        return job->run.problem->interrupted();
+    fa_restore_float_mode(job->caller_mode);
+    const bool interrupted = job->run.problem->interrupted();
+    fa_flush_subnormals();
+    return interrupted;
+}
 
 bool fa_should_stop(fa_run *run, bool is_caller)
 {
@@ -46,7 +60,7 @@ bool fa_should_stop(fa_run *run, bool is_caller)
             job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
         if (now >= job->next_poll) {
             job->next_poll = now + INTERRUPT_POLL_NANOSECONDS;
-            if (run->problem->interrupted())
+            if (is_interrupted(job))
                 atomic_store(&run->stop, true);
         }
     }
@@ -112,6 +126,19 @@ static void work_through_items(forward_job *job, void *scratch, int member)
     }
 }
 
+static void work_in_float_mode(forward_job *job, void *scratch, int member)
+{
+    if (!job->flushes_subnormals) {
+        work_through_items(job, scratch, member);
+        return;
+    }
+    const uint64_t mode = fa_flush_subnormals();
+    if (member == 0)
+        job->caller_mode = mode;
+    work_through_items(job, scratch, member);
+    fa_restore_float_mode(mode);
+}
+
 /* The caller has run out of items, and waits. */
 static void poll_while_waiting(void *argument)
 {
@@ -126,13 +153,13 @@ static void forward_items(void *argument, int member)
 {
     forward_job *job = argument;
     if (member == 0) {
-        work_through_items(job, job->caller_scratch, member);
+        work_in_float_mode(job, job->caller_scratch, member);
         return;
     }
     void *scratch = fa_take_scratch(job->partition->scratch_bytes);
     if (!scratch)
         return; /* the others do this member's share */
-    work_through_items(job, scratch, member);
+    work_in_float_mode(job, scratch, member);
     fa_give_back_scratch(scratch);
 }
 
@@ -152,6 +179,7 @@ static fa_status forward_partition(const fa_problem *problem, const fa_partition
     job.run = (fa_run){.problem = problem};
     job.partition = partition;
     job.shared = shared;
+    job.flushes_subnormals = fa_select_kernel(problem)->flushes_subnormals;
     job.blocks = 0;
     job.next_poll = 0;
     share_out(&job);

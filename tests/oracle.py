@@ -85,6 +85,9 @@ def tolerances(query, key, value, **keywords):
         out' = Σ w v, each term off by 2δ + (2 Sk + 32) u + 2 u_p relative, so in units of Σ w|v|; then one
                rounding to out's dtype, or half its smallest subnormal.
 
+    A p below 2^-126 (2^-960 in float64) is 0; so is, but for float64, any other number below 2^-126: a value, a
+    product, a sum.
+
     Σ w|v| is the reference's own result for |v|. Bounds linear in δ hold while δ is well under 1.
     """
     out_dtype, kv_dtype = query.dtype, key.dtype
@@ -104,9 +107,9 @@ def tolerances(query, key, value, **keywords):
     )
 
     subnormal = float(ml_dtypes.finfo(out_dtype).smallest_subnormal)
-    tiny = float(np.finfo(np.float64 if out_dtype == F64 else np.float32).tiny)
-    flushed = tiny * max(seqlen_k, 1)  # a p below the normal range may be lost
-    out_tol = (relative + 2 * unit_p + UNIT[out_dtype]) * spread + subnormal + flushed * _largest(value)
+    flushed = (2.0**-960 if out_dtype == F64 else 2.0**-126) * max(seqlen_k, 1)
+    flushed_sums = 0.0 if out_dtype == F64 else 4 * flushed  # a value, its product, the sum, the result
+    out_tol = (relative + 2 * unit_p + UNIT[out_dtype]) * spread + subnormal + flushed * _largest(value) + flushed_sums
     weights_tol = (relative + unit_p + UNIT[out_dtype]) * weights + subnormal + flushed
     magnitude = np.abs(np.where(np.isfinite(lse), lse, 0.0))
     lse_tol = sides * (1.1 * delta + (seqlen_k + 16) * unit + 4 * unit * magnitude)

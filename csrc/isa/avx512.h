@@ -45,6 +45,7 @@ FA_INLINE vec vec_round(vec x)
     return (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+/* 0 below 2^LOWEST_EXPONENT by the float mode. */
 FA_INLINE vec vec_scale_exponent(vec x, vec n)
 {
     return (vec)_mm512_scalef_ps((__m512)x, (__m512)n);
@@ -160,7 +161,9 @@ FA_INLINE vec vec_round(vec x)
 
 FA_INLINE vec vec_scale_exponent(vec x, vec n)
 {
-    return (vec)_mm512_scalef_pd((__m512d)x, (__m512d)n);
+    const __m512d lowest = _mm512_set1_pd(LOWEST_EXPONENT);
+    const __mmask8 kept = _mm512_cmp_pd_mask((__m512d)n, lowest, _CMP_NLT_UQ); /* NaN is */
+    return (vec)_mm512_maskz_scalef_pd(kept, (__m512d)x, (__m512d)n);
 }
 #endif
 

@@ -33,9 +33,9 @@ FA_INLINE float float_from_float16(uint16_t h)
     uint32_t magnitude = h & 0x7fff;
     if (magnitude >= 0x7c00) /* inf, NaN */
         return float_from_bits(sign | magnitude << 13 | 0x7f800000);
-    /* The exponents differ by 112; the product is exact and makes subnormals normal. */
-    float x = float_from_bits(magnitude << 13) * 0x1p112f;
-    return float_from_bits(sign | bits_from_float(x));
+    if (magnitude < 0x400) /* subnormal; not as a float32, which would be taken for 0 */
+        return float_from_bits(sign | bits_from_float((float)magnitude * 0x1p-24f));
+    return float_from_bits(sign | ((magnitude << 13) + 0x38000000)); /* the exponents differ by 112 */
 }
 
 FA_INLINE uint16_t float16_from_float(float x)

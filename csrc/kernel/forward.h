@@ -641,6 +641,7 @@ const fa_kernel FA_KERNEL = {
     .name = FA_NAME,
     .lanes = LANES,
     .max_vectors = MAX_VECTORS,
+    .flushes_subnormals = FA_REAL_BYTES == 4,
     .narrow_rows = NARROW_ROWS,
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,

@@ -39,8 +39,8 @@ FA_INLINE exponent split_exponent(vec t)
     return (exponent){n, t - n};
 }
 
-/* 2^t for t up to the exponent range; 0 for t = -inf and wherever the result is below the normal
- * numbers on instruction sets without a scaling instruction. NaN stays NaN. */
+/* 2^t for t up to the exponent range; 0 for t = -inf and wherever the result is below 2^LOWEST_EXPONENT. NaN
+ * stays NaN. */
 FA_INLINE vec vec_exp2_of(exponent t)
 {
     return vec_scale_exponent(vec_exp2m1_over_r(t.r) * t.r + 1, t.n);

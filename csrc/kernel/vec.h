@@ -64,12 +64,12 @@ FA_INLINE vec vec_max(vec a, vec b)
 }
 #endif
 
-/* x · 2^n for integral n below 128 (1024); 0 where n is below the exponents of normal numbers, even
- * for x = NaN, so that exp2(-inf) is 0. */
+/* x · 2^n for integral n below 128 (1024); 0 where n < LOWEST_EXPONENT, even for x = NaN, so that exp2(-inf)
+ * is 0. */
 #ifndef vec_scale_exponent
 FA_INLINE vec vec_scale_exponent(vec x, vec n)
 {
-    const real lowest = FA_REAL_BYTES == 4 ? -126 : -1022;
+    const real lowest = LOWEST_EXPONENT;
     const real bias = FA_REAL_BYTES == 4 ? 127 : 1023;
     const real magic = FA_REAL_BYTES == 4 ? 0x1.8p23 : 0x1.8p52; /* n + magic ends in n's bits */
     const int mantissa_bits = FA_REAL_BYTES == 4 ? 23 : 52;

@@ -13,6 +13,12 @@
 #define LANES (FA_VECTOR_BYTES / FA_REAL_BYTES)
 #define LANE_BITS (8 * FA_REAL_BYTES)
 
+/* Below 2^LOWEST_EXPONENT a power is 0. In float32 those are the subnormal numbers, which the kernels' float
+ * mode takes for 0 anyway. float64 keeps subnormal numbers, which are slow; this far above them, products of
+ * powers with values, and their sums, are normal too where values exceed 2^-62. A row's largest power is 1 or
+ * more, so what is lost is below 2^-960 times the largest value for each key. */
+#define LOWEST_EXPONENT (FA_REAL_BYTES == 4 ? -126 : -960)
+
 typedef real vec __attribute__((vector_size(FA_VECTOR_BYTES)));
 typedef lane ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
 /* Panels of packed pairs lie where scores lay: may_alias. */

@@ -42,7 +42,8 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
-    extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding" or "alibi"
+    extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding", "alibi" or "shift"
+    key_factor: float = 1.0  # keys are standard normal times that: large ones give probabilities near 0 and 1
     layout: str = "contiguous"
     # "cache": a step of decoding, which appends the last key and then attends to all.
     # "layer": with the projections; "sentences": a whole model, on `batch` sentences.
@@ -76,6 +77,9 @@ class Case:
 
 
 BASE = Case("base", 2, 12, 12, 1024, 1024, 64)
+
+# Swin's windows of 7 × 7 patches.
+WINDOWS = Case("windows", 64, 6, 6, 49, 49, 32, extra="bias")
 
 STEP = Case("contiguous-4096", 1, 32, 8, 1, 4096, 128, dtypes=("float32", "bfloat16"))
 GROWTH = replace(STEP, name="growth-1024", seqlen_k=1024, through="cache")
@@ -135,6 +139,10 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         BASE.costs("padding", extra="padding"),
         BASE.costs("softcap", softcap=30.0),
         BASE.costs("alibi", extra="alibi"),
+        # What could be slow by its numbers: most probabilities are tiny, or subnormal.
+        BASE.costs("peaky", key_factor=30.0),
+        Case("full-2048", 1, 12, 12, 2048, 2048, 64).costs("alibi-2048", extra="alibi"),
+        WINDOWS.costs("shifted-window", extra="shift"),
         BASE.costs("swapaxes", layout="swapaxes"),
         BASE.costs("packed", layout="packed"),
         BASE.costs("reversed", layout="reversed"),
@@ -251,6 +259,7 @@ class Problem:
             draw.standard_normal((case.batch, h, s, case.head_dim), np.float32)
             for h, s in zip(heads, rows, strict=True)
         ]
+        values[1] *= np.float32(case.key_factor)
         query, key, value = (laid_out(x, self.query_dtype, case.layout, packed_index=i) for i, x in enumerate(values))
         return query, key, value
 
@@ -295,6 +304,12 @@ class Problem:
             # A few keys only, so that what is measured is the mask's cost and not the work it saves.
             lengths = case.seqlen_k - 3 * np.arange(1, case.batch + 1)
             asked["mask"] = (np.arange(case.seqlen_k) < lengths[:, None])[:, None, None]
+        elif case.extra == "shift":
+            # Of windows that are shifted across the edge of the image, half comes from the other side.
+            across = (np.arange(case.seqlen_q) < case.seqlen_q // 2)[:, None] != (
+                np.arange(case.seqlen_k) < case.seqlen_k // 2
+            )
+            asked["bias"] = np.full(full, np.where(across, -100.0, 0.0), self.dtype)
         elif case.extra == "alibi":
             asked["alibi_slopes"] = np.exp2(-8.0 * np.arange(1, case.num_heads + 1) / case.num_heads)
         return {word: value for word, value in asked.items() if value is not None and value is not False}
@@ -372,13 +387,15 @@ class Problem:
         A probability carries a few independent roundings to dtype (of the scaled query, the score and
         itself), the output one more; every sum over n = D or Sk terms adds about √n roundings of the
         accumulator, which for the half types is float32. Standard normal values leave nothing larger
-        by cancellation than that. The factor 4 stands for "a few" and for approximate exps.
+        by cancellation than that. Scores of larger keys have larger roundings. The factor 4 stands for "a few"
+        and for approximate exps.
         """
         half = self.dtype.itemsize == 2
         accumulator = 2.0**-53 if self.dtype == np.float64 else 2.0**-24
         rounding = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[self.dtype.name] if half else accumulator
         seqlen_k = max(self.case.lengths, default=self.case.seqlen_k)
-        return 4.0 * (rounding + accumulator * math.sqrt(self.case.head_dim + seqlen_k))
+        scores = self.case.key_factor * math.sqrt(self.case.head_dim)
+        return 4.0 * (rounding + accumulator * (scores + math.sqrt(self.case.head_dim + seqlen_k)))
 
     def error(self, out: NDArray[Any]) -> float:
         """Return the relative error of a result (batch, num_heads, seqlen_q, head_dim); NaN if it has any."""
