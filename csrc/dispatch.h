@@ -48,7 +48,7 @@ typedef struct {
     int lanes; /* query rows in a vector */
     int max_vectors;
     bool flushes_subnormals; /* runs where they are taken for 0; see float_mode.h */
-    int narrow_rows; /* a group of at most so many rows is worked on with lanes along its keys */
+    int narrow_rows;         /* a group of at most so many rows is worked on with lanes along its keys */
     /* Bytes of scratch for an item of `tiles` tiles, and of the partial result of a tile of `rows` rows. */
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
     size_t (*partial_bytes)(const fa_problem *problem, int64_t rows);

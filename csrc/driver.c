@@ -33,8 +33,8 @@ typedef struct {
     bool flushes_subnormals;
     _Alignas(CACHE_LINE) void *caller_scratch;
     uint64_t caller_mode; /* the caller's float mode outside the kernels */
-    int64_t next_poll; /* 0: the clock has not been looked at */
-    unsigned blocks;   /* that the caller has begun */
+    int64_t next_poll;    /* 0: the clock has not been looked at */
+    unsigned blocks;      /* that the caller has begun */
     item_share shares[MAX_SHARES];
 } forward_job;
 

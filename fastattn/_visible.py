@@ -32,6 +32,8 @@ def count_in_mask(
     mask: NDArray[np.bool_], seqlen_q: int, left: int | None, right: int | None, length: int, offset: int
 ) -> int:
     """Return the number of pairs within the intervals that a (rows, keys) mask leaves."""
+    if mask.size == 0:
+        return 0
     position = np.arange(seqlen_q) + offset
     begin = np.zeros_like(position) if left is None else np.clip(position - left, 0, length)
     end = np.full_like(position, length) if right is None else np.clip(position + right + 1, 0, length)

@@ -55,6 +55,12 @@ def test_flops_of_a_plain_call():
     assert fastattn.plan(query, key, value).flops == 2 * 4 * 5 * 7 * 2 * (8 + 3)
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (5, 0), (0, 7)])
+def test_flops_of_no_scores_under_a_mask(shape):
+    query, key, value = qkv(make_rng(), (1, 1, 1, *shape, 8))
+    assert fastattn.plan(query, key, value, mask=np.ones(shape, bool)).flops == 0
+
+
 def test_plan_is_quick_and_writes_nothing():
     """A call on these shapes would take hours, and its result more memory than there is."""
     row = np.broadcast_to(np.zeros((1, 64), F32), (64, 2**24, 64))

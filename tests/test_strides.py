@@ -18,6 +18,13 @@ def in_memory(x, order):
     return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
 
 
+def in_a_field(x):
+    """The same array as a field of records, whose size is no multiple of the element's."""
+    records = np.zeros(x.shape, [("flag", np.int8), ("x", x.dtype)])
+    records["x"] = x
+    return records["x"]
+
+
 LAYOUTS = {
     "batch-seq-heads-dim": lambda x: in_memory(x, (0, 2, 1, 3)),
     "seq-batch-heads-dim": lambda x: in_memory(x, (2, 0, 1, 3)),
@@ -27,6 +34,7 @@ LAYOUTS = {
     "last-axis-strided": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
     "last-axis-in-thirds": lambda x: np.repeat(x, 3, axis=-1)[..., ::3],
     "last-axis-reversed": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "field": in_a_field,
     "rows-strided": lambda x: np.repeat(x, 3, axis=-2)[..., ::3, :],
     "padded-rows": lambda x: np.pad(x, ((0, 0), (0, 0), (0, 0), (3, 4)))[..., 3:-4],
 }
@@ -50,7 +58,12 @@ def test_layouts(dtypes, layout):
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize(
-    "layout", ["dim-before-seq", "reversed", "last-axis-strided", "last-axis-reversed", "last-axis-in-thirds"]
+    "layout",
+    [
+        *("dim-before-seq", "reversed", "last-axis-strided", "last-axis-reversed", "last-axis-in-thirds"),
+        "field",
+        "fortran",
+    ],
 )
 def test_layouts_of_whole_vectors_and_tails(dtypes, layout):
     """Vectors that are shuffled or transposed on their way, whole ones and tails, from even keys and odd ones."""

@@ -100,6 +100,11 @@ def test_a_signal_handler_within_a_call_finds_its_own_mode():
             raise Stop
 
     query, key, value = qkv(make_rng(), (1, 8, 8, 2048, 2048, 64), (F32, F32))
+
+    def call_until_stopped():
+        while True:
+            fastattn.attention(query, key, value, num_threads=1)
+
     previous = signal.signal(signal.SIGUSR1, handler)
     stop = threading.Event()
 
@@ -111,11 +116,11 @@ def test_a_signal_handler_within_a_call_finds_its_own_mode():
     sender.start()
     try:
         with pytest.raises(Stop):
-            while True:
-                fastattn.attention(query, key, value, num_threads=1)
+            call_until_stopped()
     finally:
         stop.set()
         sender.join()
         signal.signal(signal.SIGUSR1, previous)
-    assert seen == [True, True]
+    assert len(seen) >= 2
+    assert all(seen)
     assert subnormals_work()

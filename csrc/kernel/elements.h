@@ -213,15 +213,19 @@ FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
 FA_INLINE void gather_bytes(const char *src, ptrdiff_t step, int count, int size, char *dst)
 {
     if (size == 1) {
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             dst[i] = src[i * step];
     } else if (size == 2) {
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             memcpy(dst + 2 * i, src + i * step, 2);
     } else if (size == 4) {
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             memcpy(dst + 4 * i, src + i * step, 4);
     } else {
+#pragma GCC unroll 4
         for (int i = 0; i < count; i++)
             memcpy(dst + 8 * i, src + i * step, 8);
     }
@@ -333,9 +337,16 @@ FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, 
     } else if (are_adjacent(rows, element_size(dtype))) {
         for (int i = 0; i < count; i++)
             x[i] = load_contiguous(rows[0] + offset + i * step, dtype);
-    } else {
+    } else if (is_close(step, element_size(dtype))) {
         for (int j = 0; j < LANES; j++)
             x[j] = load_elements(rows[j] + offset, step, count, dtype);
+        vec_transpose(x);
+    } else { /* all rows first: a vector that is read where its elements were just written waits */
+        char elements[LANES][8 * LANES] = {0};
+        for (int j = 0; j < LANES; j++)
+            gather_bytes(rows[j] + offset, step, count, element_size(dtype), elements[j]);
+        for (int j = 0; j < LANES; j++)
+            x[j] = load_contiguous(elements[j], dtype);
         vec_transpose(x);
     }
 }
@@ -388,6 +399,23 @@ FA_INLINE bool lies_across(const fa_array *array)
 {
     const int size = element_size(array->dtype);
     return array->row == size && !is_close(array->col, size);
+}
+
+/* Whether rows are gathered before they are staged: neither their elements nor the rows lie close. */
+FA_INLINE bool is_scattered(const fa_array *array)
+{
+    return !is_close(array->col, element_size(array->dtype)) && !lies_across(array);
+}
+
+/* Gathers `num_rows` rows into `to`, and describes them there. */
+FA_INLINE source_rows gather_rows(const source_rows *src, int num_rows, int columns, fa_array *gathered,
+                                  char *to)
+{
+    const int size = element_size(src->array->dtype);
+    *gathered = (fa_array){.dtype = src->array->dtype, .row = (ptrdiff_t)columns * size, .col = size};
+    for (int n = 0; n < num_rows; n++)
+        gather_bytes(src->data + n * src->array->row, src->array->col, columns, size, to + n * gathered->row);
+    return (source_rows){to, gathered, src->scale, src->scale_step};
 }
 
 /* stage_rows by squares, which are transposed. */

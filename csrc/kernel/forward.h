@@ -152,11 +152,15 @@ FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_
 
 /* Keys [begin, end) and their values as operands: where they lie, or staged. */
 static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                    bool narrow, char *stage)
+                                    bool narrow, const workspace *w)
 {
+    char *stage = w->key_stage;
+    fa_array gathered;
     source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
     if (narrow ? lies_in_vectors(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
         return in_place(&src, begin, operand_step(&p->key));
+    if (is_scattered(&p->key))
+        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim, &gathered, w->gathered);
     int lead = narrow ? 0 : (int)(begin % KEY_STEP);
     stage_key(&src, lead, (int)(end - begin), (int)p->head_dim, stage);
     return (operand_block){.data = stage,
@@ -167,11 +171,15 @@ static operand_block load_key_block(const fa_problem *p, const item_arrays *a, i
 }
 
 static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                      bool narrow, char *stage)
+                                      bool narrow, const workspace *w)
 {
+    char *stage = w->value_stage;
+    fa_array gathered;
     source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
     if (narrow ? lies_in_vectors(&p->value, p->head_dim_v) : value_is_operand(&p->value))
         return in_place(&src, begin, operand_step(&p->value));
+    if (is_scattered(&p->value))
+        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim_v, &gathered, w->gathered);
     if (narrow) { /* in rows, like keys */
         stage_key(&src, 0, (int)(end - begin), (int)p->head_dim_v, stage);
         return (operand_block){.data = stage,
@@ -254,8 +262,8 @@ static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
 static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool visible_only)
 {
     const fa_problem *p = s->problem;
-    operand_block key = load_key_block(p, &s->arrays, begin, end, false, s->w.key_stage);
-    operand_block value = load_value_block(p, &s->arrays, begin, end, false, s->w.value_stage);
+    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w);
+    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w);
     bool asked_for_keys = false; /* by one of the tiles */
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
@@ -332,7 +340,7 @@ static bool compute_narrow_scores(item_state *s, narrow_step *step, vec largest[
             look_ahead_to_keys(s, range->key_hi, &ahead);
         if (range->key_hi == s->key_hi)
             look_ahead_to_queries(s, 1, &ahead);
-        operand_block key = load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, s->w.key_stage);
+        operand_block key = load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
         step->seen[i] = compute_scores(p, t, range, &key, &ahead, 1, true, panel, block_largest);
         any |= step->seen[i];
         if (!step->seen[i]) {
@@ -370,8 +378,7 @@ static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visibl
         const key_range *range = &step.blocks[i];
         if (!step.seen[i])
             continue;
-        operand_block value =
-            load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, s->w.value_stage);
+        operand_block value = load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
         multiply_narrow_value(p, t, range, &value, block_panel(s, &step, i), step.runs + step.num_blocks + i,
                               visible_only);
         t->fresh = false;
@@ -492,8 +499,7 @@ static void attend_weights(item_state *s)
             return;
         begin_products();
         end = block_end(begin, KEY_BLOCK, s->key_hi);
-        operand_block key =
-            load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), s->w.key_stage);
+        operand_block key = load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), &s->w);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);

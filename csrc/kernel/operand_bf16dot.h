@@ -52,13 +52,6 @@ FA_INLINE void stage_value_across(const source_rows *src, int num_keys, int head
     }
 }
 
-/* Two halves that are `step` bytes apart, in a pair. */
-FA_INLINE void store_pair(const char *src, ptrdiff_t step, char *dst)
-{
-    memcpy(dst, src, 2);
-    memcpy(dst + 2, src + step, 2);
-}
-
 /* Two rows without gaps, `row` bytes apart, in pairs, as far as they fill whole vectors: so many elements. */
 FA_INLINE int interleave_rows(const char *src, ptrdiff_t row, int head_dim_v, char *dst)
 {
@@ -93,9 +86,6 @@ FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int h
         char *dst = stage + (n + lead) / 2 * staged_row_bytes(head_dim_v);
         const bool both = n >= 0 && n + 1 < num_keys;
         int e = 0;
-        if (both && !is_close(value->col, 2))
-            for (; e < head_dim_v; e++)
-                store_pair(row + e * value->col, value->row, dst + 4 * e);
         if (both && value->col == 2)
             e = interleave_rows(row, value->row, head_dim_v, dst);
         for (; e < head_dim_v; e += LANES) {

@@ -151,12 +151,13 @@ FA_INLINE panel visible_values(operand probability, panel v)
     return probability == 0 && signbit(probability) ? vec_splat(0) : v;
 }
 
-/* Whether keys (and values) can be broadcast from where they lie: always, if they need no conversion.
- * The stride matters only to the cache. */
+/* Whether keys (and values) can be broadcast from where they lie: if they need no conversion, and an element
+ * shares its cache line with the next one of its row or its column. */
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {
     (void)head_dim;
-    return key->dtype == FA_REAL_DTYPE;
+    const bool shares_lines = (key->col > -64 && key->col < 64) || (key->row > -64 && key->row < 64);
+    return key->dtype == FA_REAL_DTYPE && shares_lines;
 }
 
 FA_INLINE ptrdiff_t operand_step(const fa_array *array)

@@ -255,13 +255,8 @@ FA_INLINE void stage_pairs(const source_rows *src, int lead, int num_keys, int h
     for (int n = 0; n < num_keys; n++) {
         const char *row = src->data + n * key->row;
         char *dst = stage + n * staged_row_bytes(head_dim);
-        if (is_close(key->col, 2)) {
-            for (int d = 0; d < head_dim; d += 2 * LANES)
-                vec_store(dst + 2 * d, (vec)load_pairs(row + d * key->col, key->col, head_dim - d));
-        } else { /* not by way of vectors: one that is read where its elements were just written waits */
-            vec_store(dst + head_dim / (2 * LANES) * FA_VECTOR_BYTES, vec_splat(0));
-            gather_bytes(row, key->col, head_dim, 2, dst);
-        }
+        for (int d = 0; d < head_dim; d += 2 * LANES)
+            vec_store(dst + 2 * d, (vec)load_pairs(row + d * key->col, key->col, head_dim - d));
     }
 }
 

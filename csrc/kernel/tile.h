@@ -95,6 +95,7 @@ typedef struct {
     vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: NARROW_KEYS keys of `narrow`
                   * rows each */
     char *key_stage, *value_stage;
+    char *gathered; /* rows of one block of scattered keys, and then of values */
     partial *split; /* of a tile, over the last split */
 } workspace;
 
@@ -144,6 +145,13 @@ static size_t partial_bytes(const fa_problem *p, int64_t rows)
     return (sizeof(partial) + out_bytes(p, rows) + 63) / 64 * 64;
 }
 
+static size_t gathered_bytes(const fa_problem *p)
+{
+    size_t key = is_scattered(&p->key) ? (size_t)p->head_dim * (size_t)element_size(p->key.dtype) : 0;
+    size_t value = is_scattered(&p->value) ? (size_t)p->head_dim_v * (size_t)element_size(p->value.dtype) : 0;
+    return KEY_BLOCK * larger(key, value);
+}
+
 /* Lays out the scratch of an item of `num_tiles` tiles at `base`; with NULL, only sizes it. */
 static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace *w)
 {
@@ -170,6 +178,7 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     w->key_stage = take(base, &offset, stages_key ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim) : 0);
     w->value_stage =
         take(base, &offset, stages_value ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim_v) : 0);
+    w->gathered = take(base, &offset, stages_key || stages_value ? gathered_bytes(p) : 0);
     w->split = take(base, &offset, partial_bytes(p, TILE_ROWS));
     return offset;
 }
