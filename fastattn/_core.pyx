@@ -16,6 +16,7 @@ from libc.stdint cimport uintptr_t
 
 from fastattn._core cimport *
 
+from fastattn import _checks
 from fastattn._visible import count_visible
 
 
@@ -76,7 +77,7 @@ cdef int float_dtype(cnp.ndarray array, str name) except -1:
             return FA_BFLOAT16
     raise TypeError(
         f"{name} has dtype {array.dtype}; accepted are float32, float64, float16 and bfloat16 (of ml_dtypes) "
-        f"in native byte order: convert with {name}.astype(...)"
+        f"in native byte order{_checks.how_to_convert(name, array.dtype)}"
     )
 
 
@@ -190,7 +191,7 @@ cdef int check_packed_ndim(cnp.ndarray array, str name) except -1:
 
 cdef cnp.ndarray boundaries(object cu_seqlens, str name, cnp.ndarray packed, str packed_name):
     """A copy of the row at which each sequence begins, and the end of the last; checked."""
-    cdef cnp.ndarray array = as_array(cu_seqlens)
+    cdef cnp.ndarray array = as_array(cu_seqlens, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are integers")
     if cnp.PyArray_NDIM(array) != 1 or array.shape[0] < 1:
@@ -242,20 +243,28 @@ cdef int check_shared_extents(const fa_problem *p, cnp.ndarray query, cnp.ndarra
                               int64_t key_dim, int64_t num_values, int64_t value_heads) except -1:
     if key_dim != p.head_dim:
         raise ValueError(f"query and key must have the same head_dim, but query has shape {shape_of(query)} and key "
-                         f"{shape_of(key)}")
+                         f"{shape_of(key)}{order_of_axes(p)}")
     if num_values != p.seqlen_k:
         raise ValueError(f"key and value must have the same number of keys, but key has shape {shape_of(key)} and "
                          f"value {shape_of(value)}")
     if value_heads != p.num_kv_heads:
         raise ValueError(f"key and value must have the same number of heads, but key has shape {shape_of(key)} and "
-                         f"value {shape_of(value)}")
+                         f"value {shape_of(value)}{order_of_axes(p)}")
     return 0
+
+
+cdef str order_of_axes(const fa_problem *p):
+    """A clause for the end of a message about heads, which a wrong order of axes is the likeliest cause of."""
+    if p.cu_seqlens_q != NULL:
+        return ": packed axes are (total, heads, head_dim)"
+    return (": axes are (batch, heads, seqlen, head_dim); arrays in the order (batch, seqlen, heads, head_dim) are "
+            "passed as x.swapaxes(1, 2)")
 
 
 cdef int check_limits(const fa_problem *p) except -1:
     if p.num_heads != 0 and (p.num_kv_heads == 0 or p.num_heads % p.num_kv_heads != 0):
         raise ValueError(f"the number of query heads must be a multiple of the number of key heads, but query has "
-                         f"{p.num_heads} and key {p.num_kv_heads}")
+                         f"{p.num_heads} and key {p.num_kv_heads}{order_of_axes(p)}")
     if p.head_dim > FA_MAX_HEAD_DIM:
         raise ValueError(f"query and key have head_dim {p.head_dim}; at most {FA_MAX_HEAD_DIM} is accepted")
     if p.head_dim_v > FA_MAX_HEAD_DIM:
@@ -350,14 +359,14 @@ cdef int thread_count(object num_threads) except -1:
 # --- optional arrays ------------------------------------------------------------------------------
 
 
-cdef cnp.ndarray as_array(object x):
+cdef cnp.ndarray as_array(object x, str name):
     if type(x) is cnp.ndarray:  # not np.ndarray, which would be looked up in each call
         return x
-    return np.asarray(x)
+    return _checks.as_array(name, x)
 
 
 cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
-    cdef cnp.ndarray array = as_array(mask)
+    cdef cnp.ndarray array = as_array(mask, "mask")
     if cnp.PyArray_TYPE(array) != cnp.NPY_BOOL:
         hint = "; for numbers that are added to the scores use bias=" if array.dtype.kind in "fV" else ""
         raise TypeError(f"mask has dtype {array.dtype}; accepted is bool, True where a query sees a key{hint}")
@@ -368,7 +377,7 @@ cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
 
 
 cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
-    cdef cnp.ndarray array = as_array(bias)
+    cdef cnp.ndarray array = as_array(bias, "bias")
     if cnp.PyArray_TYPE(array) == cnp.NPY_BOOL:
         raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use "
                         "mask=")
@@ -379,9 +388,10 @@ cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
 
 
 cdef cnp.ndarray float64_array(object x, str name):
-    cdef cnp.ndarray array = as_array(x)
+    cdef cnp.ndarray array = as_array(x, name)
     if array.dtype.kind not in "fiu" and not is_bfloat16(array):
-        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real numbers")
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real numbers"
+                        f"{_checks.how_to_convert(name, array.dtype)}")
     return array.astype(np.float64)
 
 
@@ -403,7 +413,7 @@ cdef cnp.ndarray set_sinks(fa_problem *p, object sinks):
 
 cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, object x, str name, object lowest, object highest):
     """An integer, or one for each batch item, from lowest to highest."""
-    cdef cnp.ndarray array = as_array(x)
+    cdef cnp.ndarray array = as_array(x, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are an integer, or integers for each batch item")
     check_broadcast(p, array, name, batch_shape_of(p))
@@ -460,6 +470,8 @@ cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
 cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) except -1:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+    if type(out) is not cnp.ndarray:
+        _checks.refuse_masked("out", out)
     if out.dtype != query.dtype:
         raise TypeError(f"out has dtype {out.dtype}; accepted is that of query, {query.dtype}")
     if out.shape != shape:
@@ -500,7 +512,7 @@ cdef class Call:
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query), k = as_array(key), v = as_array(value)
+        cdef cnp.ndarray q = as_array(query, "query"), k = as_array(key, "key"), v = as_array(value, "value")
         set_dtypes(p, q, k, v)
         check_ndim(q, "query", cnp.PyArray_NDIM(q))
         check_ndim(k, "key", cnp.PyArray_NDIM(q))
@@ -536,7 +548,7 @@ cdef class Call:
     cdef int set_packed_arrays(self, object query, object key, object value, object cu_seqlens_q,
                                object cu_seqlens_k) except -1:
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query), k = as_array(key), v = as_array(value)
+        cdef cnp.ndarray q = as_array(query, "query"), k = as_array(key, "key"), v = as_array(value, "value")
         set_dtypes(p, q, k, v)
         self.set_packed_query(q, cu_seqlens_q)
         check_packed_ndim(k, "key")
@@ -565,7 +577,7 @@ cdef class Call:
         page_table and lengths are int64, C-contiguous, and the cache's own.
         """
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query)
+        cdef cnp.ndarray q = as_array(query, "query")
         p.query.dtype = <fa_dtype>float_dtype(q, "query")
         p.key.dtype = p.value.dtype = FA_INT8 if key_scales is not None else <fa_dtype>float_dtype(key, "key")
         check_query_of_cache(p, q, key)
@@ -743,6 +755,10 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
               bint return_weights=False, num_threads=None):
     """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
 
+    The order of the axes is (batch, heads, seqlen, head_dim). Arrays in the order (batch, seqlen, heads, head_dim)
+    are passed as ``x.swapaxes(1, 2)``: no shape can tell that they are not meant as they come, and where they fit
+    they are computed with. `plan` shows what each axis is taken for.
+
     Scores are computed in the order: ``q·k * scale``, softcap, bias, ALiBi, then whatever hides a key
     (``mask``, ``causal``, ``window``, ``key_lengths``), then the softmax, which a sink joins. All
     keywords compose. A key that is hidden contributes nothing, not even if it or its value is NaN.
@@ -754,7 +770,6 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     query : array_like, shape (..., H, Sq, D)
         float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. ``D`` is at most 512.
         Axis -3 is heads; those left of it are batch axes, which broadcast. 2-D arrays are one head.
-        Arrays in the order (batch, seq, heads, dim) are passed as ``x.swapaxes(1, 2)``.
     key : array_like, shape (..., Hkv, Sk, D)
         ``H`` must be a multiple of ``Hkv``; query head ``h`` reads key head ``h // (H // Hkv)``. In
         query's dtype, or float16 or bfloat16 under a float32 query.
@@ -874,7 +889,7 @@ cdef object finish_packed(Call call, object scale, object causal, object query_o
 def top_keys(query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
              bint return_totals, num_threads):
     # Attention to values of no columns: scores and their softmax are all there is to compute.
-    cdef cnp.ndarray keys = as_array(key)
+    cdef cnp.ndarray keys = as_array(key, "key")
     cdef object value = keys[..., :0] if keys.ndim > 0 else keys
     cdef Call call = prepare(query, keys, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
                              sinks, key_lengths, num_threads)
@@ -938,6 +953,12 @@ def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.nda
                          return_lse, return_weights, num_threads)
 
 
+cdef tuple axes_of(cnp.ndarray array):
+    """Batch axes, heads, seqlen and head_dim."""
+    *batch, heads, seqlen, head_dim = (1, *shape_of(array)) if array.ndim == 2 else shape_of(array)
+    return tuple(batch), heads, seqlen, head_dim
+
+
 def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
          key_lengths, bint return_weights, num_threads):
     cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
@@ -947,6 +968,9 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
     if fa_plan_forward(p, &chosen) == FA_NO_MEMORY:
         raise MemoryError("no memory for the plan")
     return {
+        "query": axes_of(call.query),
+        "key": axes_of(call.key),
+        "value": axes_of(call.value),
         "isa": chosen.isa.decode(),
         "path": chosen.kernel.decode() + ("-narrow" if chosen.is_narrow else ""),
         "tile": (chosen.tile_rows, chosen.key_block),

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._checks import as_array, how_to_convert
+
 Array = NDArray[Any]
 
 ACCEPTED = ("float32", "float64", "float16", "bfloat16")
@@ -20,7 +22,8 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
         raise ValueError(f"outs and lses must be as many, but are {len(outs)} and {len(lses)}")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.dtype.name not in ACCEPTED:
-            raise TypeError(f"outs[{i}] has dtype {out.dtype}; accepted are {', '.join(ACCEPTED)}")
+            accepted = ", ".join(ACCEPTED) + how_to_convert(f"outs[{i}]", out.dtype)
+            raise TypeError(f"outs[{i}] has dtype {out.dtype}; accepted are {accepted}")
         if out.dtype != outs[0].dtype:
             raise TypeError(f"outs must share a dtype, but outs[0] has {outs[0].dtype} and outs[{i}] {out.dtype}")
         if lse.dtype.name not in ("float32", "float64"):
@@ -35,9 +38,10 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
 
 def arrays_of(name: str, x: Sequence[ArrayLike]) -> list[Array]:
     try:
-        return [np.asarray(each) for each in x]
+        each = list(x)
     except TypeError:
         raise TypeError(f"{name} must be a sequence of arrays, not {x!r}") from None
+    return [as_array(f"{name}[{i}]", part) for i, part in enumerate(each)]
 
 
 def merge_results(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:

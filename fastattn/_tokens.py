@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._checks import refuse_masked
+
 
 def checked_sentences(sentences: Sequence[str], tokenizer: object) -> list[str]:
     if tokenizer is None:
@@ -23,6 +25,7 @@ def checked_sentences(sentences: Sequence[str], tokenizer: object) -> list[str]:
 
 def checked_lengths(ids: Sequence[Sequence[int]], num_words: int, num_positions: int) -> NDArray[np.int64]:
     """Return how many ids each list has."""
+    refuse_masked("ids", ids)
     for i, each in enumerate(ids):
         if len(each) == 0:
             raise ValueError(f"ids[{i}] is empty; accepted are lists of at least one token id")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -346,12 +346,24 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     return merge_results(outs, lses)
 
 
+class Axes(NamedTuple):
+    """What each axis of an array is taken for; 2-D arrays are one head."""
+
+    batch: tuple[int, ...]
+    heads: int
+    seqlen: int
+    head_dim: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a call of `attention` would do.
 
     Attributes
     ----------
+    query, key, value : Axes
+        What each axis is taken for: ``batch``, ``heads``, ``seqlen`` and ``head_dim``. Arrays in the order
+        (batch, seqlen, heads, head_dim) show here by heads and seqlen the wrong way round.
     isa : str
         Instruction set of the kernel.
     path : str
@@ -374,6 +386,9 @@ class Plan:
         leave.
     """
 
+    query: Axes
+    key: Axes
+    value: Axes
     isa: str
     path: str
     tile: tuple[int, int]
@@ -426,14 +441,17 @@ key_lengths, return_weights, num_threads
     >>> import numpy as np
     >>> import fastattn
     >>> x = np.zeros((1, 12, 1024, 64), np.float32)
-    >>> fastattn.plan(x, x, x, causal=True).flops == 4 * 64 * 12 * 1024 * 1025 // 2
+    >>> plan = fastattn.plan(x, x, x, causal=True)
+    >>> plan.query
+    Axes(batch=(1,), heads=12, seqlen=1024, head_dim=64)
+    >>> plan.flops == 4 * 64 * 12 * 1024 * 1025 // 2
     True
     """
     chosen = _core.plan(
         query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
         return_weights, num_threads,
     )  # fmt: skip
-    return Plan(**chosen)
+    return Plan(**chosen | {name: Axes(*chosen[name]) for name in ("query", "key", "value")})
 
 
 def get_num_threads() -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._checks import as_array, how_to_convert, refuse_masked
 from fastattn._files import whole_file
 
 __all__ = ["KVCache"]
@@ -108,7 +109,7 @@ def checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 def check_floats(name: str, array: Array) -> None:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats: convert with {name}.astype(...)")
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats{how_to_convert(name, array.dtype)}")
 
 
 def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
@@ -129,6 +130,7 @@ def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
         ids = sequences.copy()
         if all(type(sequence) is int for sequence in ids):
             return ids, False
+    refuse_masked("sequences", sequences)
     try:
         array = np.asarray(sequences)
     except ValueError:  # lists of different lengths
@@ -142,6 +144,7 @@ def store_bytes(store: Array, alignment: int) -> NDArray[np.uint8]:
     """Return the bytes of a store, or raise if pages cannot lie in it."""
     if not isinstance(store, np.ndarray):
         raise TypeError(f"store must be an ndarray, not {type(store).__name__}")
+    refuse_masked("store", store)
     if store.dtype.hasobject:
         raise TypeError(f"store has dtype {store.dtype}; accepted is any that holds no Python objects")
     if not store.flags.c_contiguous:
@@ -836,7 +839,7 @@ class KVCache:
 
     def _stored(self, key: ArrayLike, value: ArrayLike, batch: tuple[int, ...]) -> list[Array]:
         """Return key and value as they will be stored: (sequences, heads, tokens, ...) for each part of a page."""
-        keys, values = np.asarray(key), np.asarray(value)
+        keys, values = as_array("key", key), as_array("value", value)
         as_they_are = self.key_scales is None and keys.dtype == values.dtype == self.dtype
         if not as_they_are:
             check_floats("key", keys)
@@ -995,12 +998,13 @@ class KVCache:
     ) -> tuple[Array, Array | None]:
         if cu_seqlens_q is not None:
             raise ValueError("cu_seqlens_q needs a list of sequences, not a single id")
-        array = np.asarray(query)
+        array = as_array("query", query)
         if array.ndim != 3 or array.shape[-1] != self.head_dim:
             raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, "
                              f"{self.head_dim})")  # fmt: skip
         if not isinstance(out, np.ndarray):
             return array[None], out
+        refuse_masked("out", out)
         check_shape("out", out, (*array.shape[:-1], self.head_dim_v))
         return array[None], out[None]
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._checks import as_array
 from fastattn._gelu import gelu
 from fastattn._tokens import checked_lengths, checked_sentences, sizes_of
 from fastattn.layer import MultiHeadAttention, Projection, positions_in_sequences
@@ -50,7 +51,8 @@ class Encoder:
     def __init__(
         self, weights: Mapping[str, ArrayLike], num_heads: int, *, tokenizer: Any = None, max_tokens: int | None = None
     ) -> None:
-        self.weights, self.tokenizer = {name: np.asarray(x, np.float32) for name, x in weights.items()}, tokenizer
+        self.weights = {name: as_array(name, x).astype(np.float32, copy=False) for name, x in weights.items()}
+        self.tokenizer = tokenizer
         if tokenizer is not None:
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_tokens or sizes_of(self.weights, "position")[0])

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._checks import as_array, how_to_convert, refuse_masked
 from fastattn.api import Options as AttentionOptions
 from fastattn.api import attention, attention_varlen
 from fastattn.cache import KVCache, SequenceIds, check_shape, checked_ids, checked_integer
@@ -128,7 +129,7 @@ def rotary(
     >>> bool(np.allclose(score(7, 3), score(1007, 1003)))
     True
     """
-    array = checked_dtype("x", np.asarray(x))
+    array = checked_dtype("x", as_array("x", x))
     if array.ndim < 2:
         raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
     turned = checked_rotary(array.shape[-1], base, dim, interleaved)
@@ -185,7 +186,8 @@ def same_place(a: Array, b: Array) -> bool:
 
 def checked_dtype(name: str, array: Array) -> Array:
     if array.dtype.name not in DTYPES or not array.dtype.isnative:
-        raise TypeError(f"{name} has dtype {array.dtype}; accepted are {', '.join(DTYPES)}, in native byte order")
+        accepted = f"{', '.join(DTYPES)}, in native byte order{how_to_convert(name, array.dtype)}"
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are {accepted}")
     return array
 
 
@@ -204,7 +206,7 @@ def checked_rotary(head_dim: int, base: float, dim: int | None, interleaved: boo
 def checked_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> Array:
     """Return the positions of the rows of x, (seq,) or (..., seq)."""
     seq = shape[-2]
-    array = np.asarray(0 if positions is None else positions)
+    array = as_array("positions", 0 if positions is None else positions)
     if array.dtype.kind not in "iu":
         raise TypeError(f"positions must be an int or an array of ints, but has dtype {array.dtype}")
     if array.ndim == 0:
@@ -226,6 +228,7 @@ def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]
 def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+    refuse_masked("out", out)
     if out.dtype != dtype:
         raise TypeError(f"out has dtype {out.dtype}; accepted is {dtype}")
     if out.shape != shape:
@@ -236,14 +239,14 @@ def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
 
 
 def checked_matrix(name: str, x: ArrayLike) -> Array:
-    array = checked_dtype(name, np.asarray(x))
+    array = checked_dtype(name, as_array(name, x))
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}; accepted is (out_features, in_features)")
     return array
 
 
 def checked_bias(name: str, x: ArrayLike, weight: Array) -> Array:
-    array = checked_dtype(name, np.asarray(x))
+    array = checked_dtype(name, as_array(name, x))
     check_shape(name, array, (len(weight),))
     return array
 
@@ -308,7 +311,7 @@ def broadcast_batches(parts: Sequence[Array]) -> tuple[int, ...]:
 
 def positions_in_sequences(cu_seqlens: ArrayLike, total: int) -> Array:
     """Return the position of each row in its own sequence; `attention_varlen` checks the lengths themselves."""
-    begins = np.asarray(cu_seqlens)
+    begins = as_array("cu_seqlens", cu_seqlens)
     if begins.ndim != 1 or begins.size == 0 or begins.dtype.kind not in "iu":
         raise ValueError(f"cu_seqlens must be a 1-D array of ints, but has shape {begins.shape}, dtype {begins.dtype}")
     rows = np.arange(total)
@@ -389,11 +392,7 @@ def found(mapping: Mapping[str, ArrayLike], name: str) -> Array:
         entry = mapping[name]
     except KeyError:
         raise KeyError(f"the mapping has no {name!r}") from None
-    try:
-        return np.asarray(entry)
-    except (TypeError, RuntimeError) as failure:  # PyTorch's, of bfloat16 and of what requires gradients
-        raise TypeError(f"{name} is no array, nor can be made one: {failure}; a tensor can, by "
-                        "tensor.detach().float()") from failure  # fmt: skip
+    return as_array(name, entry)
 
 
 def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
@@ -845,7 +844,7 @@ class MultiHeadAttention:
         TypeError, ValueError
             A dtype or a shape that is not accepted.
         """
-        array = np.asarray(heads)
+        array = as_array("heads", heads)
         if array.dtype != self.dtype:
             raise TypeError(f"heads has dtype {array.dtype}; accepted is the layer's, {self.dtype}")
         if array.ndim < 3 or (array.shape[-3], array.shape[-1]) != (self.num_heads, self.head_dim_v):
@@ -872,9 +871,12 @@ class MultiHeadAttention:
         if parts not in self._inputs:
             lacking = "key" if parts == "qkv" else "value"
             raise ValueError(f"{lacking} must be given: it has other features than {name}")
-        array = np.asarray(x)
+        array = as_array(name, x)
         if array.dtype != self.dtype and array.dtype.name not in HALF:
-            raise TypeError(f"{name} has dtype {array.dtype}; accepted are the layer's, {self.dtype}, and half types")
+            way = how_to_convert(name, array.dtype, self.dtype.name)
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; accepted are the layer's, {self.dtype}, and half types{way}"
+            )
         features = len(self._inputs[parts].weight)
         if array.ndim < 2 or array.shape[-1] != features:
             raise ValueError(f"{name} has shape {array.shape}; accepted is (..., rows, {features})")

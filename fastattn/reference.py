@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._checks import as_array, refuse_masked
+
 __all__ = ["attention", "attention_varlen", "merge", "top_keys"]
 
 Array = NDArray[Any]
@@ -139,6 +141,7 @@ def attention(
         mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, key_lengths=key_lengths,
     )  # fmt: skip
     if out is not None:
+        refuse_masked("out", out)
         np.copyto(out, result)
         result = out
     extras = [lse] * return_lse + [weights] * return_weights
@@ -164,7 +167,7 @@ def every_step(
     num_threads: int | None = None,
 ) -> tuple[Array, Array, Any, Any]:
     """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf."""
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     single_head = query.ndim == 2
     if single_head:
         query, key, value = query[None], key[None], value[None]
@@ -178,17 +181,17 @@ def every_step(
     def per_batch(array: Array) -> Array:
         return np.broadcast_to(array, batch + array.shape[-3:])
 
-    def given(x: ArrayLike | None, default: ArrayLike, shape: tuple[int, ...]) -> Array:
-        return np.broadcast_to(np.asarray(default if x is None else x), shape)
+    def given(name: str, x: ArrayLike | None, default: ArrayLike, shape: tuple[int, ...]) -> Array:
+        return np.broadcast_to(as_array(name, default if x is None else x), shape)
 
     query_, key_, value_ = per_batch(query), per_batch(key), per_batch(value)
-    mask_ = given(mask, True, (*heads, seqlen_q, seqlen_k))
-    bias_ = given(bias, 0.0, (*heads, seqlen_q, seqlen_k))
-    slopes = given(alibi_slopes, 0.0, heads)
-    sinks_ = given(sinks, -np.inf, (num_heads,))
-    lengths = given(key_lengths, seqlen_k, batch)
+    mask_ = given("mask", mask, True, (*heads, seqlen_q, seqlen_k))
+    bias_ = given("bias", bias, 0.0, (*heads, seqlen_q, seqlen_k))
+    slopes = given("alibi_slopes", alibi_slopes, 0.0, heads)
+    sinks_ = given("sinks", sinks, -np.inf, (num_heads,))
+    lengths = given("key_lengths", key_lengths, seqlen_k, batch)
     # By default the last query sees the last key.
-    offsets = given(query_offset, lengths.astype(np.int64) - seqlen_q, batch)
+    offsets = given("query_offset", query_offset, lengths.astype(np.int64) - seqlen_q, batch)
     scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
 
     result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
@@ -258,14 +261,17 @@ def attention_varlen(
     array([[1., 0., 0.],
            [0., 1., 0.]])
     """
-    query, key, value = np.asarray(query), np.asarray(key), np.asarray(value)
-    rows, keys = np.asarray(cu_seqlens_q), np.asarray(cu_seqlens_k)
+    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+    refuse_masked("out", out)
+    rows, keys = as_array("cu_seqlens_q", cu_seqlens_q), as_array("cu_seqlens_k", cu_seqlens_k)
     num_sequences = len(rows) - 1
     result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
-    offsets = None if query_offset is None else np.broadcast_to(np.asarray(query_offset), (num_sequences,))
+    offsets = (
+        None if query_offset is None else np.broadcast_to(as_array("query_offset", query_offset), (num_sequences,))
+    )
     slopes = np.broadcast_to(
-        np.zeros(query.shape[1]) if alibi_slopes is None else np.asarray(alibi_slopes),
+        np.zeros(query.shape[1]) if alibi_slopes is None else as_array("alibi_slopes", alibi_slopes),
         (num_sequences, query.shape[1]),
     )
     for b in range(num_sequences):
@@ -307,7 +313,9 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     >>> out, lse.round(4)
     (array([[2.]]), array([0.6931]))
     """
-    dtypes = np.asarray(outs[0]).dtype, np.result_type(*(np.asarray(lse) for lse in lses))
+    outs = [as_array(f"outs[{i}]", out) for i, out in enumerate(outs)]
+    lses = [as_array(f"lses[{i}]", lse) for i, lse in enumerate(lses)]
+    dtypes = outs[0].dtype, np.result_type(*lses)
     logs = np.stack(np.broadcast_arrays(*lses)).astype(np.float64)
     parts = np.stack(np.broadcast_arrays(*outs)).astype(np.float64)
     with np.errstate(all="ignore"):
@@ -342,8 +350,9 @@ def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: boo
     >>> indices, weights.round(3)
     (array([[ 1,  0, -1]]), array([[0.993, 0.007, 0.   ]]))
     """
-    dtype = np.asarray(query).dtype
-    query, key = np.asarray(query).astype(np.float64), np.asarray(key).astype(np.float64)
+    queries, keys = as_array("query", query), as_array("key", key)
+    dtype = queries.dtype
+    query, key = queries.astype(np.float64), keys.astype(np.float64)
     _, _, weights, scores = every_step(query, key, key[..., :0], True, **keywords)
     # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
     beyond = [(0, 0)] * (scores.ndim - 1) + [(0, k)]

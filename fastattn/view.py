@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._checks import as_array, how_to_convert
 from fastattn._files import File, whole_file
 from fastattn.cache import checked_integer
 
@@ -86,9 +87,10 @@ def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
 
 
 def checked_floats(weights: ArrayLike) -> Array:
-    array = np.asarray(weights)
+    array = as_array("weights", weights)
     if array.dtype.name not in EPSILON:
-        raise TypeError(f"weights has dtype {array.dtype}; accepted are {', '.join(EPSILON)}")
+        accepted = ", ".join(EPSILON) + how_to_convert("weights", array.dtype)
+        raise TypeError(f"weights has dtype {array.dtype}; accepted are {accepted}")
     if not 2 <= array.ndim <= 4:
         raise ValueError(
             f"weights has shape {array.shape}; accepted are (Sq, Sk), (heads, Sq, Sk) and (layers, heads, Sq, Sk)"
@@ -303,7 +305,7 @@ class AttentionView:
         >>> view.table(5, count=1)  # doctest: +ELLIPSIS
         'Head 0: "word5" attends to\\n  word...'
         """
-        array, keys = checked_floats(weights), np.asarray(indices)
+        array, keys = checked_floats(weights), as_array("indices", indices)
         view = cls.__new__(cls)
         view._name(tokens, key_tokens, special_tokens)
         check_keys(keys, array, view._num_keys)

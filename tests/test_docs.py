@@ -99,3 +99,9 @@ def test_python_in_the_tutorial(tmp_path, monkeypatch):
     pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", TUTORIAL.read_text(), re.MULTILINE))
     assert pictures == {picture.name for picture in TUTORIAL.parent.glob("*.png")}
     assert "head.png" in {path.name for path in tmp_path.iterdir()}
+
+
+def test_attention_says_the_order_of_its_axes_first():
+    _summary, first, *_ = inspect.getdoc(fastattn.attention).split("\n\n")
+    assert first.startswith("The order of the axes is (batch, heads, seqlen, head_dim).")
+    assert "``x.swapaxes(1, 2)``" in first

@@ -77,6 +77,16 @@ CASES = {
         ValueError,
         ["heads", "4", "3"],
     ),
+    "axes of one step in the order (batch, seqlen, heads, head_dim)": (
+        {"query": zeros(2, 1, 4, 8), "key": zeros(2, 7, 2, 8), "value": zeros(2, 7, 2, 8)},
+        ValueError,
+        ["heads", "(batch, heads, seqlen, head_dim)", "x.swapaxes(1, 2)"],
+    ),
+    "value in the order (batch, seqlen, heads, head_dim)": (
+        {"value": zeros(2, 7, 2, 8)},
+        ValueError,
+        ["value", "(2, 7, 2, 8)", "number of keys"],
+    ),
     "no kv heads": ({"key": zeros(2, 0, 7, 8), "value": zeros(2, 0, 7, 8)}, ValueError, ["heads", "4", "0"]),
     "batches do not broadcast": ({"key": zeros(3, 2, 7, 8)}, ValueError, ["key", "(3,)", "(2,)"]),
     "head_dim over the limit": (

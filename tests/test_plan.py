@@ -83,3 +83,20 @@ def test_a_few_rows_take_more_keys_at_once():
 
 def test_small_work_stays_on_one_thread():
     assert fastattn.plan(*qkv(make_rng(), (1, 4, 4, 8, 8, 16)), num_threads=2).threads == 1
+
+
+def test_it_shows_what_each_axis_is_taken_for():
+    arrays = qkv(make_rng(), (3, 8, 2, 5, 7, 16), head_dim_v=4)
+    printed = repr(fastattn.plan(*arrays))
+    assert "query=Axes(batch=(3,), heads=8, seqlen=5, head_dim=16)" in printed
+    assert "key=Axes(batch=(3,), heads=2, seqlen=7, head_dim=16)" in printed
+    assert "value=Axes(batch=(3,), heads=2, seqlen=7, head_dim=4)" in printed
+    assert fastattn.plan(*(x[0, 0] for x in arrays)).query == ((), 1, 5, 16)
+    assert fastattn.plan(*(x[:, None] for x in arrays)).key.batch == (3, 1)
+
+
+def test_it_shows_a_wrong_order_of_axes():
+    """(batch, seqlen, heads, head_dim) fits, too, where seqlen is no less than heads."""
+    x = np.zeros((2, 8, 4, 16), F32)
+    assert fastattn.plan(x.swapaxes(1, 2), x.swapaxes(1, 2), x.swapaxes(1, 2)).query.seqlen == 8
+    assert "heads=8, seqlen=4" in repr(fastattn.plan(x, x, x))
