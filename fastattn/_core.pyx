@@ -10,13 +10,13 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport uintptr_t
 
 from fastattn._core cimport *
 
-from fastattn import _checks
+from fastattn import _arguments, _checks
 from fastattn._visible import count_visible
 
 
@@ -864,6 +864,77 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call)
     return with_extras(result, lse, weights)
+
+
+# `attention` as it is called: itself, and a function before it that looks at the arguments if it raised a TypeError.
+# The right call passes through without a reference counted.
+
+cdef extern from "Python.h":
+    ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
+    ctypedef struct PyMethodDef:
+        const char *ml_name
+        PyCFunction ml_meth
+        int ml_flags
+        const char *ml_doc
+    int METH_FASTCALL
+    PyCFunction PyCFunction_GetFunction(PyObject *)
+    int PyCFunction_GetFlags(PyObject *)
+    object PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *)
+    bint PyErr_ExceptionMatches(PyObject *) noexcept
+    void PyErr_Fetch(PyObject **, PyObject **, PyObject **) noexcept
+    void PyErr_Restore(PyObject *, PyObject *, PyObject *) noexcept
+
+# Which of the two calling conventions Cython takes depends on the Python that it builds for.
+ctypedef PyObject *(*tuple_call)(PyObject *, PyObject *, PyObject *) noexcept
+ctypedef PyObject *(*vector_call)(PyObject *, PyObject *const *, Py_ssize_t, PyObject *) noexcept
+
+cdef object attention_itself = attention
+cdef PyCFunction attention_function = PyCFunction_GetFunction(<PyObject *>attention_itself)
+
+
+cdef PyObject *attention_by_tuple(PyObject *self, PyObject *args, PyObject *keywords) except NULL:
+    cdef PyObject *result = (<tuple_call>attention_function)(self, args, keywords)
+    if result == NULL:
+        explain_type_error(len(<tuple>args), keywords)
+    return result
+
+
+cdef PyObject *attention_by_vector(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                   PyObject *names) except NULL:
+    cdef PyObject *result = (<vector_call>attention_function)(self, args, count, names)
+    if result == NULL:
+        explain_type_error(count, names)
+    return result
+
+
+cdef int explain_type_error(Py_ssize_t count, PyObject *keywords) except -1:
+    """Put another in the place of the TypeError that is set, if the arguments were too many or of other names."""
+    cdef PyObject *kind = NULL
+    cdef PyObject *error = NULL
+    cdef PyObject *traceback = NULL
+    if not PyErr_ExceptionMatches(<PyObject *>TypeError):
+        return 0
+    PyErr_Fetch(&kind, &error, &traceback)
+    better = _arguments.misfit_of(attention_itself, count, <object>keywords if keywords != NULL else ())
+    if better is None:
+        PyErr_Restore(kind, error, traceback)
+        return 0
+    Py_XDECREF(kind)
+    Py_XDECREF(error)
+    Py_XDECREF(traceback)
+    raise better
+
+
+cdef bytes attention_doc = f"attention{attention.__text_signature__}\n--\n\n{attention.__doc__}".encode()
+cdef PyMethodDef attention_def = PyMethodDef(
+    b"attention", NULL, PyCFunction_GetFlags(<PyObject *>attention_itself), attention_doc
+)
+if attention_def.ml_flags & METH_FASTCALL:
+    attention_def.ml_meth = <PyCFunction>attention_by_vector
+else:
+    attention_def.ml_meth = <PyCFunction>attention_by_tuple
+attention_module = "fastattn"
+attention = PyCFunction_NewEx(&attention_def, NULL, <PyObject *>attention_module)
 
 
 cdef object with_extras(cnp.ndarray result, cnp.ndarray lse, cnp.ndarray weights):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core
+from fastattn._arguments import closed, misfit
 from fastattn._merge import merge_results
 
 Array = NDArray[Any]
@@ -132,13 +133,14 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[PackedOptions],
 ) -> tuple[Array, Array]: ...
+@closed
 def attention_varlen(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
-    *,
+    *others: Never,
     scale: float | None = None,
     causal: bool = False,
     query_offset: ArrayLike | None = None,
@@ -149,6 +151,7 @@ def attention_varlen(
     out: Array | None = None,
     return_lse: bool = False,
     num_threads: int | None = None,
+    **unknown: Never,
 ) -> Any:
     """`attention` over sequences of different lengths that lie one after the other, without padding.
 
@@ -199,6 +202,8 @@ def attention_varlen(
     >>> bool((out[3:] == alone.swapaxes(0, 1)).all())
     True
     """
+    if others or unknown:
+        raise misfit(attention_varlen, others, unknown)
     return _core.attention_varlen(
         query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, query_offset, window, alibi_slopes, softcap,
         sinks, out, return_lse, num_threads,
@@ -223,11 +228,12 @@ def top_keys(
     return_totals: Literal[True],
     **options: Unpack[ScoreOptions],
 ) -> tuple[NDArray[np.int64], Array, Array]: ...
+@closed
 def top_keys(
     query: ArrayLike,
     key: ArrayLike,
     k: int = 8,
-    *,
+    *others: Never,
     scale: float | None = None,
     causal: bool = False,
     query_offset: ArrayLike | None = None,
@@ -240,6 +246,7 @@ def top_keys(
     key_lengths: ArrayLike | None = None,
     return_totals: bool = False,
     num_threads: int | None = None,
+    **unknown: Never,
 ) -> Any:
     """Find the keys that each query attends most, without ever holding all weights.
 
@@ -287,6 +294,8 @@ def top_keys(
     >>> bool(np.allclose(totals.sum(axis=-1), 100))
     True
     """
+    if others or unknown:
+        raise misfit(top_keys, others, unknown)
     return _core.top_keys(
         query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
         return_totals, num_threads,
@@ -400,11 +409,12 @@ class Plan:
     flops: int
 
 
+@closed
 def plan(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    *,
+    *others: Never,
     scale: float | None = None,
     causal: bool = False,
     query_offset: ArrayLike | None = None,
@@ -417,6 +427,7 @@ def plan(
     key_lengths: ArrayLike | None = None,
     return_weights: bool = False,
     num_threads: int | None = None,
+    **unknown: Never,
 ) -> Plan:
     """Say what `attention` would do with the same arguments, without doing it.
 
@@ -447,6 +458,8 @@ key_lengths, return_weights, num_threads
     >>> plan.flops == 4 * 64 * 12 * 1024 * 1025 // 2
     True
     """
+    if others or unknown:
+        raise misfit(plan, others, unknown)
     chosen = _core.plan(
         query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
         return_weights, num_threads,

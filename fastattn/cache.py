@@ -7,12 +7,13 @@ import operator
 import os
 import threading
 from collections.abc import Sequence
-from typing import IO, Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, overload
+from typing import IO, Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
+from fastattn._arguments import closed, misfit
 from fastattn._checks import as_array, how_to_convert, refuse_masked
 from fastattn._files import whole_file
 
@@ -678,11 +679,12 @@ class KVCache:
         return_weights: Literal[True],
         **options: Unpack[Options],
     ) -> tuple[Array, Array, Array]: ...
+    @closed
     def attention(
         self,
         query: ArrayLike,
         sequences: int | SequenceIds,
-        *,
+        *others: Never,
         cu_seqlens_q: ArrayLike | None = None,
         scale: float | None = None,
         causal: bool = True,
@@ -695,6 +697,7 @@ class KVCache:
         return_lse: bool = False,
         return_weights: bool = False,
         num_threads: int | None = None,
+        **unknown: Never,
     ) -> Any:
         """Attention of queries to the keys and values of their sequences, as `fastattn.attention` would give.
 
@@ -741,6 +744,8 @@ class KVCache:
         TypeError, ValueError, MemoryError
             As for `fastattn.attention`.
         """
+        if others or unknown:
+            raise misfit(KVCache.attention, others, unknown)
         ids, single = checked_ids(sequences)
         page_table, lengths = self._table(self._find(ids))
         batch_query, batch_out = (query, out) if not single else self._with_batch_axis(query, cu_seqlens_q, out)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._arguments import closed, misfit
 from fastattn._checks import as_array, how_to_convert, refuse_masked
 from fastattn.api import Options as AttentionOptions
 from fastattn.api import attention, attention_varlen
@@ -665,12 +666,13 @@ class MultiHeadAttention:
         return_weights: Literal[True],
         **options: Unpack[Options],
     ) -> tuple[Array, Array]: ...
+    @closed
     def __call__(
         self,
         query: ArrayLike,
         key: ArrayLike | None = None,
         value: ArrayLike | None = None,
-        *,
+        *others: Never,
         scale: float | None = None,
         causal: bool | None = None,
         window: Window | None = None,
@@ -687,6 +689,7 @@ class MultiHeadAttention:
         return_weights: bool = False,
         out: Array | None = None,
         num_threads: int | None = None,
+        **unknown: Never,
     ) -> Any:
         """Apply the layer.
 
@@ -737,6 +740,8 @@ class MultiHeadAttention:
             As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
             `out` nor what the cache holds has then been changed.
         """
+        if others or unknown:
+            raise misfit(MultiHeadAttention.__call__, others, unknown)
         key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
         check_together(dense, cu_seqlens, cache, sequences)

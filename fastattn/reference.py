@@ -7,12 +7,17 @@ once at the end. Input is assumed to be valid: the messages about bad input belo
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn._arguments import check_keywords, closed, misfit, typed_like
 from fastattn._checks import as_array, refuse_masked
+from fastattn.api import attention as fast_attention
+from fastattn.api import attention_varlen as fast_varlen
+from fastattn.api import merge as fast_merge
+from fastattn.api import top_keys as fast_top_keys
 
 __all__ = ["attention", "attention_varlen", "merge", "top_keys"]
 
@@ -79,11 +84,13 @@ def weighted_values(weights: Array, visible: Array, value: Array) -> Array:
     return out
 
 
+@typed_like(fast_attention)
+@closed
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    *,
+    *others: Never,
     scale: float | None = None,
     causal: bool = False,
     query_offset: ArrayLike | None = None,
@@ -98,6 +105,7 @@ def attention(
     return_lse: bool = False,
     return_weights: bool = False,
     num_threads: int | None = None,
+    **unknown: Never,
 ) -> Any:
     """Multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``, in float64.
 
@@ -136,6 +144,8 @@ def attention(
     >>> reference.attention(query, key, value, mask=[[False, True]])
     array([[0.]])
     """
+    if others or unknown:
+        raise misfit(attention, others, unknown)
     result, lse, weights, _ = every_step(
         query, key, value, return_weights, scale=scale, causal=causal, query_offset=query_offset, window=window,
         mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, key_lengths=key_lengths,
@@ -221,13 +231,15 @@ def every_step(
     return result, lse, *kept
 
 
+@typed_like(fast_varlen)
+@closed
 def attention_varlen(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
-    *,
+    *others: Never,
     query_offset: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     out: Array | None = None,
@@ -261,6 +273,9 @@ def attention_varlen(
     array([[1., 0., 0.],
            [0., 1., 0.]])
     """
+    if others:
+        raise misfit(fast_varlen, others, ())
+    check_keywords(fast_varlen, keywords)
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
     rows, keys = as_array("cu_seqlens_q", cu_seqlens_q), as_array("cu_seqlens_k", cu_seqlens_k)
@@ -291,6 +306,7 @@ def attention_varlen(
     return (result, lse) if return_lse else result
 
 
+@typed_like(fast_merge)
 def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     """Combine results over disjoint sets of keys: ``Σ out_i e^lse_i / Σ e^lse_i``, in float64.
 
@@ -325,7 +341,11 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     return terms.sum(axis=0).astype(dtypes[0]), lse.reshape(logs.shape[1:]).astype(dtypes[1])
 
 
-def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: bool = False, **keywords: Any) -> Any:
+@typed_like(fast_top_keys)
+@closed
+def top_keys(
+    query: ArrayLike, key: ArrayLike, k: int = 8, *others: Never, return_totals: bool = False, **keywords: Any
+) -> Any:
     """The keys that each query attends most, from all weights in float64.
 
     The parameters and results are those of `fastattn.top_keys`.
@@ -350,6 +370,9 @@ def top_keys(query: ArrayLike, key: ArrayLike, k: int = 8, *, return_totals: boo
     >>> indices, weights.round(3)
     (array([[ 1,  0, -1]]), array([[0.993, 0.007, 0.   ]]))
     """
+    if others:
+        raise misfit(fast_top_keys, others, ())
+    check_keywords(fast_top_keys, keywords)
     queries, keys = as_array("query", query), as_array("key", key)
     dtype = queries.dtype
     query, key = queries.astype(np.float64), keys.astype(np.float64)
