@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import IO, Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
 
@@ -265,6 +266,20 @@ def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> Non
         raise ValueError(f"the sequences lie in pages up to {table.max()}, but the cache has only {num_pages} pages")
 
 
+# --- fork -----------------------------------------------------------------------------------------
+
+# Those that there are: a fork leaves the child the locks of threads that it does not have.
+caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+
+def renew_locks() -> None:
+    for cache in caches:
+        cache._renew_lock()
+
+
+os.register_at_fork(after_in_child=renew_locks)
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 
@@ -323,7 +338,9 @@ class KVCache:
     `truncate` and `free` must have the sequences they touch to themselves; other sequences, even those
     that share pages with them, may be read and changed meanwhile by other threads. `save` reads all.
 
-    Whatever is raised on the way, KeyboardInterrupt too, a change is made as a whole or not at all.
+    Whatever is raised on the way, KeyboardInterrupt too, a change is made as a whole or not at all. So it is
+    in the child of a fork, for a change that another thread was about to make; a store that both share, as
+    a ``np.memmap`` is, must then be left to one of them.
 
     Examples
     --------
@@ -374,6 +391,7 @@ class KVCache:
         # store may have many millions.
         self._returned: list[int] = []
         self._first_unused = 0
+        caches.add(self)
 
     def _set_pages(self, num_pages: int | None, store: Array | None) -> None:
         parts = page_parts(self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.page_size)
@@ -913,6 +931,14 @@ class KVCache:
         used = [entry.pages[: self._pages_for(entry.length)] for entry in entries]
         self._references = np.bincount(np.concatenate([np.zeros(0, np.int64), *used]), minlength=self.num_pages)
         self._returned = np.flatnonzero(self._references[: self._first_unused] == 0).tolist()
+
+    def _renew_lock(self) -> None:
+        """In a child of fork: undo what a thread was about that is not there any more, and had the lock."""
+        if self._lock.acquire(blocking=False):  # free, or of the thread that forked, which goes on with its change
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+            self._count_pages()
 
     def _check_free(self, entries: list[Entry], count: int, num_copied: int) -> None:
         needed = num_copied

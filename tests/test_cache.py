@@ -3,6 +3,7 @@
 import copy
 import doctest
 import inspect
+import os
 import pickle
 import re
 import sys
@@ -382,13 +383,22 @@ def shared_cache():
     return cache
 
 
+def contents(cache):
+    return {sequence: [x.tobytes() for x in cache.get(sequence)] for sequence in cache.lengths}
+
+
+def assert_goes_on_working(cache):
+    """Each page can be had again."""
+    for sequence in cache.lengths:
+        cache.append(sequence, *tokens(make_rng(2), 1))
+        cache.free(sequence)
+    cache.free(cache.add(*tokens(make_rng(2), 12 * 64)))
+    assert_sound(cache)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_interrupted_at_any_line_it_is_whole_or_undone(change):
     call = CHANGES[change]
-
-    def contents(cache):
-        return {sequence: [x.tobytes() for x in cache.get(sequence)] for sequence in cache.lengths}
-
     cache = shared_cache()
     before = contents(cache)
     last = lines_traced(lambda: call(cache))
@@ -400,12 +410,95 @@ def test_interrupted_at_any_line_it_is_whole_or_undone(change):
             lines_traced(lambda cache=cache: call(cache), line)
         assert_sound(cache)
         assert contents(cache) in (before, after)
-        # It goes on working, and each page can be had again.
-        for sequence in cache.lengths:
-            cache.append(sequence, *tokens(make_rng(2), 1))
-            cache.free(sequence)
-        cache.free(cache.add(*tokens(make_rng(2), 12 * 64)))
+        assert_goes_on_working(cache)
+
+
+# One thread makes a change; before each line of it another one forks. A child that hangs is ended after two minutes.
+FORKED = """
+import os, signal, sys, traceback, warnings
+from concurrent.futures import ThreadPoolExecutor
+import test_cache
+from test_cache import CHANGES, assert_goes_on_working, assert_sound, contents, shared_cache
+
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of any fork with threads
+change = CHANGES[{change!r}]
+cache = shared_cache()
+before = contents(cache)
+change(cache)
+after = contents(cache)
+cache = shared_cache()
+
+def check_in_child():
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    signal.alarm(120)
+    try:
+        assert contents(cache) in (before, after)
         assert_sound(cache)
+        assert_goes_on_working(cache)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+def trace(frame, event, _):
+    if frame.f_code.co_filename != test_cache.cache_module.__file__:
+        return None
+    if event == "line":
+        assert forker.submit(check_in_child).result() == 0
+    return trace
+
+with ThreadPoolExecutor(1) as forker:
+    sys.settrace(trace)
+    change(cache)
+    sys.settrace(None)
+assert contents(cache) == after
+assert_sound(cache)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_child_of_fork_has_a_change_of_another_thread_whole_or_not_at_all(change):
+    run_script(FORKED.format(change=change), timeout=600)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_change_goes_on_in_the_child_that_its_own_thread_forked():
+    """As a signal handler may do: parent and child both end with the whole change."""
+    run_script(
+        """
+import os, sys
+import test_cache
+from test_cache import CHANGES, assert_sound, contents, shared_cache
+
+cache = shared_cache()
+CHANGES["append and copy"](cache)
+after = contents(cache)
+cache, children, is_child = shared_cache(), [], False
+
+def trace(frame, event, _):
+    global is_child
+    if frame.f_code.co_filename != test_cache.cache_module.__file__:
+        return None
+    if event == "line" and not is_child:
+        child = os.fork()
+        is_child = child == 0
+        children.append(child)
+    return trace
+
+sys.settrace(trace)
+CHANGES["append and copy"](cache)
+sys.settrace(None)
+assert contents(cache) == after
+assert_sound(cache)
+if is_child:
+    os._exit(0)
+assert children and all(os.waitpid(child, 0)[1] == 0 for child in children)
+""",
+        timeout=600,
+    )
 
 
 def test_a_conversion_that_raises_changes_nothing():
