@@ -105,7 +105,7 @@ if not FREE_THREADED:
     macros += [("Py_LIMITED_API", "0x030B0000")]
 
 # The linker resolves symbols from left to right: the framework needs the kernels.
-framework = library("framework", ["driver.c", "measure.c", "plan.c", "dispatch.c", "threads.c"], [])
+framework = library("framework", ["driver.c", "measure.c", "plan.c", "dispatch.c", "threads.c", "cpu.c"], [])
 
 setup(
     libraries=[framework, *kernel_libraries()],

@@ -1,6 +1,7 @@
 /* The machine's own limits, against which speed is told. */
 #include <stdatomic.h>
 
+#include "cpu.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -40,6 +41,7 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
         if (elapsed < SLICE_SECONDS)
             job.rounds *= 2;
     }
+    num_threads = fa_runnable_threads(num_threads);
     double best = 0;
     for (int slice = 0; slice < NUM_SLICES; slice++) {
         job.flops = 0;
@@ -78,6 +80,7 @@ static void run_read(void *argument, int member)
 
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
 {
+    num_threads = fa_runnable_threads(num_threads);
     const size_t members = num_threads > 1 ? (size_t)num_threads : 1;
     double best = 0;
     for (int pass = 0; pass < READ_PASSES; pass++) {

@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#include "cpu.h"
+
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)
 
@@ -193,7 +195,7 @@ static int64_t count_items(const fa_problem *p, const fa_partition *part, bool a
 static void choose_threads(const fa_problem *p, double work, fa_partition *part)
 {
     double useful = work / MULTIPLY_ADDS_PER_THREAD;
-    part->num_threads = useful < p->num_threads ? (int)useful : p->num_threads;
+    part->num_threads = fa_runnable_threads(useful < p->num_threads ? (int)useful : p->num_threads);
     if (part->num_threads < 1)
         part->num_threads = 1;
     part->work_per_item = work / (ITEMS_PER_THREAD * (double)part->num_threads);

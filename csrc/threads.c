@@ -7,14 +7,9 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
-
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #include "fastattn.h"
 
@@ -147,7 +142,8 @@ static void reset_in_child(void)
     pool.num_workers = 0;
 }
 
-static void watch_forks(void)
+/* When the library is loaded: by the first region it would be too late for a fork in the middle of that. */
+__attribute__((constructor)) static void watch_forks(void)
 {
     pthread_atfork(NULL, NULL, reset_in_child);
 }
@@ -179,8 +175,6 @@ static bool create_worker(int member)
 
 static int grow_pool(int wanted)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, watch_forks);
     if (wanted > MAX_WORKERS)
         wanted = MAX_WORKERS;
     while (pool.num_workers < wanted && create_worker(pool.num_workers + 1))
@@ -258,15 +252,13 @@ static _Thread_local struct {
 
 static bool has_scratch_key;
 
-static void create_scratch_key(void)
+__attribute__((constructor)) static void create_scratch_key(void)
 {
     has_scratch_key = pthread_key_create(&scratch_key, free) == 0;
 }
 
 void *fa_take_scratch(size_t bytes)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, create_scratch_key);
     if (!scratch.taken && bytes <= scratch.bytes) {
         scratch.taken = true;
         return scratch.data;
@@ -296,41 +288,6 @@ void fa_give_back_scratch(void *data)
 /* --- how many ----------------------------------------------------------------------------------- */
 
 static atomic_int default_num_threads; /* 0: not decided yet */
-
-/* CPUs' worth of time that the control group grants per period; 0 if it does not limit. */
-static int quota_cpus(void)
-{
-    long quota = 0, period = 0;
-    FILE *file = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (file) {
-        if (fscanf(file, "%ld %ld", &quota, &period) != 2)
-            quota = 0; /* "max": no limit */
-        fclose(file);
-    } else if ((file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
-        bool read = fscanf(file, "%ld", &quota) == 1;
-        fclose(file);
-        file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r");
-        if (!read || !file || fscanf(file, "%ld", &period) != 1)
-            quota = 0;
-        if (file)
-            fclose(file);
-    }
-    return quota > 0 && period > 0 ? (int)((quota + period - 1) / period) : 0;
-}
-
-int fa_available_cpus(void)
-{
-    int cpus = (int)sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        cpus = CPU_COUNT(&set);
-#endif
-    int quota = quota_cpus();
-    if (quota > 0 && quota < cpus)
-        cpus = quota;
-    return cpus > 0 ? cpus : 1;
-}
 
 static int positive_from_environment(const char *name)
 {

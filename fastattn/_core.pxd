@@ -62,3 +62,8 @@ cdef extern from "fastattn.h" nogil:
     void fa_set_num_threads(int num_threads)
     double fa_measure_peak(fa_dtype dtype, int num_threads)
     double fa_measure_bandwidth(const void *data, size_t size, int num_threads)
+
+
+cdef extern from "cpu.h" nogil:
+    int fa_quota_cpus(const char *root)
+    void fa_assume_cpus(int cpus)

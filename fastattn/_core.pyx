@@ -804,7 +804,8 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
         Whether to return the log-sum-exp of each row's scores, and the attention weights, too. Weights
         take memory and a second pass.
     num_threads : int, optional
-        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
+        At most this many, and no more than the CPUs that the process may use; default `get_num_threads`. Results
+        are the same to the last bit for any.
 
     Returns
     -------
@@ -1087,6 +1088,14 @@ def get_num_threads():
 
 def set_num_threads(num_threads):
     fa_set_num_threads(thread_count(num_threads))
+
+
+def quota_cpus(root):
+    return fa_quota_cpus(os.fsencode(root))
+
+
+def assume_cpus(int cpus):
+    fa_assume_cpus(cpus)
 
 
 def measure_peak(dtype, num_threads=None):

@@ -177,7 +177,7 @@ def attention_varlen(
     return_lse : bool
         Whether to return the log-sum-exp of each row's scores, too.
     num_threads : int, optional
-        At most this many; default `get_num_threads`.
+        At most this many, and no more than the CPUs that the process may use; default `get_num_threads`.
 
     Returns
     -------
@@ -266,7 +266,8 @@ def top_keys(
         Whether to return how much each key is attended by all queries of a head together, too. It takes a second
         pass.
     num_threads : int, optional
-        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
+        At most this many, and no more than the CPUs that the process may use; default `get_num_threads`. Results
+        are the same to the last bit for any.
 
     Returns
     -------
@@ -492,7 +493,8 @@ def set_num_threads(num_threads: int) -> None:
     Parameters
     ----------
     num_threads : int
-        At least 1. For the whole process.
+        At least 1. For the whole process. Of more than the CPUs that it may use, by affinity and by the quota of its
+        control groups, only as many run.
 
     Raises
     ------

@@ -15,8 +15,11 @@ from oracle import DTYPE_IDS, DTYPES, F32, assert_close, assert_same_bits, exact
 from strategies import cases
 
 import fastattn
+from fastattn import _core
 
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 
 # Tiles of queries, rows of groups, one long row split along its keys.
 SHAPES = [(2, 4, 4, 130, 200, 32), (3, 8, 2, 5, 700, 64), (2, 4, 1, 1, 5000, 64)]
@@ -278,6 +281,42 @@ print("done")
     assert printed == "done\n"
 
 
+@needs_proc
+def test_child_of_fork_amid_other_threads_calls_has_a_pool():
+    """Wherever they are, their first call too. A child that hangs is ended after two minutes."""
+    run_script(
+        """
+import os, signal, threading, warnings
+import numpy as np
+import fastattn
+from fastattn import _core
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of any fork with threads
+_core.assume_cpus(2)
+x = np.random.default_rng(0).standard_normal((4, 4, 100, 64)).astype(np.float32)
+expected = fastattn.attention(x, x, x, num_threads=1)
+stop = threading.Event()
+def call_often():
+    while not stop.is_set():
+        fastattn.attention(x, x, x, num_threads=2)
+callers = [threading.Thread(target=call_often) for _ in range(2)]
+for caller in callers:
+    caller.start()
+try:
+    for _ in range(60):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)
+            same = all(np.array_equal(fastattn.attention(x, x, x, num_threads=2), expected) for _ in range(3))
+            os._exit(0 if same and len(os.listdir("/proc/self/task")) == 2 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+finally:
+    stop.set()
+""",
+        timeout=600,
+        OPENBLAS_NUM_THREADS="1",
+    )
+
+
 def test_exit_with_idle_workers_is_quick():
     begin = time.monotonic()
     run_script(
@@ -304,6 +343,155 @@ def test_number_of_threads_follows_the_affinity():
     assert printed_num_threads(one_cpu, FASTATTN_NUM_THREADS="", OMP_NUM_THREADS="") == 1
     cpus = len(os.sched_getaffinity(0))
     assert 1 <= printed_num_threads(FASTATTN_NUM_THREADS="", OMP_NUM_THREADS="") <= cpus
+
+
+THREADS_OF = """
+import os
+import numpy as np
+import fastattn
+{before}
+x = np.ones((4, 8, 256, 64), np.float32)
+fastattn.attention(x, x, x, num_threads=64)
+print(fastattn.plan(x, x, x, num_threads=64).threads, len(os.listdir("/proc/self/task")), fastattn.get_num_threads())
+"""
+
+
+@needs_proc
+@pytest.mark.parametrize("before", ["", "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"], ids=["all", "one"])
+def test_no_more_threads_run_than_there_are_cpus(before):
+    """They would wait for each other. What was asked for stays what is told."""
+    environment = {"FASTATTN_NUM_THREADS": "50", "OPENBLAS_NUM_THREADS": "1"}
+    planned, threads, told = map(int, run_script(THREADS_OF.format(before=before), **environment).split())
+    cpus = 1 if before else len(os.sched_getaffinity(0))
+    assert planned == threads <= cpus
+    assert told == 50
+
+
+@needs_proc
+def test_a_change_of_the_affinity_is_seen():
+    """Within a tenth of a second; this waits a minute at most."""
+    planned = run_script(
+        """
+import os, time
+import numpy as np
+import fastattn
+x = np.ones((4, 8, 256, 64), np.float32)
+def planned():
+    return fastattn.plan(x, x, x, num_threads=64).threads
+before = planned()
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+for _ in range(600):
+    if planned() == 1:
+        break
+    time.sleep(0.1)
+print(before, planned())
+"""
+    ).split()
+    assert 1 <= int(planned[0]) <= len(os.sched_getaffinity(0))
+    assert planned[1] == "1"
+
+
+# /proc/self/cgroup, the mounts (root, mount point, type, options), the files of groups, and the CPUs granted.
+V2 = ("/", "/sys/fs/cgroup", "cgroup2", "rw,nsdelegate")
+V1 = ("/", "/sys/fs/cgroup/cpu,cpuacct", "cgroup", "rw,cpu,cpuacct")
+QUOTAS = {
+    "none": ("", [], {}, 0),
+    "version 2": ("0::/a", [V2], {"sys/fs/cgroup/a/cpu.max": "200000 100000"}, 2),
+    "version 2, rounded up": ("0::/a", [V2], {"sys/fs/cgroup/a/cpu.max": "210000 100000"}, 3),
+    "version 2, less than one": ("0::/a", [V2], {"sys/fs/cgroup/a/cpu.max": "1000 100000"}, 1),
+    "version 2, no limit": ("0::/a", [V2], {"sys/fs/cgroup/a/cpu.max": "max 100000"}, 0),
+    "version 2, limit above": (
+        "0::/a/b/c",
+        [V2],
+        {"sys/fs/cgroup/a/cpu.max": "300000 100000", "sys/fs/cgroup/a/b/c/cpu.max": "max 100000"},
+        3,
+    ),
+    "version 2, least of all": (
+        "0::/a/b/c",
+        [V2],
+        {
+            "sys/fs/cgroup/a/cpu.max": "400000 100000",
+            "sys/fs/cgroup/a/b/cpu.max": "100000 50000",
+            "sys/fs/cgroup/a/b/c/cpu.max": "800000 100000",
+        },
+        2,
+    ),
+    "version 2, of other groups": (
+        "0::/a/b",
+        [V2],
+        {"sys/fs/cgroup/a/c/cpu.max": "1 1", "sys/fs/cgroup/b/cpu.max": "1 1", "sys/fs/cgroup/a/b/c/cpu.max": "1 1"},
+        0,
+    ),
+    "version 2, in a namespace": ("0::/", [V2], {"sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
+    "version 2, out of its namespace": (
+        "0::/../b",
+        [V2],
+        {"sys/fs/cgroup/cpu.max": "200000 100000", "sys/fs/b/cpu.max": "1 1"},
+        2,
+    ),
+    "version 2, a part mounted": (
+        "0::/docker/x/y",
+        [("/docker/x", *V2[1:])],
+        {"sys/fs/cgroup/cpu.max": "500000 100000", "sys/fs/cgroup/y/cpu.max": "300000 100000"},
+        3,
+    ),
+    "version 2, a name that begins alike": (
+        "0::/docker/xy",
+        [("/docker/x", *V2[1:])],
+        {"sys/fs/cgroup/y/cpu.max": "1 1", "sys/fs/cgroup/cpu.max": "500000 100000"},
+        5,
+    ),
+    "version 2, mounted elsewhere": (
+        "0::/a",
+        [("/", "/my\\040cgroups", *V2[2:])],
+        {"my cgroups/a/cpu.max": "200000 100000"},
+        2,
+    ),
+    "version 1": (
+        "5:cpuacct,cpu:/a/b",
+        [V1],
+        {
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "150000",
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "50000",
+            "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_quota_us": "-1",
+            "sys/fs/cgroup/cpu,cpuacct/a/b/cpu.cfs_period_us": "100000",
+        },
+        3,
+    ),
+    "version 1, another controller": (
+        "5:cpuset,cpuacct:/a",
+        [("/", "/c", "cgroup", "rw,cpuset,cpuacct")],
+        {"c/a/cpu.cfs_quota_us": "100000", "c/a/cpu.cfs_period_us": "100000"},
+        0,
+    ),
+    "both versions": (
+        "5:cpu:/a\n0::/b",
+        [V1, ("/", "/sys/fs/cgroup/unified", *V2[2:])],
+        {
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "600000",
+            "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/unified/b/cpu.max": "500000 100000",
+        },
+        5,
+    ),
+    "nonsense": ("::\n:\n0::", [V2], {"sys/fs/cgroup/cpu.max": "many few"}, 0),
+    "path too long": ("0::" + "/a" * 5000, [V2], {"sys/fs/cgroup/cpu.max": "300000 100000"}, 0),
+}
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_quota_of_control_groups(case, tmp_path):
+    groups, mounts, files, cpus = QUOTAS[case]
+    lines = [f"31 23 0:28 {top} {point} rw shared:9 - {kind} x {options}" for top, point, kind, options in mounts]
+    files = {**files, "proc/self/cgroup": groups, "proc/self/mountinfo": "\n".join(["", *lines])}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert _core.quota_cpus(tmp_path) == cpus
+
+
+def test_quota_where_there_is_no_proc(tmp_path):
+    assert _core.quota_cpus(tmp_path) == 0
 
 
 def test_set_num_threads():

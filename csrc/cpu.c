@@ -1,0 +1,248 @@
+#define _GNU_SOURCE
+#include "cpu.h"
+
+#include <limits.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include "fastattn.h"
+#include "threads.h"
+
+/* --- the quota of control groups ------------------------------------------------------------------ */
+
+typedef struct {
+    const char *root;        /* where "/" is */
+    char group_v1[PATH_MAX]; /* of the process, from the root of the hierarchy; "": none */
+    char group_v2[PATH_MAX];
+    int cpus; /* the least so far; 0: no limit */
+} quota;
+
+static FILE *open_below(const char *directory, const char *name)
+{
+    char path[PATH_MAX];
+    int length = snprintf(path, sizeof path, "%s/%s", directory, name);
+    return length < (int)sizeof path ? fopen(path, "re") : NULL;
+}
+
+static void limit_to(quota *q, int64_t time, int64_t period)
+{
+    if (time <= 0 || period <= 0)
+        return;
+    int64_t cpus = (time - 1) / period + 1;
+    if (cpus < (q->cpus > 0 ? q->cpus : INT_MAX))
+        q->cpus = (int)cpus;
+}
+
+static int64_t read_number(const char *directory, const char *name)
+{
+    FILE *file = open_below(directory, name);
+    long long number;
+    if (!file)
+        return 0;
+    if (fscanf(file, "%lld", &number) != 1)
+        number = 0;
+    fclose(file);
+    return number;
+}
+
+static void read_limit_v1(quota *q, const char *directory)
+{
+    limit_to(q, read_number(directory, "cpu.cfs_quota_us"), read_number(directory, "cpu.cfs_period_us"));
+}
+
+static void read_limit_v2(quota *q, const char *directory)
+{
+    FILE *file = open_below(directory, "cpu.max");
+    long long time, period;
+    if (!file)
+        return;
+    if (fscanf(file, "%lld %lld", &time, &period) == 2) /* not of "max 100000": no limit */
+        limit_to(q, time, period);
+    fclose(file);
+}
+
+static bool list_has(const char *list, const char *word)
+{
+    const size_t length = strlen(word);
+    for (const char *at = list; (at = strstr(at, word)); at += length)
+        if ((at == list || at[-1] == ',') && (at[length] == ',' || at[length] == '\0'))
+            return true;
+    return false;
+}
+
+/* What of a group's path lies below that of a mount; "", the mount itself, if it lies elsewhere. */
+static const char *path_within(const char *group, const char *mounted)
+{
+    const size_t length = strcmp(mounted, "/") == 0 ? 0 : strlen(mounted);
+    const bool within =
+        strncmp(group, mounted, length) == 0 && (group[length] == '/' || group[length] == '\0');
+    return within && !strstr(group, "/..") ? group + length : "";
+}
+
+/* Looks at a group and at all above it, up to the root of its mount. */
+static void read_limits(quota *q, const char *mounted, const char *mount_point, const char *group,
+                        void (*read_limit)(quota *q, const char *directory))
+{
+    char directory[PATH_MAX];
+    int mount_length = snprintf(directory, sizeof directory, "%s%s", q->root, mount_point);
+    if (!*group || mount_length >= (int)sizeof directory)
+        return;
+    int length = mount_length + snprintf(directory + mount_length, sizeof directory - (size_t)mount_length,
+                                         "%s", path_within(group, mounted));
+    if (length >= (int)sizeof directory)
+        return;
+    read_limit(q, directory);
+    while (length > mount_length) {
+        if (directory[--length] != '/')
+            continue;
+        directory[length] = '\0';
+        read_limit(q, directory);
+    }
+}
+
+/* mountinfo writes blanks and backslashes as three octal digits. */
+static void unescape(char *text)
+{
+    char *to = text;
+    for (const char *from = text; *from; to++) {
+        unsigned code;
+        if (*from == '\\' && sscanf(from + 1, "%3o", &code) == 1) {
+            *to = (char)code;
+            from += 4;
+        } else {
+            *to = *from++;
+        }
+    }
+    *to = '\0';
+}
+
+/* A line is "id parent major:minor root mount_point options [tags...] - type source options". */
+static void read_mount(char *line, void *argument)
+{
+    quota *q = argument;
+    char mounted[PATH_MAX], mount_point[PATH_MAX], type[32], options[PATH_MAX];
+    const char *rest = strstr(line, " - ");
+    _Static_assert(PATH_MAX >= 4096, "the widths below");
+    if (!rest || sscanf(line, "%*s %*s %*s %4095s %4095s", mounted, mount_point) != 2 ||
+        sscanf(rest, " - %31s %*s %4095s", type, options) != 2)
+        return;
+    unescape(mounted);
+    unescape(mount_point);
+    if (strcmp(type, "cgroup2") == 0)
+        read_limits(q, mounted, mount_point, q->group_v2, read_limit_v2);
+    else if (strcmp(type, "cgroup") == 0 && list_has(options, "cpu"))
+        read_limits(q, mounted, mount_point, q->group_v1, read_limit_v1);
+}
+
+/* A line is "id:controllers:path"; version 2 has no controllers there. */
+static void read_membership(char *line, void *argument)
+{
+    quota *q = argument;
+    char *controllers = strchr(line, ':');
+    char *path = controllers ? strchr(controllers + 1, ':') : NULL;
+    if (!path)
+        return;
+    *path++ = '\0';
+    if (controllers[1] == '\0')
+        snprintf(q->group_v2, sizeof q->group_v2, "%s", path);
+    else if (list_has(controllers + 1, "cpu"))
+        snprintf(q->group_v1, sizeof q->group_v1, "%s", path);
+}
+
+static void for_each_line(quota *q, const char *name, void (*read)(char *line, void *argument))
+{
+    FILE *file = open_below(q->root, name);
+    char *line = NULL;
+    size_t capacity = 0;
+    if (!file)
+        return;
+    for (ssize_t length; (length = getline(&line, &capacity, file)) > 0;) {
+        if (line[length - 1] == '\n')
+            line[length - 1] = '\0';
+        read(line, q);
+    }
+    free(line);
+    fclose(file);
+}
+
+int fa_quota_cpus(const char *root)
+{
+    quota q = {.root = root};
+    for_each_line(&q, "proc/self/cgroup", read_membership);
+    for_each_line(&q, "proc/self/mountinfo", read_mount);
+    return q.cpus;
+}
+
+/* --- what is at hand ------------------------------------------------------------------------------ */
+
+/* It is read once, which takes some 100 µs. Threads that find it unread at the same time all read it: a lock
+ * would be one more that a fork may leave locked. */
+static int quota_of_process(void)
+{
+    static atomic_int known = -1;
+    int cpus = atomic_load(&known);
+    if (cpus < 0) {
+        cpus = fa_quota_cpus("");
+        atomic_store(&known, cpus);
+    }
+    return cpus;
+}
+
+static int allowed_cpus(void)
+{
+#ifdef __linux__
+    cpu_set_t sets[64]; /* the kernel refuses fewer bits than it has CPUs */
+    for (size_t bytes = sizeof sets[0]; bytes <= sizeof sets; bytes *= 8)
+        if (sched_getaffinity(0, bytes, sets) == 0)
+            return CPU_COUNT_S(bytes, sets);
+#endif
+    return (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+int fa_available_cpus(void)
+{
+    int cpus = allowed_cpus(), granted = quota_of_process();
+    if (granted > 0 && granted < cpus)
+        cpus = granted;
+    return cpus > 0 ? cpus : 1;
+}
+
+/* A thread asks for its CPUs again after a while, so that a change of its affinity is seen; in each call that
+ * would show. */
+#define AFFINITY_NANOSECONDS 100000000
+
+static atomic_int assumed_cpus;
+
+int fa_runnable_threads(int num_threads)
+{
+    static _Thread_local struct {
+        int cpus;
+        int64_t until;
+    } known;
+    if (num_threads <= 1)
+        return num_threads;
+    int cpus = atomic_load_explicit(&assumed_cpus, memory_order_relaxed);
+    if (cpus == 0) {
+        int64_t now = fa_nanoseconds();
+        if (now >= known.until) {
+            known.cpus = fa_available_cpus();
+            known.until = now + AFFINITY_NANOSECONDS;
+        }
+        cpus = known.cpus;
+    }
+    return num_threads < cpus ? num_threads : cpus;
+}
+
+void fa_assume_cpus(int cpus)
+{
+    atomic_store(&assumed_cpus, cpus);
+}
