@@ -24,6 +24,7 @@ cdef extern from "Python.h":
     # Not Cython's declaration of it: the exception must stay set when `interrupted` returns.
     int PyErr_CheckSignals() noexcept
     unsigned long PyThread_get_thread_ident()
+    unsigned long PyThread_get_thread_native_id()
 
 
 cdef extern from *:
@@ -704,17 +705,28 @@ cdef class Call:
         return array
 
 
-cdef unsigned long main_thread_ident
+# threading's idents may be those of greenlets; to ask the system for its own in each call would show.
+cdef unsigned long main_thread_ident = 0  # 0: the main thread has not called yet
+cdef unsigned long main_thread_native_id = threading.main_thread().native_id
 
 
-def note_main_thread():
+def forget_main_thread():
     """A child's main thread is the one that forked."""
+    global main_thread_ident, main_thread_native_id
+    main_thread_ident = 0
+    main_thread_native_id = PyThread_get_thread_native_id()
+
+
+os.register_at_fork(after_in_child=forget_main_thread)
+
+
+cdef bint in_main_thread() noexcept:
+    """Whether Python runs signal handlers in this thread."""
     global main_thread_ident
-    main_thread_ident = threading.main_thread().ident
-
-
-note_main_thread()
-os.register_at_fork(after_in_child=note_main_thread)
+    cdef unsigned long ident = PyThread_get_thread_ident()
+    if main_thread_ident == 0 and PyThread_get_thread_native_id() == main_thread_native_id:
+        main_thread_ident = ident
+    return ident == main_thread_ident
 
 
 cdef c_bool interrupted() noexcept with gil:
@@ -728,7 +740,7 @@ cdef int raise_pending() except -1:
 
 cdef int run(Call call) except -1:
     cdef fa_status status
-    if PyThread_get_thread_ident() == main_thread_ident:  # where Python runs signal handlers
+    if in_main_thread():
         call.problem.interrupted = interrupted
     with nogil:
         status = fa_forward(&call.problem)

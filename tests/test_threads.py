@@ -201,40 +201,53 @@ def test_gil_is_released():
 
 
 INTERRUPTED = """
-import signal, time, numpy as np, fastattn
+{before}
+import signal
+import numpy as np
+import fastattn
 from fastattn import reference
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 row = np.broadcast_to(np.ones((1, 1, 1, 64), np.float32), (1, 16, 32768, 64))
-out = np.empty(row.shape, np.float32)
+out = np.full(row.shape, np.nan, np.float32)
 print("started", flush=True)
 try:
     fastattn.attention(row, row, row, out=out, num_threads={threads})
 except KeyboardInterrupt:
-    print("interrupted", time.monotonic(), flush=True)
+    print("interrupted", "midway" if np.isnan(out).any() else "at the end", flush=True)
 x = np.random.default_rng(0).standard_normal((2, 2, 100, 64)).astype(np.float32)
 error = abs(fastattn.attention(x, x, x, num_threads=2) - reference.attention(x, x, x)).max()
 print("usable", error < 1e-5, flush=True)
 """
 
+GEVENT = "from gevent import monkey; monkey.patch_all()"
+
+# What comes before the first import of fastattn. Of them gevent gives threads idents of its own.
+BEFORE_INTERRUPTED = {
+    "plain": "",
+    "gevent": GEVENT,
+    "gevent, imported elsewhere": f"{GEVENT}\nimport gevent, importlib\n"
+    "gevent.get_hub().threadpool.apply(importlib.import_module, ['fastattn'])",
+    "imported elsewhere": "import threading, importlib\n"
+    "t = threading.Thread(target=importlib.import_module, args=['fastattn'])\nt.start()\nt.join()",
+}
+
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_ctrl_c(threads):
-    """16 heads of 32768 by 32768 take many seconds; Ctrl-C ends them within half a second."""
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", INTERRUPTED.format(threads=threads)], stdout=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("before", BEFORE_INTERRUPTED)
+def test_ctrl_c(before, threads):
+    """16 heads of 32768 by 32768 take many seconds; Ctrl-C ends them midway."""
+    if "gevent" in before:
+        pytest.importorskip("gevent")
+    script = INTERRUPTED.format(before=BEFORE_INTERRUPTED[before], threads=threads)
+    child = subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "started\n"
         time.sleep(0.7)
-        sent = time.monotonic()
         child.send_signal(signal.SIGINT)
-        printed, _ = child.communicate(timeout=10)
+        printed, _ = child.communicate(timeout=600)  # far more than the whole call takes
     finally:
         child.kill()
-    lines = [line.split() for line in printed.splitlines()]
-    assert [line[0] for line in lines] == ["interrupted", "usable"], "the call ended before the signal, or never"
-    assert float(lines[0][1]) - sent < 0.5  # one clock for both processes
-    assert lines[1][1] == "True"
+    assert printed == "interrupted midway\nusable True\n"
 
 
 def test_python_signal_handler_runs_during_a_call():
