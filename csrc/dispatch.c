@@ -85,7 +85,7 @@ static bool is_amd_family_26(void)
 #endif
 }
 
-bool fa_asks_into_l1(void)
+bool fa_prefetch_to_l1(void)
 {
     static atomic_int answer = -1; /* CPUID is slow where a hypervisor answers it */
     int known = atomic_load_explicit(&answer, memory_order_relaxed);

@@ -31,8 +31,8 @@ typedef struct {
     int64_t first_split, num_splits; /* of the whole group */
     char *partials;                  /* num_splits of them, of kernel->partial_bytes(rows) each */
     _Atomic int64_t *splits_done;    /* of the group */
-    bool like_before; /* rows, keys and splits are those of the item that used the same scratch before */
-} fa_item;
+    bool same_geometry; /* rows, keys and splits are those of the item that used the same scratch before */
+} fa_work_item;
 
 /* Asked by a kernel between key blocks; true: give up, the results no longer matter. */
 typedef struct {
@@ -48,25 +48,25 @@ typedef struct {
     int lanes; /* query rows in a vector */
     int max_vectors;
     bool flushes_subnormals; /* runs where they are taken for 0; see float_mode.h */
-    int narrow_rows;         /* a group of at most so many rows is worked on with lanes along its keys */
+    int decode_rows;         /* a group of at most so many rows is worked on with lanes along its keys */
     /* Bytes of scratch for an item of `tiles` tiles, and of the partial result of a tile of `rows` rows. */
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
     size_t (*partial_bytes)(const fa_problem *problem, int64_t rows);
     /* Computes the item; `next` (or NULL) is the one that this thread computes after it, whose first
      * reads are started early. `scratch` is 64-byte aligned, and stays between items that are alike. */
-    void (*forward)(const fa_problem *problem, const fa_item *item, const fa_item *next, void *scratch,
-                    fa_run *run, bool is_caller);
+    void (*forward)(const fa_problem *problem, const fa_work_item *item, const fa_work_item *next,
+                    void *scratch, fa_run *run, bool is_caller);
     /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */
     double (*peak)(int64_t rounds);
     /* Reads all bytes, by whole vectors; what is returned depends on each of them. */
-    uint64_t (*read)(const char *data, size_t bytes, bool asks_ahead);
+    uint64_t (*read)(const char *data, size_t bytes, bool prefetches);
 } fa_kernel;
 
 /* Whether lines of keys and values are best asked for into L1, rather than L2: so on Zen 5, where a line in
  * L2 waits a second time for one of the places for what L1 has missed. Zen 4 reads a quarter to a half more
  * for four query rows by way of L2.
  */
-bool fa_asks_into_l1(void);
+bool fa_prefetch_to_l1(void);
 
 const fa_kernel *fa_select_kernel(const fa_problem *problem);
 /* The kernel that computes in the precision of `dtype`. */

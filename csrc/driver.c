@@ -13,13 +13,13 @@
 #define BLOCKS_PER_CLOCK 16
 
 #define CACHE_LINE 64
-#define MAX_SHARES 64
+#define MAX_QUEUES 64
 
 /* Items that nobody has begun: [next, end), in a cache line of their own. */
 typedef struct {
     _Alignas(CACHE_LINE) _Atomic int64_t next;
     int64_t end;
-} item_share;
+} work_queue;
 
 /* Each thread begins with a share of its own: in the next call on the same arrays it finds there what its
  * caches hold, and a claim takes no cache line from the other threads, which may be far away. Who has nothing
@@ -29,13 +29,13 @@ typedef struct {
     _Alignas(CACHE_LINE) fa_run run;
     const fa_partition *partition;
     char *shared; /* partial results; see plan.h */
-    int num_shares;
+    int num_queues;
     bool flushes_subnormals;
     _Alignas(CACHE_LINE) void *caller_scratch;
     uint64_t caller_mode; /* the caller's float mode outside the kernels */
     int64_t next_poll;    /* 0: the clock has not been looked at */
     unsigned blocks;      /* that the caller has begun */
-    item_share shares[MAX_SHARES];
+    work_queue queues[MAX_QUEUES];
 } forward_job;
 
 /* A signal handler of Python's may run, which finds the float mode that it expects. */
@@ -68,74 +68,74 @@ bool fa_should_stop(fa_run *run, bool is_caller)
 }
 
 typedef struct {
-    fa_item item;
+    fa_work_item item;
     const fa_kernel *kernel; /* NULL: no item */
 } claim;
 
 /* The next item of a share; -1 if there is none. */
-static int64_t claim_from(item_share *share)
+static int64_t pop(work_queue *queue)
 {
-    if (atomic_load_explicit(&share->next, memory_order_relaxed) >= share->end)
+    if (atomic_load_explicit(&queue->next, memory_order_relaxed) >= queue->end)
         return -1;
-    int64_t index = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed);
-    return index < share->end ? index : -1;
+    int64_t index = atomic_fetch_add_explicit(&queue->next, 1, memory_order_relaxed);
+    return index < queue->end ? index : -1;
 }
 
 /* From share `at` or, if that has none left, from those behind it. `before`: what the thread works on before
  * it, or NULL. */
-static void take_item(forward_job *job, int *at, const claim *before, claim *c)
+static void pop_or_steal(forward_job *job, int *at, const claim *before, claim *c)
 {
     c->kernel = NULL;
-    for (int tried = 0; tried < job->num_shares; tried++) {
-        int64_t index = claim_from(&job->shares[*at]);
+    for (int tried = 0; tried < job->num_queues; tried++) {
+        int64_t index = pop(&job->queues[*at]);
         if (index >= 0) {
             c->kernel = fa_item_at(job->run.problem, job->partition, index, job->shared, &c->item);
-            c->item.like_before =
-                before && before->kernel == c->kernel && fa_items_are_alike(&before->item, &c->item);
+            c->item.same_geometry =
+                before && before->kernel == c->kernel && fa_same_geometry(&before->item, &c->item);
             return;
         }
-        *at = (*at + 1) % job->num_shares;
+        *at = (*at + 1) % job->num_queues;
     }
 }
 
 /* While its share has more, a thread has an item before it works on the one before, so that it can start the
  * next one's reads; a share's last one goes to whoever is free. */
-static void take_ahead(forward_job *job, int *at, const claim *before, claim *c)
+static void pop_early(forward_job *job, int *at, const claim *before, claim *c)
 {
-    const item_share *share = &job->shares[*at];
+    const work_queue *queue = &job->queues[*at];
     c->kernel = NULL;
-    if (atomic_load_explicit(&share->next, memory_order_relaxed) + 2 <= share->end)
-        take_item(job, at, before, c);
+    if (atomic_load_explicit(&queue->next, memory_order_relaxed) + 2 <= queue->end)
+        pop_or_steal(job, at, before, c);
 }
 
-static void work_through_items(forward_job *job, void *scratch, int member)
+static void work_through_items(forward_job *job, void *scratch, int thread_index)
 {
-    const bool is_caller = member == 0;
-    int at = member % job->num_shares;
+    const bool is_caller = thread_index == 0;
+    int at = thread_index % job->num_queues;
     claim claims[2];
-    take_item(job, &at, NULL, &claims[0]);
+    pop_or_steal(job, &at, NULL, &claims[0]);
     for (int i = 0; claims[i].kernel; i ^= 1) {
         claim *now = &claims[i], *next = &claims[i ^ 1];
-        take_ahead(job, &at, now, next);
+        pop_early(job, &at, now, next);
         now->kernel->forward(job->run.problem, &now->item, next->kernel ? &next->item : NULL, scratch,
                              &job->run, is_caller);
         if (atomic_load_explicit(&job->run.stop, memory_order_relaxed))
             return;
         if (!next->kernel)
-            take_item(job, &at, now, next);
+            pop_or_steal(job, &at, now, next);
     }
 }
 
-static void work_in_float_mode(forward_job *job, void *scratch, int member)
+static void work_in_float_mode(forward_job *job, void *scratch, int thread_index)
 {
     if (!job->flushes_subnormals) {
-        work_through_items(job, scratch, member);
+        work_through_items(job, scratch, thread_index);
         return;
     }
     const uint64_t mode = fa_flush_subnormals();
-    if (member == 0)
+    if (thread_index == 0)
         job->caller_mode = mode;
-    work_through_items(job, scratch, member);
+    work_through_items(job, scratch, thread_index);
     fa_restore_float_mode(mode);
 }
 
@@ -149,40 +149,40 @@ static void poll_while_waiting(void *argument)
         atomic_store(&job->run.stop, true);
 }
 
-static void forward_items(void *argument, int member)
+static void forward_items(void *argument, int thread_index)
 {
     forward_job *job = argument;
-    if (member == 0) {
-        work_in_float_mode(job, job->caller_scratch, member);
+    if (thread_index == 0) {
+        work_in_float_mode(job, job->caller_scratch, thread_index);
         return;
     }
     void *scratch = fa_take_scratch(job->partition->scratch_bytes);
     if (!scratch)
         return; /* the others do this member's share */
-    work_in_float_mode(job, scratch, member);
+    work_in_float_mode(job, scratch, thread_index);
     fa_give_back_scratch(scratch);
 }
 
-static void share_out(forward_job *job)
+static void fill_queues(forward_job *job)
 {
     const fa_partition *partition = job->partition;
-    job->num_shares = partition->num_threads < MAX_SHARES ? partition->num_threads : MAX_SHARES;
-    for (int i = 0; i < job->num_shares; i++) {
-        atomic_init(&job->shares[i].next, partition->num_items * i / job->num_shares);
-        job->shares[i].end = partition->num_items * (i + 1) / job->num_shares;
+    job->num_queues = partition->num_threads < MAX_QUEUES ? partition->num_threads : MAX_QUEUES;
+    for (int i = 0; i < job->num_queues; i++) {
+        atomic_init(&job->queues[i].next, partition->num_items * i / job->num_queues);
+        job->queues[i].end = partition->num_items * (i + 1) / job->num_queues;
     }
 }
 
 static fa_status forward_partition(const fa_problem *problem, const fa_partition *partition, char *shared)
 {
-    forward_job job; /* the shares beyond num_shares are never read */
+    forward_job job; /* the shares beyond num_queues are never read */
     job.run = (fa_run){.problem = problem};
     job.partition = partition;
     job.shared = shared;
     job.flushes_subnormals = fa_select_kernel(problem)->flushes_subnormals;
     job.blocks = 0;
     job.next_poll = 0;
-    share_out(&job);
+    fill_queues(&job);
     job.caller_scratch = fa_take_scratch(partition->scratch_bytes);
     if (!job.caller_scratch)
         return FA_NO_MEMORY;

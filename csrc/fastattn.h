@@ -18,7 +18,7 @@
 
 /* Keys between two updates of the softmax of a few query rows. Each block gives few scores, and an update
  * waits for them: by single blocks 4 bfloat16 rows took 8 % longer. */
-#define FA_NARROW_KEYS (4 * FA_KEY_BLOCK)
+#define FA_DECODE_KEYS (4 * FA_KEY_BLOCK)
 
 typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64 } fa_dtype;
 
@@ -51,11 +51,11 @@ typedef struct {
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
 
     /* The weights' largest and sums, instead of all; top_count 0 and no totals: not asked for. Totals start
-     * as zeros, and are sums over the rows times total_unit, rounded. */
+     * as zeros, and are sums over the rows times fixed_point_scale, rounded. */
     int64_t top_count;
     fa_array top_indices, top_weights; /* FA_INT64, query's dtype (batch..., head, row, col) */
-    fa_array totals;                   /* FA_INT64 (batch..., head, col) */
-    double total_unit;
+    fa_array column_sums;              /* FA_INT64 (batch..., head, col) */
+    double fixed_point_scale;
 
     const int64_t *cu_seqlens_q, *cu_seqlens_k; /* of batch_shape[0] + 1; NULL: not packed */
     fa_array page_table;                        /* FA_INT64 (batch..., page), contiguous along its pages */
@@ -72,7 +72,7 @@ typedef struct {
 typedef struct {
     const char *isa;
     const char *kernel;
-    bool is_narrow;     /* lanes are keys and rows, not rows alone */
+    bool is_decode;     /* lanes are keys and rows, not rows alone */
     int tile_rows;      /* query rows of a full tile */
     int key_block;      /* keys between two updates of the running softmax */
     int tiles_per_item; /* tiles that share a key block */

@@ -21,9 +21,9 @@ typedef struct {
     _Atomic int64_t flops;
 } peak_job;
 
-static void run_peak(void *argument, int member)
+static void run_peak(void *argument, int thread_index)
 {
-    (void)member;
+    (void)thread_index;
     peak_job *job = argument;
     atomic_fetch_add(&job->flops, (int64_t)job->kernel->peak(job->rounds));
 }
@@ -57,8 +57,8 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 typedef struct {
     const fa_kernel *kernel;
     const char *data;
-    size_t bytes, share; /* of all; of a member */
-    bool asks_ahead;
+    size_t bytes, queue; /* of all; of a member */
+    bool prefetches;
     _Atomic size_t read;
     _Atomic uint64_t sum;
 } read_job;
@@ -67,14 +67,14 @@ typedef struct {
  * wait for few lines at a time, others are slowed by being asked. */
 #define READ_PASSES 16
 
-static void run_read(void *argument, int member)
+static void run_read(void *argument, int thread_index)
 {
     read_job *job = argument;
-    const size_t begin = (size_t)member * job->share;
+    const size_t begin = (size_t)thread_index * job->queue;
     if (begin >= job->bytes)
         return;
-    const size_t bytes = job->bytes - begin < job->share ? job->bytes - begin : job->share;
-    atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->asks_ahead));
+    const size_t bytes = job->bytes - begin < job->queue ? job->bytes - begin : job->queue;
+    atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->prefetches));
     atomic_fetch_add(&job->read, bytes);
 }
 
@@ -85,8 +85,8 @@ double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
     double best = 0;
     for (int pass = 0; pass < READ_PASSES; pass++) {
         read_job job = {.kernel = fa_kernel_for_dtype(FA_FLOAT32), .data = data, .bytes = bytes};
-        job.share = (bytes / members + 64) / 64 * 64;
-        job.asks_ahead = pass % 2 == 1;
+        job.queue = (bytes / members + 64) / 64 * 64;
+        job.prefetches = pass % 2 == 1;
         double start = seconds();
         fa_parallel(num_threads, run_read, NULL, &job);
         double rate = (double)job.read / (seconds() - start);

@@ -7,7 +7,7 @@
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)
 
-/* Tiles of an item share every key block: fewer reads of K and V beyond L2, and staging, where it is
+/* Tiles of an item share every key block: fewer reads of K and V beyond L2, and packing, where it is
  * needed, is paid once for all: of half types, eight take 3 % less time than four. */
 #define MAX_TILES_PER_ITEM 8
 
@@ -99,53 +99,55 @@ static double work_of(const fa_problem *p, const fa_sequence *s)
     return row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
 }
 
-static void split_keys(const fa_sequence *s, int64_t least, fa_cut *cut)
+static void split_keys(const fa_sequence *s, int64_t least, fa_group_plan *group_plan)
 {
     int64_t keys = s->key_hi - s->key_lo;
-    cut->split_keys = ceil_div(keys, (int64_t)FA_KEY_BLOCK * MAX_SPLITS) * FA_KEY_BLOCK;
-    if (cut->split_keys < least)
-        cut->split_keys = least;
-    cut->first_split = s->key_lo / cut->split_keys;
-    cut->num_splits = keys == 0 ? 1 : ceil_div(s->key_hi, cut->split_keys) - cut->first_split;
+    group_plan->split_keys = ceil_div(keys, (int64_t)FA_KEY_BLOCK * MAX_SPLITS) * FA_KEY_BLOCK;
+    if (group_plan->split_keys < least)
+        group_plan->split_keys = least;
+    group_plan->first_split = s->key_lo / group_plan->split_keys;
+    group_plan->num_splits =
+        keys == 0 ? 1 : ceil_div(s->key_hi, group_plan->split_keys) - group_plan->first_split;
 }
 
-static fa_cut cut_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
+static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
 {
     const int64_t rows = rows_per_group(p, s);
-    fa_cut cut = {.kernel = fa_select_kernel(p), .num_splits = 1, .rows_per_item = 1};
+    fa_group_plan group_plan = {.kernel = fa_select_kernel(p), .num_splits = 1, .rows_per_item = 1};
     if (rows == 0)
-        return cut;
-    const int64_t lanes = cut.kernel->lanes, tile_rows = lanes * cut.kernel->max_vectors;
+        return group_plan;
+    const int64_t lanes = group_plan.kernel->lanes, tile_rows = lanes * group_plan.kernel->max_vectors;
     if (rows <= tile_rows && p->top_count == 0) {
-        split_keys(s, MIN_SPLIT_KEYS, &cut);
-        cut.rows_per_item = rows;
-        cut.num_row_items = 1;
+        split_keys(s, MIN_SPLIT_KEYS, &group_plan);
+        group_plan.rows_per_item = rows;
+        group_plan.num_row_items = 1;
         /* Weights need a second pass, which one thread makes over all keys. */
-        cut.shares_splits = cut.num_splits > 1 && part->num_threads > 1 && !p->weights.data &&
-                            work_of(p, s) > part->work_per_item * (double)p->num_kv_heads;
-        return cut;
+        group_plan.shares_splits = group_plan.num_splits > 1 && part->num_threads > 1 && !p->weights.data &&
+                                   work_of(p, s) > part->work_per_item * (double)p->num_kv_heads;
+        return group_plan;
     }
     /* Items of whole vectors, as even as they can be. */
-    split_keys(s, p->top_count > 0 ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &cut);
+    split_keys(s, p->top_count > 0 ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
     const int64_t vectors = ceil_div(rows, lanes);
-    const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * cut.kernel->max_vectors);
-    cut.rows_per_item = ceil_div(vectors, items) * lanes;
-    cut.num_row_items = ceil_div(rows, cut.rows_per_item);
-    return cut;
+    const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * group_plan.kernel->max_vectors);
+    group_plan.rows_per_item = ceil_div(vectors, items) * lanes;
+    group_plan.num_row_items = ceil_div(rows, group_plan.rows_per_item);
+    return group_plan;
 }
 
-static int64_t items_per_group(const fa_cut *cut)
+static int64_t items_per_group(const fa_group_plan *group_plan)
 {
-    return cut->shares_splits ? cut->num_splits : cut->num_row_items;
+    return group_plan->shares_splits ? group_plan->num_splits : group_plan->num_row_items;
 }
 
 /* The partial results of a group, behind a line with the count of those that are there. */
 #define COUNT_BYTES 64
 
-static size_t partial_bytes_per_group(const fa_problem *p, const fa_cut *cut)
+static size_t partial_bytes_per_group(const fa_problem *p, const fa_group_plan *group_plan)
 {
-    return cut->shares_splits
-               ? COUNT_BYTES + (size_t)cut->num_splits * cut->kernel->partial_bytes(p, cut->rows_per_item)
+    return group_plan->shares_splits
+               ? COUNT_BYTES + (size_t)group_plan->num_splits *
+                                   group_plan->kernel->partial_bytes(p, group_plan->rows_per_item)
                : 0;
 }
 
@@ -157,7 +159,7 @@ static bool varies(const fa_array *array, const fa_problem *p)
     return array->data && steps;
 }
 
-static bool sequences_are_alike(const fa_problem *p)
+static bool sequences_are_uniform(const fa_problem *p)
 {
     return !p->cu_seqlens_q && !p->cu_seqlens_k && !varies(&p->key_lengths, p) &&
            !varies(&p->query_offset, p);
@@ -171,25 +173,25 @@ static fa_sequence nth_sequence(const fa_problem *p, int64_t n)
 }
 
 /* Sums over all sequences; of sequences that are alike, only the first is looked at. */
-static double total_work(const fa_problem *p, int64_t num_sequences, bool alike)
+static double total_work(const fa_problem *p, int64_t num_sequences, bool uniform)
 {
     double total = 0;
-    for (int64_t n = 0; n < (alike ? 1 : num_sequences); n++) {
+    for (int64_t n = 0; n < (uniform ? 1 : num_sequences); n++) {
         fa_sequence s = nth_sequence(p, n);
         total += work_of(p, &s);
     }
-    return alike ? total * (double)num_sequences : total;
+    return uniform ? total * (double)num_sequences : total;
 }
 
-static int64_t count_items(const fa_problem *p, const fa_partition *part, bool alike)
+static int64_t count_items(const fa_problem *p, const fa_partition *part, bool uniform)
 {
     int64_t items = 0;
-    for (int64_t n = 0; n < (alike ? 1 : part->num_sequences); n++) {
+    for (int64_t n = 0; n < (uniform ? 1 : part->num_sequences); n++) {
         fa_sequence s = nth_sequence(p, n);
-        fa_cut cut = cut_group(p, part, &s);
-        items += items_per_group(&cut) * p->num_kv_heads;
+        fa_group_plan group_plan = plan_group(p, part, &s);
+        items += items_per_group(&group_plan) * p->num_kv_heads;
     }
-    return alike ? items * part->num_sequences : items;
+    return uniform ? items * part->num_sequences : items;
 }
 
 static void choose_threads(const fa_problem *p, double work, fa_partition *part)
@@ -201,28 +203,31 @@ static void choose_threads(const fa_problem *p, double work, fa_partition *part)
     part->work_per_item = work / (ITEMS_PER_THREAD * (double)part->num_threads);
 }
 
-static void choose_tiles_per_item(const fa_problem *p, bool alike, fa_partition *part)
+static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partition *part)
 {
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
     const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
     part->tiles_per_item = (int)clamp(most_tiles, 1, MAX_TILES_PER_ITEM);
     while (part->tiles_per_item > 1 && (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
-                                        count_items(p, part, alike) < ITEMS_PER_THREAD * part->num_threads))
+                                        count_items(p, part, uniform) < ITEMS_PER_THREAD * part->num_threads))
         part->tiles_per_item--;
 }
 
 /* Adds the items and needs of `times` sequences that are cut like this. */
-static void add_sequences(const fa_problem *p, const fa_cut *cut, int64_t times, fa_partition *part)
+static void add_sequences(const fa_problem *p, const fa_group_plan *group_plan, int64_t times,
+                          fa_partition *part)
 {
-    if (cut->num_row_items == 0)
+    if (group_plan->num_row_items == 0)
         return;
-    const int64_t tile_rows = (int64_t)cut->kernel->lanes * cut->kernel->max_vectors;
-    size_t scratch = cut->kernel->scratch_bytes(p, (int)ceil_div(cut->rows_per_item, tile_rows));
-    part->num_items += times * p->num_kv_heads * items_per_group(cut);
-    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, cut);
+    const int64_t tile_rows = (int64_t)group_plan->kernel->lanes * group_plan->kernel->max_vectors;
+    size_t scratch =
+        group_plan->kernel->scratch_bytes(p, (int)ceil_div(group_plan->rows_per_item, tile_rows));
+    part->num_items += times * p->num_kv_heads * items_per_group(group_plan);
+    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, group_plan);
     part->scratch_bytes = scratch > part->scratch_bytes ? scratch : part->scratch_bytes;
-    part->most_splits = cut->num_splits > part->most_splits ? cut->num_splits : part->most_splits;
+    part->most_splits =
+        group_plan->num_splits > part->most_splits ? group_plan->num_splits : part->most_splits;
 }
 
 bool fa_partition_problem(const fa_problem *p, fa_partition *part)
@@ -230,24 +235,24 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
     *part = (fa_partition){.num_sequences = count_sequences(p), .tiles_per_item = 1, .num_threads = 1};
     if (p->num_heads == 0 || p->seqlen_q == 0 || p->num_kv_heads == 0 || part->num_sequences == 0)
         return true;
-    const bool alike = sequences_are_alike(p);
-    choose_threads(p, total_work(p, part->num_sequences, alike), part);
-    choose_tiles_per_item(p, alike, part);
-    if (alike) {
+    const bool uniform = sequences_are_uniform(p);
+    choose_threads(p, total_work(p, part->num_sequences, uniform), part);
+    choose_tiles_per_item(p, uniform, part);
+    if (uniform) {
         part->sequence = nth_sequence(p, 0);
-        part->cut = cut_group(p, part, &part->sequence);
-        add_sequences(p, &part->cut, part->num_sequences, part);
+        part->group_plan = plan_group(p, part, &part->sequence);
+        add_sequences(p, &part->group_plan, part->num_sequences, part);
     } else {
         part->before = malloc(((size_t)part->num_sequences + 1) * sizeof *part->before);
         if (!part->before)
             return false;
         for (int64_t n = 0; n < part->num_sequences; n++) {
-            part->before[n] = (fa_position){part->num_items, part->shared_bytes};
+            part->before[n] = (fa_prefix){part->num_items, part->shared_bytes};
             fa_sequence s = nth_sequence(p, n);
-            fa_cut cut = cut_group(p, part, &s);
-            add_sequences(p, &cut, 1, part);
+            fa_group_plan group_plan = plan_group(p, part, &s);
+            add_sequences(p, &group_plan, 1, part);
         }
-        part->before[part->num_sequences] = (fa_position){part->num_items, part->shared_bytes};
+        part->before[part->num_sequences] = (fa_prefix){part->num_items, part->shared_bytes};
     }
     if (part->num_threads > part->num_items)
         part->num_threads = part->num_items > 0 ? (int)part->num_items : 1;
@@ -273,53 +278,54 @@ static int64_t find_sequence(const fa_partition *part, int64_t item)
     return lo;
 }
 
-static fa_position position_of(const fa_partition *part, int64_t sequence)
+static fa_prefix prefix_of(const fa_partition *part, int64_t sequence)
 {
     if (part->before)
         return part->before[sequence];
-    return (fa_position){sequence * (part->num_items / part->num_sequences),
-                         (size_t)sequence * (part->shared_bytes / (size_t)part->num_sequences)};
+    return (fa_prefix){sequence * (part->num_items / part->num_sequences),
+                       (size_t)sequence * (part->shared_bytes / (size_t)part->num_sequences)};
 }
 
 /* Items of a group follow each other, so that a thread finds its keys in cache; later rows first,
  * because under a causal mask they are the longer ones, and the last items should be short. */
 const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64_t index, char *shared,
-                            fa_item *item)
+                            fa_work_item *item)
 {
     int64_t sequence =
         part->before ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
-    fa_position before = position_of(part, sequence);
+    fa_prefix before = prefix_of(part, sequence);
     index_sequence(p, sequence, item->batch_index);
     item->sequence = part->before ? sequence_at(p, item->batch_index) : part->sequence;
 
-    const fa_cut cut = part->before ? cut_group(p, part, &item->sequence) : part->cut;
-    const int64_t per_group = items_per_group(&cut);
+    const fa_group_plan group_plan = part->before ? plan_group(p, part, &item->sequence) : part->group_plan;
+    const int64_t per_group = items_per_group(&group_plan);
     item->kv_head = (index - before.items) / per_group;
     int64_t in_group = (index - before.items) % per_group;
 
-    item->split_keys = cut.split_keys;
-    item->first_split = item->split_begin = cut.first_split;
-    item->num_splits = cut.num_splits;
-    item->split_end = cut.first_split + cut.num_splits;
+    item->split_keys = group_plan.split_keys;
+    item->first_split = item->split_begin = group_plan.first_split;
+    item->num_splits = group_plan.num_splits;
+    item->split_end = group_plan.first_split + group_plan.num_splits;
     item->partials = NULL;
     item->splits_done = NULL;
-    int64_t row_item = cut.num_row_items - 1 - in_group;
-    if (cut.shares_splits) {
+    int64_t row_item = group_plan.num_row_items - 1 - in_group;
+    if (group_plan.shares_splits) {
         char *group =
-            shared + before.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &cut);
+            shared + before.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &group_plan);
         item->splits_done = (_Atomic int64_t *)group;
         item->partials = group + COUNT_BYTES;
-        item->split_begin = cut.first_split + in_group;
+        item->split_begin = group_plan.first_split + in_group;
         item->split_end = item->split_begin + 1;
         row_item = 0;
     }
     const int64_t rows = rows_per_group(p, &item->sequence);
-    item->row_begin = row_item * cut.rows_per_item;
-    item->row_end = item->row_begin + cut.rows_per_item < rows ? item->row_begin + cut.rows_per_item : rows;
-    return cut.kernel;
+    item->row_begin = row_item * group_plan.rows_per_item;
+    item->row_end =
+        item->row_begin + group_plan.rows_per_item < rows ? item->row_begin + group_plan.rows_per_item : rows;
+    return group_plan.kernel;
 }
 
-bool fa_items_are_alike(const fa_item *a, const fa_item *b)
+bool fa_same_geometry(const fa_work_item *a, const fa_work_item *b)
 {
     const fa_sequence *s = &a->sequence, *t = &b->sequence;
     return a->row_begin == b->row_begin && a->row_end == b->row_end && s->num_queries == t->num_queries &&
@@ -334,13 +340,13 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
         return FA_NO_MEMORY;
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t group = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
-    const bool is_narrow = p->seqlen_q * group <= kernel->narrow_rows;
+    const bool is_decode = p->seqlen_q * group <= kernel->decode_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,
-        .is_narrow = is_narrow,
+        .is_decode = is_decode,
         .tile_rows = kernel->lanes * kernel->max_vectors,
-        .key_block = is_narrow ? FA_NARROW_KEYS : FA_KEY_BLOCK,
+        .key_block = is_decode ? FA_DECODE_KEYS : FA_KEY_BLOCK,
         .tiles_per_item = part.tiles_per_item,
         .num_splits = part.most_splits,
         .num_items = part.num_items,

@@ -11,13 +11,13 @@ typedef struct {
     int64_t num_row_items;
     int64_t split_keys, first_split, num_splits;
     bool shares_splits; /* each split is an item */
-} fa_cut;
+} fa_group_plan;
 
 /* Where a sequence's items and partial results begin, among those of all sequences. */
 typedef struct {
     int64_t items;
     size_t partial_bytes;
-} fa_position;
+} fa_prefix;
 
 typedef struct {
     int64_t num_sequences;
@@ -26,11 +26,11 @@ typedef struct {
     int tiles_per_item;
     double work_per_item; /* a group of more than that shares its splits out */
     int num_threads;
-    size_t scratch_bytes; /* per thread */
-    size_t shared_bytes;  /* for the partial results of split groups */
-    fa_position *before;  /* of each sequence and after the last; NULL: they are all alike, */
-    fa_sequence sequence; /* like this one, */
-    fa_cut cut;           /* and cut like this */
+    size_t scratch_bytes;     /* per thread */
+    size_t shared_bytes;      /* for the partial results of split groups */
+    fa_prefix *before;        /* of each sequence and after the last; NULL: they are all alike, */
+    fa_sequence sequence;     /* like this one, */
+    fa_group_plan group_plan; /* and cut like this */
 } fa_partition;
 
 /* false: no memory. */
@@ -39,9 +39,9 @@ void fa_free_partition(fa_partition *partition);
 
 /* The item of a given index, 0 <= index < num_items, and its kernel. `shared` is shared_bytes of zeros. */
 const fa_kernel *fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index,
-                            char *shared, fa_item *item);
+                            char *shared, fa_work_item *item);
 
 /* Whether two items differ in nothing but where their arrays lie. */
-bool fa_items_are_alike(const fa_item *a, const fa_item *b);
+bool fa_same_geometry(const fa_work_item *a, const fa_work_item *b);
 
 #endif

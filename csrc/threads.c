@@ -38,14 +38,14 @@ static struct {
     atomic_int unfinished;     /* workers still in the task */
     atomic_bool caller_sleeps; /* the caller waits for `finished` */
     int num_workers;           /* touched only by the thread that holds `busy` */
-    void (*task)(void *argument, int member);
+    void (*task)(void *argument, int thread_index);
     void *argument;
     fenv_t environment;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .finished = PTHREAD_COND_INITIALIZER};
 
 /* By member. Each sleeps by itself: a region wakes those that it has work for, however many there are. */
 static struct {
-    pthread_cond_t announced;
+    pthread_cond_t published;
     atomic_bool sleeps;
 } workers[MAX_WORKERS + 1];
 
@@ -92,14 +92,14 @@ static bool some_unfinished(uint64_t unused)
     return atomic_load(&pool.unfinished) > 0;
 }
 
-static uint64_t wait_for_ticket(uint64_t seen, int member)
+static uint64_t wait_for_ticket(uint64_t seen, int thread_index)
 {
     if (!spin_while(no_new_ticket, seen)) {
         pthread_mutex_lock(&pool.lock);
-        atomic_store(&workers[member].sleeps, true);
+        atomic_store(&workers[thread_index].sleeps, true);
         while (no_new_ticket(seen))
-            pthread_cond_wait(&workers[member].announced, &pool.lock);
-        atomic_store(&workers[member].sleeps, false);
+            pthread_cond_wait(&workers[thread_index].published, &pool.lock);
+        atomic_store(&workers[thread_index].sleeps, false);
         pthread_mutex_unlock(&pool.lock);
     }
     return atomic_load(&pool.ticket);
@@ -107,21 +107,21 @@ static uint64_t wait_for_ticket(uint64_t seen, int member)
 
 /* What a new worker is told: its number, and the ticket that was current when it was created. */
 typedef struct {
-    int member;
+    int thread_index;
     uint64_t ticket;
-} birth;
+} worker_start;
 
 static void *work(void *argument)
 {
-    birth mine = *(birth *)argument;
+    worker_start mine = *(worker_start *)argument;
     free(argument);
     inside_task = true;
     for (uint64_t ticket = mine.ticket;;) {
-        ticket = wait_for_ticket(ticket, mine.member);
-        if (mine.member >= (int)(ticket & MEMBER_MASK))
+        ticket = wait_for_ticket(ticket, mine.thread_index);
+        if (mine.thread_index >= (int)(ticket & MEMBER_MASK))
             continue;
         fesetenv(&pool.environment);
-        pool.task(pool.argument, mine.member);
+        pool.task(pool.argument, mine.thread_index);
         if (atomic_fetch_sub(&pool.unfinished, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
             pthread_mutex_lock(&pool.lock);
             pthread_cond_signal(&pool.finished);
@@ -149,14 +149,14 @@ __attribute__((constructor)) static void watch_forks(void)
 }
 
 /* Workers block signals: those are the main thread's, where Python handles them. Faults are their own. */
-static bool create_worker(int member)
+static bool create_worker(int thread_index)
 {
-    birth *argument = malloc(sizeof *argument);
+    worker_start *argument = malloc(sizeof *argument);
     if (!argument)
         return false;
-    *argument = (birth){member, atomic_load(&pool.ticket)};
-    pthread_cond_init(&workers[member].announced, NULL);
-    atomic_store(&workers[member].sleeps, false);
+    *argument = (worker_start){thread_index, atomic_load(&pool.ticket)};
+    pthread_cond_init(&workers[thread_index].published, NULL);
+    atomic_store(&workers[thread_index].sleeps, false);
     sigset_t all, previous;
     sigfillset(&all);
     const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
@@ -182,16 +182,16 @@ static int grow_pool(int wanted)
     return pool.num_workers < wanted ? pool.num_workers : wanted;
 }
 
-static void announce(int members)
+static void publish(int members)
 {
     uint64_t region = (atomic_load(&pool.ticket) >> MEMBER_BITS) + 1;
     atomic_store(&pool.unfinished, members - 1);
     atomic_store(&pool.ticket, region << MEMBER_BITS | (uint64_t)members);
-    for (int member = 1; member < members; member++) {
-        if (!atomic_load(&workers[member].sleeps))
+    for (int thread_index = 1; thread_index < members; thread_index++) {
+        if (!atomic_load(&workers[thread_index].sleeps))
             continue;
         pthread_mutex_lock(&pool.lock);
-        pthread_cond_signal(&workers[member].announced);
+        pthread_cond_signal(&workers[thread_index].published);
         pthread_mutex_unlock(&pool.lock);
     }
 }
@@ -220,8 +220,8 @@ static void wait_for_workers(void (*idle)(void *argument), void *argument)
     pthread_mutex_unlock(&pool.lock);
 }
 
-void fa_parallel(int num_threads, void (*task)(void *argument, int member), void (*idle)(void *argument),
-                 void *argument)
+void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index),
+                 void (*idle)(void *argument), void *argument)
 {
     if (num_threads <= 1 || inside_task || atomic_exchange(&pool.busy, true)) {
         task(argument, 0);
@@ -232,7 +232,7 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int member), void
     pool.argument = argument;
     fegetenv(&pool.environment);
     if (workers > 0)
-        announce(workers + 1);
+        publish(workers + 1);
     inside_task = true;
     task(argument, 0);
     if (workers > 0)

@@ -15,8 +15,8 @@ int64_t fa_nanoseconds(void);
  * alone. So the members must share the work out among themselves. While the caller waits for the others it
  * calls idle(argument), if there is one, some times a second. Members compute in the caller's
  * floating-point environment. */
-void fa_parallel(int num_threads, void (*task)(void *argument, int member), void (*idle)(void *argument),
-                 void *argument);
+void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index),
+                 void (*idle)(void *argument), void *argument);
 
 /* At least `bytes`, 64-byte aligned, until it is given back; NULL if there is no memory. A thread keeps one
  * buffer for its next call. A second one, taken by a call within a call (a signal handler of Python's may

@@ -32,8 +32,8 @@ cdef extern from "fastattn.h" nogil:
         fa_array query, key, value, mask, bias, alibi_slopes, sinks, key_lengths, query_offset
         fa_array key_scale, value_scale
         int64_t top_count
-        fa_array top_indices, top_weights, totals
-        double total_unit
+        fa_array top_indices, top_weights, column_sums
+        double fixed_point_scale
         fa_array out, lse, weights
         const int64_t *cu_seqlens_q
         const int64_t *cu_seqlens_k
@@ -47,7 +47,7 @@ cdef extern from "fastattn.h" nogil:
     ctypedef struct fa_plan:
         const char *isa
         const char *kernel
-        c_bool is_narrow
+        c_bool is_decode
         int tile_rows, key_block, tiles_per_item
         int64_t num_splits, num_items
         int num_threads

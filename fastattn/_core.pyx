@@ -982,22 +982,22 @@ def top_keys(query, key, k, scale, causal, query_offset, window, mask, bias, ali
     call.set_out(None, None)
     cdef cnp.ndarray indices = call.new_array(np.dtype(np.int64), p.top_count)
     cdef cnp.ndarray weights = call.new_array(call.query.descr, p.top_count)
-    cdef cnp.ndarray totals = None
+    cdef cnp.ndarray column_sums = None
     describe(&p.top_indices, p, indices, 3)
     describe(&p.top_weights, p, weights, 3)
     p.top_weights.dtype = p.query.dtype
     if return_totals:
         *rows, _ = score_shape(p, call.single_head)
-        totals = np.zeros((*rows[:len(rows) - 1], p.seqlen_k), np.int64)
-        describe(&p.totals, p, totals, 2)
+        column_sums = np.zeros((*rows[:len(rows) - 1], p.seqlen_k), np.int64)
+        describe(&p.column_sums, p, column_sums, 2)
         # The largest total is the number of rows; it must stay below 2**63.
-        p.total_unit = 2.0 ** (61 - int(p.seqlen_q).bit_length())
-        p.totals.col, p.totals.row = p.totals.row, 0
+        p.fixed_point_scale = 2.0 ** (61 - int(p.seqlen_q).bit_length())
+        p.column_sums.col, p.column_sums.row = p.column_sums.row, 0
     run(call)
     if not return_totals:
         return indices, weights
     dtype = np.float64 if p.query.dtype == FA_FLOAT64 else np.float32
-    return indices, weights, (totals / p.total_unit).astype(dtype)
+    return indices, weights, (column_sums / p.fixed_point_scale).astype(dtype)
 
 
 cdef int64_t top_count(object k) except -1:
@@ -1056,7 +1056,7 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
         "key": axes_of(call.key),
         "value": axes_of(call.value),
         "isa": chosen.isa.decode(),
-        "path": chosen.kernel.decode() + ("-narrow" if chosen.is_narrow else ""),
+        "path": chosen.kernel.decode() + ("-decode" if chosen.is_decode else ""),
         "tile": (chosen.tile_rows, chosen.key_block),
         "splits": chosen.num_splits,
         "items": chosen.num_items,

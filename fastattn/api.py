@@ -377,7 +377,7 @@ class Plan:
     isa : str
         Instruction set of the kernel.
     path : str
-        What the kernel computes in: "float32", "float64", "bf16dot" or "bf16tile"; with "-narrow" for a few query
+        What the kernel computes in: "float32", "float64", "bf16dot" or "bf16tile"; with "-decode" for a few query
         rows, which are served at the speed at which keys are read.
     tile : (int, int)
         Query rows that are worked on together, and keys between two updates of the softmax.

@@ -231,7 +231,7 @@ def test_softcaps_beyond_the_precision(dtypes, softcap):
 
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [F32, F64], ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("seqlen_q", [1, 4000], ids=["narrow", "wide"])
+@pytest.mark.parametrize("seqlen_q", [1, 4000], ids=["decode", "wide"])
 def test_softcap_keeps_the_relative_accuracy_of_any_score(dtype, seqlen_q):
     """The lse of one key is its score, capped. Far from 0 and near it are computed differently; lanes of one vector
     may be on both sides. The bound: some eight roundings."""
@@ -245,7 +245,7 @@ def test_softcap_keeps_the_relative_accuracy_of_any_score(dtype, seqlen_q):
         np.testing.assert_allclose(lse, expected, rtol=8 * UNIT[dtype])
 
 
-@pytest.mark.parametrize("seqlen_q", [1, 40], ids=["narrow", "wide"])
+@pytest.mark.parametrize("seqlen_q", [1, 40], ids=["decode", "wide"])
 @pytest.mark.parametrize(
     ("dtype", "huge", "tiny", "cap"), [(F32, 1e8, 1e-16, 1e30), (F64, 1e15, 1e-30, 1e300)], ids=["float32", "float64"]
 )

@@ -5,8 +5,8 @@
 #include "../fastattn.h"
 
 typedef float real;
-typedef int32_t lane;
-typedef uint32_t ulane;
+typedef int32_t lane_int;
+typedef uint32_t lane_uint;
 #define FA_REAL_BYTES 4
 #define FA_REAL_DTYPE FA_FLOAT32
 

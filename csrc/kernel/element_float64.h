@@ -5,8 +5,8 @@
 #include "../fastattn.h"
 
 typedef double real;
-typedef int64_t lane;
-typedef uint64_t ulane;
+typedef int64_t lane_int;
+typedef uint64_t lane_uint;
 #define FA_REAL_BYTES 8
 #define FA_REAL_DTYPE FA_FLOAT64
 

@@ -168,7 +168,7 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 
 /* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
  * with a line. Four lines a turn, because where sequences are short, asking is a twentieth of the work. */
-FA_INLINE void prefetch(const char *data, ptrdiff_t bytes)
+FA_INLINE void prefetch_bytes(const char *data, ptrdiff_t bytes)
 {
     const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
     const ptrdiff_t lines = bytes > 0 ? (lead + bytes + 63) / 64 : 0;
@@ -297,7 +297,7 @@ FA_INLINE void store_elements(char *dst, ptrdiff_t step, int count, fa_dtype dty
         memcpy(dst + i * step, elements + i * size, (size_t)size);
 }
 
-FA_INLINE void load_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
+FA_INLINE void load_whole_transposed(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
 {
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
@@ -305,7 +305,7 @@ FA_INLINE void load_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype d
     vec_transpose(x);
 }
 
-FA_INLINE void store_whole_square(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
+FA_INLINE void store_whole_transposed(char *const *rows, ptrdiff_t offset, fa_dtype dtype, vec x[LANES])
 {
     vec_transpose(x);
 #pragma GCC unroll 16
@@ -324,16 +324,16 @@ FA_INLINE bool are_adjacent(char *const *rows, int size)
 
 /* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole squares
  * of the usual dtypes stay in registers. */
-FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count, fa_dtype dtype,
-                           vec x[LANES])
+FA_INLINE void load_transposed(char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count, fa_dtype dtype,
+                               vec x[LANES])
 {
     bool whole = step == element_size(dtype) && count == LANES;
     if (whole && dtype == FA_REAL_DTYPE) {
-        load_whole_square(rows, offset, FA_REAL_DTYPE, x);
+        load_whole_transposed(rows, offset, FA_REAL_DTYPE, x);
     } else if (whole && dtype == FA_FLOAT16) {
-        load_whole_square(rows, offset, FA_FLOAT16, x);
+        load_whole_transposed(rows, offset, FA_FLOAT16, x);
     } else if (whole && dtype == FA_BFLOAT16) {
-        load_whole_square(rows, offset, FA_BFLOAT16, x);
+        load_whole_transposed(rows, offset, FA_BFLOAT16, x);
     } else if (are_adjacent(rows, element_size(dtype))) {
         for (int i = 0; i < count; i++)
             x[i] = load_contiguous(rows[0] + offset + i * step, dtype);
@@ -351,17 +351,17 @@ FA_INLINE void load_square(char *const *rows, ptrdiff_t offset, ptrdiff_t step, 
     }
 }
 
-/* The transpose of load_square, for `num_rows` <= LANES rows. */
-FA_INLINE void store_square(char *const *rows, int num_rows, ptrdiff_t offset, ptrdiff_t step, int count,
-                            fa_dtype dtype, vec x[LANES])
+/* The transpose of load_transposed, for `num_rows` <= LANES rows. */
+FA_INLINE void store_transposed(char *const *rows, int num_rows, ptrdiff_t offset, ptrdiff_t step, int count,
+                                fa_dtype dtype, vec x[LANES])
 {
     bool whole = step == element_size(dtype) && count == LANES && num_rows == LANES;
     if (whole && dtype == FA_REAL_DTYPE) {
-        store_whole_square(rows, offset, FA_REAL_DTYPE, x);
+        store_whole_transposed(rows, offset, FA_REAL_DTYPE, x);
     } else if (whole && dtype == FA_FLOAT16) {
-        store_whole_square(rows, offset, FA_FLOAT16, x);
+        store_whole_transposed(rows, offset, FA_FLOAT16, x);
     } else if (whole && dtype == FA_BFLOAT16) {
-        store_whole_square(rows, offset, FA_BFLOAT16, x);
+        store_whole_transposed(rows, offset, FA_BFLOAT16, x);
     } else if (num_rows == LANES && are_adjacent(rows, element_size(dtype))) {
         for (int i = 0; i < count; i++)
             store_contiguous(rows[0] + offset + i * step, dtype, x[i]);
@@ -388,23 +388,23 @@ typedef struct {
     ptrdiff_t scale_step;
 } source_rows;
 
-/* Of a row of keys or values that is staged, in vectors of `real` or of pairs of elements. */
-FA_INLINE ptrdiff_t staged_row_bytes(int64_t head_dim)
+/* Of a row of keys or values that is packed, in vectors of `real` or of pairs of elements. */
+FA_INLINE ptrdiff_t packed_row_bytes(int64_t head_dim)
 {
     return (head_dim + LANES - 1) / LANES * FA_VECTOR_BYTES;
 }
 
 /* Whether rows lie side by side, an element apart, and what follows in a row lies far from it. */
-FA_INLINE bool lies_across(const fa_array *array)
+FA_INLINE bool is_transposed(const fa_array *array)
 {
     const int size = element_size(array->dtype);
     return array->row == size && !is_close(array->col, size);
 }
 
-/* Whether rows are gathered before they are staged: neither their elements nor the rows lie close. */
+/* Whether rows are gathered before they are packed: neither their elements nor the rows lie close. */
 FA_INLINE bool is_scattered(const fa_array *array)
 {
-    return !is_close(array->col, element_size(array->dtype)) && !lies_across(array);
+    return !is_close(array->col, element_size(array->dtype)) && !is_transposed(array);
 }
 
 /* Gathers `num_rows` rows into `to`, and describes them there. */
@@ -418,8 +418,8 @@ FA_INLINE source_rows gather_rows(const source_rows *src, int num_rows, int colu
     return (source_rows){to, gathered, src->scale, src->scale_step};
 }
 
-/* stage_rows by squares, which are transposed. */
-FA_INLINE void stage_rows_across(const source_rows *src, int num_keys, int head_dim, char *stage)
+/* pack_rows by squares, which are transposed. */
+FA_INLINE void pack_rows_transposed(const source_rows *src, int num_keys, int head_dim, char *packed)
 {
     const fa_array *array = src->array;
     for (int n = 0; n < num_keys; n += LANES) {
@@ -433,70 +433,70 @@ FA_INLINE void stage_rows_across(const source_rows *src, int num_keys, int head_
             }
             vec_transpose(x);
             for (int i = 0; i < keys; i++)
-                vec_store(stage + (n + i) * staged_row_bytes(head_dim) + d * (int)sizeof(real), x[i]);
+                vec_store(packed + (n + i) * packed_row_bytes(head_dim) + d * (int)sizeof(real), x[i]);
         }
     }
 }
 
-/* stage_rows by elements `col` bytes apart. */
-FA_INLINE void stage_rows_along(const source_rows *src, fa_dtype dtype, ptrdiff_t col, bool scaled,
-                                int num_keys, int head_dim, char *stage)
+/* pack_rows by elements `col` bytes apart. */
+FA_INLINE void pack_rows_along(const source_rows *src, fa_dtype dtype, ptrdiff_t col, bool scaled,
+                               int num_keys, int head_dim, char *packed)
 {
     const int whole = head_dim / LANES * LANES;
-    for (int n = 0; n < num_keys; n++, stage += staged_row_bytes(head_dim)) {
+    for (int n = 0; n < num_keys; n++, packed += packed_row_bytes(head_dim)) {
         const char *row = src->data + n * src->array->row;
         real scale = scaled ? load_element(src->scale + n * src->scale_step, FA_FLOAT32) : 1;
         for (int d = 0; d < whole; d += LANES) {
             vec x = load_elements(row + d * col, col, LANES, dtype);
-            vec_store(stage + d * (int)sizeof(real), scaled ? x * scale : x);
+            vec_store(packed + d * (int)sizeof(real), scaled ? x * scale : x);
         }
         if (whole < head_dim) {
             vec x = load_elements(row + whole * col, col, head_dim - whole, dtype);
-            vec_store(stage + whole * (int)sizeof(real), scaled ? x * scale : x);
+            vec_store(packed + whole * (int)sizeof(real), scaled ? x * scale : x);
         }
     }
 }
 
 /* Widens `num_keys` rows into [n][d], and multiplies them by their scales. Of dtypes that are known here it
  * takes a third of the time. */
-FA_INLINE void stage_rows(const source_rows *src, int num_keys, int head_dim, char *stage)
+FA_INLINE void pack_rows(const source_rows *src, int num_keys, int head_dim, char *packed)
 {
     const fa_array *array = src->array;
     const bool close = array->col == 2 && !src->scale;
-    if (lies_across(array) && !src->scale)
-        stage_rows_across(src, num_keys, head_dim, stage);
+    if (is_transposed(array) && !src->scale)
+        pack_rows_transposed(src, num_keys, head_dim, packed);
     else if (close && array->dtype == FA_FLOAT16)
-        stage_rows_along(src, FA_FLOAT16, 2, false, num_keys, head_dim, stage);
+        pack_rows_along(src, FA_FLOAT16, 2, false, num_keys, head_dim, packed);
     else if (close && array->dtype == FA_BFLOAT16)
-        stage_rows_along(src, FA_BFLOAT16, 2, false, num_keys, head_dim, stage);
+        pack_rows_along(src, FA_BFLOAT16, 2, false, num_keys, head_dim, packed);
     else
-        stage_rows_along(src, array->dtype, array->col, src->scale, num_keys, head_dim, stage);
+        pack_rows_along(src, array->dtype, array->col, src->scale, num_keys, head_dim, packed);
 }
 
-/* bfloat16 is widened two vectors at a time: shifts and masks are cheaper than moving halves to lanes. So the
+/* bfloat16 is upcast two vectors at a time: shifts and masks are cheaper than moving halves to lanes. So the
  * even elements come first, then the odd ones. */
-FA_INLINE bool comes_in_twos(fa_dtype dtype)
+FA_INLINE bool is_deinterleaved(fa_dtype dtype)
 {
     return FA_REAL_BYTES == 4 && dtype == FA_BFLOAT16;
 }
 
-/* Whether a narrow tile takes rows as they lie: they can be loaded in vectors, to their end. */
-FA_INLINE bool lies_in_vectors(const fa_array *array, int64_t columns)
+/* Whether a decode tile takes rows as they lie: they can be loaded in vectors, to their end. */
+FA_INLINE bool is_vector_aligned(const fa_array *array, int64_t columns)
 {
-    const int at_once = comes_in_twos(array->dtype) ? 2 * LANES : LANES;
+    const int at_once = is_deinterleaved(array->dtype) ? 2 * LANES : LANES;
     return array->col == element_size(array->dtype) && columns % at_once == 0;
 }
 
-/* Whether the vectors of a row, as read by a narrow tile, are even elements and odd ones in turn. */
-FA_INLINE bool reads_twos(const fa_array *array, int64_t columns)
+/* Whether the vectors of a row, as read by a decode tile, are even elements and odd ones in turn. */
+FA_INLINE bool reads_deinterleaved(const fa_array *array, int64_t columns)
 {
-    return comes_in_twos(array->dtype) && lies_in_vectors(array, columns);
+    return is_deinterleaved(array->dtype) && is_vector_aligned(array, columns);
 }
 
 /* Vector i of a row. */
 FA_INLINE vec load_nth(const char *row, fa_dtype dtype, int i)
 {
-    if (!comes_in_twos(dtype))
+    if (!is_deinterleaved(dtype))
         return load_contiguous(row + i * LANES * element_size(dtype), dtype);
     uvec two = (uvec)vec_load(row + i / 2 * FA_VECTOR_BYTES);
     if (i % 2 == 0)
@@ -505,7 +505,7 @@ FA_INLINE vec load_nth(const char *row, fa_dtype dtype, int i)
 }
 
 /* Two vectors in the order of elements -> even and odd elements. */
-FA_INLINE void part_twos(vec x[2])
+FA_INLINE void deinterleave(vec x[2])
 {
     real elements[2 * LANES];
     memcpy(elements, x, sizeof elements);
@@ -513,7 +513,7 @@ FA_INLINE void part_twos(vec x[2])
         x[i % 2][i / 2] = elements[i];
 }
 
-FA_INLINE void join_twos(vec x[2])
+FA_INLINE void interleave(vec x[2])
 {
     vec even = x[0], odd = x[1];
     x[0] = __builtin_shufflevector(even, odd, INTERLEAVE_LOW);

@@ -10,7 +10,7 @@
 /* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
 FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 {
-    const int64_t mask = is_narrow(t) ? ((int64_t)1 << t->key_shift) - 1 : REDUCTION - 1;
+    const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
     key_range range;
     range.key_lo = max_i64(begin, t->key_lo);
     range.key_hi = min_i64(end, t->key_hi);
@@ -20,40 +20,40 @@ FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
 }
 
 /* Makes room in the running softmax for scores up to `largest`. */
-FA_INLINE void raise_reference(const fa_problem *p, tile *t, vec largest[MAX_VECTORS], real to_log2,
-                               int vectors, bool narrow)
+FA_INLINE void rescale_accumulators(const fa_problem *p, tile *t, vec block_max[MAX_VECTORS], real to_log2,
+                                    int vectors, bool decode)
 {
     vec rescale[MAX_VECTORS];
-    if (!raise_row_max(t, largest, to_log2, vectors, narrow, rescale))
+    if (!update_row_max(t, block_max, to_log2, vectors, decode, rescale))
         return;
     for (int m = 0; m < vectors; m++)
         t->row_sum[m] *= rescale[m];
-    if (!t->fresh)
+    if (!t->empty)
         rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
 }
 
 /* Adds a key block to the running softmax of a wide tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const lookahead *ahead, int vectors,
-                            bool visible_only, vec *scores)
+                            const operand_block *value, const prefetch_plan *plan, int vectors, bool nan_safe,
+                            vec *scores)
 {
-    vec largest[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, ahead, vectors, false, scores, largest))
+    vec block_max[MAX_VECTORS];
+    if (!compute_scores(p, t, range, key, plan, vectors, false, scores, block_max))
         return;
     if (p->top_count > 0)
         update_top(p, t, range, scores, vectors, false);
-    const real to_log2 = (real)(score_unit(p) * LOG2E);
-    raise_reference(p, t, largest, to_log2, vectors, false);
-    exponentiate(t, scores, num_keys(range), to_log2, vectors, visible_only);
-    const panel *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, ahead, vectors, visible_only);
-    t->fresh = false;
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
+    rescale_accumulators(p, t, block_max, to_log2, vectors, false);
+    exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
+    const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
+    multiply_value(p, t, range, value, probabilities, plan, vectors, nan_safe);
+    t->empty = false;
 }
 
 /* Scores of the panel -> weights. */
 FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vectors, vec *scores)
 {
-    const real to_log2 = (real)(score_unit(p) * LOG2E);
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     const vec minus_infinity = vec_splat(-(real)INFINITY);
     for (int m = 0; m < vectors; m++) {
         vec reference = finite_row_max(t, m);
@@ -69,25 +69,25 @@ FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vecto
 
 /* The weights of a key block, from the finished row_max and row_sum; false if no row sees any of the keys. */
 FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                               int vectors, bool narrow, vec *weights)
+                               int vectors, bool decode, vec *weights)
 {
-    static const row_run none[READING_AHEAD];
-    const lookahead nothing = {.reading = none};
-    vec largest[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, &nothing, vectors, narrow, weights, largest))
+    static const row_stream none[STREAM_WINDOW];
+    const prefetch_plan nothing = {.streams = none};
+    vec block_max[MAX_VECTORS];
+    if (!compute_scores(p, t, range, key, &nothing, vectors, decode, weights, block_max))
         return false;
-    normalise(p, t, panel_rows(t, range, narrow), vectors, weights);
+    normalise(p, t, panel_rows(t, range, decode), vectors, weights);
     return true;
 }
 
-static void store_narrow_weights(const fa_problem *p, const tile *t, const key_range *range, const vec *panel,
+static void store_decode_weights(const fa_problem *p, const tile *t, const key_range *range, const vec *panel,
                                  char *const *rows)
 {
     const real *weight = (const real *)panel;
     for (int64_t n = range->key_lo; n < range->key_hi; n++)
         for (int r = 0; r < t->rows; r++)
             store_element(rows[r] + n * p->weights.col, p->weights.dtype,
-                          weight[(n - range->first) * t->narrow + r]);
+                          weight[(n - range->first) * t->rows_pow2 + r]);
 }
 
 static void store_weights(const fa_problem *p, const item_arrays *a, const tile *t, const key_range *range,
@@ -96,8 +96,8 @@ static void store_weights(const fa_problem *p, const item_arrays *a, const tile 
     char *rows[TILE_ROWS];
     for (int j = 0; j < t->rows; j++)
         rows[j] = a->weights + t->head[j] * p->weights.head + t->row[j] * p->weights.row;
-    if (is_narrow(t)) {
-        store_narrow_weights(p, t, range, panel, rows);
+    if (is_decode(t)) {
+        store_decode_weights(p, t, range, panel, rows);
         return;
     }
     for (int m = 0; m < t->vectors; m++) {
@@ -106,35 +106,35 @@ static void store_weights(const fa_problem *p, const item_arrays *a, const tile 
             vec x[LANES];
             for (int j = 0; j < LANES; j++)
                 x[j] = panel[(min_i64(n + j, range->key_hi - 1) - range->first) * t->vectors + m];
-            store_square(rows + m * LANES, rows_of_vector(t, m), n * p->weights.col, p->weights.col, count,
-                         p->weights.dtype, x);
+            store_transposed(rows + m * LANES, rows_of_vector(t, m), n * p->weights.col, p->weights.col,
+                             count, p->weights.dtype, x);
         }
     }
 }
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const lookahead *ahead, bool visible_only,
+                             const operand_block *value, const prefetch_plan *plan, bool nan_safe,
                              vec *scores)
 {
-    if (visible_only && t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, true, scores);
-    else if (visible_only && t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, true, scores);
-    else if (visible_only)
-        attend_block(p, t, range, key, value, ahead, 3, true, scores);
+    if (nan_safe && t->vectors == 1)
+        attend_block(p, t, range, key, value, plan, 1, true, scores);
+    else if (nan_safe && t->vectors == 2)
+        attend_block(p, t, range, key, value, plan, 2, true, scores);
+    else if (nan_safe)
+        attend_block(p, t, range, key, value, plan, 3, true, scores);
     else if (t->vectors == 1)
-        attend_block(p, t, range, key, value, ahead, 1, false, scores);
+        attend_block(p, t, range, key, value, plan, 1, false, scores);
     else if (t->vectors == 2)
-        attend_block(p, t, range, key, value, ahead, 2, false, scores);
+        attend_block(p, t, range, key, value, plan, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, ahead, 3, false, scores);
+        attend_block(p, t, range, key, value, plan, 3, false, scores);
 }
 
 static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
                                 const operand_block *key, vec *weights)
 {
-    if (is_narrow(t))
+    if (is_decode(t))
         return compute_weights(p, t, range, key, 1, true, weights);
     if (t->vectors == 1)
         return compute_weights(p, t, range, key, 1, false, weights);
@@ -150,55 +150,55 @@ FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_
                            src->array->dtype, src->scale, src->scale_step};
 }
 
-/* Keys [begin, end) and their values as operands: where they lie, or staged. */
+/* Keys [begin, end) and their values as operands: where they lie, or packed. */
 static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                    bool narrow, const workspace *w)
+                                    bool decode, const workspace *w)
 {
-    char *stage = w->key_stage;
+    char *packed = w->packed_key;
     fa_array gathered;
     source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
-    if (narrow ? lies_in_vectors(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
+    if (decode ? is_vector_aligned(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
         return in_place(&src, begin, operand_step(&p->key));
     if (is_scattered(&p->key))
         src = gather_rows(&src, (int)(end - begin), (int)p->head_dim, &gathered, w->gathered);
-    int lead = narrow ? 0 : (int)(begin % KEY_STEP);
-    stage_key(&src, lead, (int)(end - begin), (int)p->head_dim, stage);
-    return (operand_block){.data = stage,
+    int lead = decode ? 0 : (int)(begin % KEY_STEP);
+    pack_key(&src, lead, (int)(end - begin), (int)p->head_dim, packed);
+    return (operand_block){.data = packed,
                            .first = begin - lead,
-                           .row = staged_row_bytes(p->head_dim),
+                           .row = packed_row_bytes(p->head_dim),
                            .col = sizeof(operand),
                            .dtype = FA_REAL_DTYPE};
 }
 
 static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                      bool narrow, const workspace *w)
+                                      bool decode, const workspace *w)
 {
-    char *stage = w->value_stage;
+    char *packed = w->packed_value;
     fa_array gathered;
     source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
-    if (narrow ? lies_in_vectors(&p->value, p->head_dim_v) : value_is_operand(&p->value))
+    if (decode ? is_vector_aligned(&p->value, p->head_dim_v) : value_is_operand(&p->value))
         return in_place(&src, begin, operand_step(&p->value));
     if (is_scattered(&p->value))
         src = gather_rows(&src, (int)(end - begin), (int)p->head_dim_v, &gathered, w->gathered);
-    if (narrow) { /* in rows, like keys */
-        stage_key(&src, 0, (int)(end - begin), (int)p->head_dim_v, stage);
-        return (operand_block){.data = stage,
+    if (decode) { /* in rows, like keys */
+        pack_key(&src, 0, (int)(end - begin), (int)p->head_dim_v, packed);
+        return (operand_block){.data = packed,
                                .first = begin,
-                               .row = staged_row_bytes(p->head_dim_v),
+                               .row = packed_row_bytes(p->head_dim_v),
                                .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
     }
-    int lead = (int)(begin % REDUCTION);
-    stage_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, stage);
-    return (operand_block){.data = stage,
-                           .first = begin / REDUCTION,
-                           .row = staged_value_bytes(p->head_dim_v),
+    int lead = (int)(begin % TILE_K);
+    pack_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, packed);
+    return (operand_block){.data = packed,
+                           .first = begin / TILE_K,
+                           .row = packed_value_bytes(p->head_dim_v),
                            .col = sizeof(operand),
                            .dtype = FA_REAL_DTYPE};
 }
 
 typedef struct {
     const fa_problem *problem;
-    const fa_item *item, *next;
+    const fa_work_item *item, *next;
     item_arrays arrays, next_arrays;
     workspace w;
     int num_tiles;
@@ -215,103 +215,103 @@ static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
     return min_i64((begin / keys + 1) * keys, key_hi);
 }
 
-static void look_ahead_to_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                lookahead *ahead)
+static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
+                                prefetch_plan *plan)
 {
     if (begin >= end)
         return;
-    ahead->key = a->key + key_offset(p, a, &p->key, begin);
-    ahead->value = a->value + key_offset(p, a, &p->value, begin);
-    ahead->key_rows = (int)(end - begin);
+    plan->key = a->key + key_offset(p, a, &p->key, begin);
+    plan->value = a->value + key_offset(p, a, &p->value, begin);
+    plan->key_rows = (int)(end - begin);
     if (a->key_scale) {
-        ahead->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
-        ahead->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
+        plan->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
+        plan->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
     }
 }
 
 /* The keys from `begin` on; after the last, the next item's first ones. */
-static void look_ahead_to_keys(const item_state *s, int64_t begin, lookahead *ahead)
+static void plan_key_prefetch(const item_state *s, int64_t begin, prefetch_plan *plan)
 {
     const fa_problem *p = s->problem;
     if (begin < s->key_hi) {
-        look_ahead_to_block(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), ahead);
+        plan_block_prefetch(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), plan);
     } else if (s->next) {
         const fa_sequence *next = &s->next->sequence;
         int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        look_ahead_to_block(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), ahead);
+        plan_block_prefetch(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), plan);
     }
 }
 
 /* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
  * item's first ones. */
-static void look_ahead_to_queries(const item_state *s, int i, lookahead *ahead)
+static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
 {
     const fa_problem *p = s->problem;
     if (i < s->num_tiles) {
-        ahead->query = s->arrays.query + s->arrays.first_head * p->query.head;
-        ahead->query_begin = s->w.tiles[i].row_begin;
-        ahead->query_rows = s->w.tiles[i].rows;
+        plan->query = s->arrays.query + s->arrays.first_head * p->query.head;
+        plan->query_begin = s->w.tiles[i].row_begin;
+        plan->query_rows = s->w.tiles[i].rows;
     } else if (s->next) {
-        ahead->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
-        ahead->query_begin = s->next->row_begin;
-        ahead->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+        plan->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
+        plan->query_begin = s->next->row_begin;
+        plan->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
     }
 }
 
 /* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
-static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool visible_only)
+static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_safe)
 {
     const fa_problem *p = s->problem;
     operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w);
     operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w);
-    bool asked_for_keys = false; /* by one of the tiles */
+    bool keys_prefetched = false; /* by one of the tiles */
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
         key_range range = tile_range(t, begin, end);
         bool last_block = end == s->key_hi;
         if (range.key_lo >= range.key_hi)
             continue;
-        lookahead ahead = {0};
+        prefetch_plan plan = {0};
         if (last_block)
-            ahead.out_rows = t->rows;
-        if (!asked_for_keys)
-            look_ahead_to_keys(s, end, &ahead);
+            plan.out_rows = t->rows;
+        if (!keys_prefetched)
+            plan_key_prefetch(s, end, &plan);
         if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
-            look_ahead_to_queries(s, i + 1, &ahead);
+            plan_query_prefetch(s, i + 1, &plan);
         if (!t->packed)
             pack_tile(p, t);
-        attend_block_any(p, t, &range, &key, &value, &ahead, visible_only, s->w.scores);
-        asked_for_keys = true;
+        attend_block_any(p, t, &range, &key, &value, &plan, nan_safe, s->w.scores);
+        keys_prefetched = true;
     }
 }
 
-/* What a narrow tile takes between two updates of its softmax. */
+/* What a decode tile takes between two updates of its softmax. */
 typedef struct {
-    key_range keys, blocks[NARROW_BLOCKS];
-    bool seen[NARROW_BLOCKS]; /* by some row */
+    key_range keys, blocks[DECODE_BLOCKS];
+    bool seen[DECODE_BLOCKS]; /* by some row */
     int num_blocks;
-    row_run runs[2 * NARROW_BLOCKS + 2]; /* what is read, in this order: the keys of all blocks, their values,
-                                          * and the keys and the values of the block behind */
-} narrow_step;
+    row_stream streams[2 * DECODE_BLOCKS + 2]; /* what is read, in this order: the keys of all blocks, their
+                                                * values, and the keys and the values of the block behind */
+} decode_step;
 
 /* The part of the score panel that is a block's. */
-FA_INLINE vec *block_panel(const item_state *s, const narrow_step *step, int i)
+FA_INLINE vec *block_panel(const item_state *s, const decode_step *step, int i)
 {
     return s->w.scores + ((step->blocks[i].first - step->keys.first) >> s->w.tiles[0].key_shift);
 }
 
-/* Keys from `begin` on, and their values, as a narrow tile reads them. */
-static void list_block(const item_state *s, int64_t begin, row_run *key, row_run *value)
+/* Keys from `begin` on, and their values, as a decode tile reads them. */
+static void list_block(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
 {
     const fa_problem *p = s->problem;
-    lookahead block = {0};
-    look_ahead_to_keys(s, begin, &block);
-    *key = dense_run(block.key, &p->key, p->head_dim, block.key_rows);
-    *value = dense_run(block.value, &p->value, p->head_dim_v, block.key_rows);
+    prefetch_plan block = {0};
+    plan_key_prefetch(s, begin, &block);
+    *key = dense_stream(block.key, &p->key, p->head_dim, block.key_rows);
+    *value = dense_stream(block.value, &p->value, p->head_dim_v, block.key_rows);
 }
 
 /* Cuts the step's keys into blocks. */
-static void list_blocks(const item_state *s, narrow_step *step)
+static void list_blocks(const item_state *s, decode_step *step)
 {
     const key_range *keys = &step->keys;
     int count = 0;
@@ -320,28 +320,28 @@ static void list_blocks(const item_state *s, narrow_step *step)
         step->blocks[count++] = tile_range(&s->w.tiles[0], begin, end);
     }
     for (int i = 0; i < count; i++)
-        list_block(s, step->blocks[i].key_lo, step->runs + i, step->runs + count + i);
-    list_block(s, keys->key_hi, step->runs + 2 * count, step->runs + 2 * count + 1);
+        list_block(s, step->blocks[i].key_lo, step->streams + i, step->streams + count + i);
+    list_block(s, keys->key_hi, step->streams + 2 * count, step->streams + 2 * count + 1);
     step->num_blocks = count;
 }
 
 /* Fills the panel with the scores of all blocks; false if no row sees any key. */
-static bool compute_narrow_scores(item_state *s, narrow_step *step, vec largest[1])
+static bool compute_decode_scores(item_state *s, decode_step *step, vec block_max[1])
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
     bool any = false;
-    largest[0] = vec_splat(-(real)INFINITY);
+    block_max[0] = vec_splat(-(real)INFINITY);
     for (int i = 0; i < step->num_blocks; i++) {
         const key_range *range = &step->blocks[i];
-        vec *panel = block_panel(s, step, i), block_largest[MAX_VECTORS];
-        lookahead ahead = {.reading = step->runs + i};
+        vec *panel = block_panel(s, step, i), block_max_[MAX_VECTORS];
+        prefetch_plan plan = {.streams = step->streams + i};
         if (s->arrays.key_scale)
-            look_ahead_to_keys(s, range->key_hi, &ahead);
+            plan_key_prefetch(s, range->key_hi, &plan);
         if (range->key_hi == s->key_hi)
-            look_ahead_to_queries(s, 1, &ahead);
+            plan_query_prefetch(s, 1, &plan);
         operand_block key = load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
-        step->seen[i] = compute_scores(p, t, range, &key, &ahead, 1, true, panel, block_largest);
+        step->seen[i] = compute_scores(p, t, range, &key, &plan, 1, true, panel, block_max_);
         any |= step->seen[i];
         if (!step->seen[i]) {
             for (int r = 0; r < panel_rows(t, range, true); r++)
@@ -350,45 +350,45 @@ static bool compute_narrow_scores(item_state *s, narrow_step *step, vec largest[
         }
         if (p->top_count > 0)
             update_top(p, t, range, panel, 1, true);
-        largest[0] = vec_max(block_largest[0], largest[0]);
+        block_max[0] = vec_max(block_max_[0], block_max[0]);
     }
     return any;
 }
 
-/* Adds keys [begin, end), NARROW_KEYS at most, to the running softmax of an item's only tile, which is
- * narrow. */
-static void attend_narrow(item_state *s, int64_t begin, int64_t end, bool visible_only)
+/* Adds keys [begin, end), DECODE_KEYS at most, to the running softmax of an item's only tile, which is
+ * a decode tile. */
+static void attend_decode(item_state *s, int64_t begin, int64_t end, bool nan_safe)
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
-    narrow_step step; /* filled as far as it is read: to clear it would take a hundredth of a small call */
+    decode_step step; /* filled as far as it is read: to clear it would take a hundredth of a small call */
     step.keys = tile_range(t, begin, end);
-    vec largest[MAX_VECTORS];
+    vec block_max[MAX_VECTORS];
     if (step.keys.key_lo >= step.keys.key_hi)
         return;
     if (!t->packed)
         pack_tile(p, t);
     list_blocks(s, &step);
-    if (!compute_narrow_scores(s, &step, largest))
+    if (!compute_decode_scores(s, &step, block_max))
         return;
-    const real to_log2 = (real)(score_unit(p) * LOG2E);
-    raise_reference(p, t, largest, to_log2, 1, true);
-    exponentiate(t, s->w.scores, panel_rows(t, &step.keys, true), to_log2, 1, visible_only);
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
+    rescale_accumulators(p, t, block_max, to_log2, 1, true);
+    exponentiate(t, s->w.scores, panel_rows(t, &step.keys, true), to_log2, 1, nan_safe);
     for (int i = 0; i < step.num_blocks; i++) {
         const key_range *range = &step.blocks[i];
         if (!step.seen[i])
             continue;
         operand_block value = load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
-        multiply_narrow_value(p, t, range, &value, block_panel(s, &step, i), step.runs + step.num_blocks + i,
-                              visible_only);
-        t->fresh = false;
+        multiply_decode_value(p, t, range, &value, block_panel(s, &step, i),
+                              step.streams + step.num_blocks + i, nan_safe);
+        t->empty = false;
     }
 }
 
 /* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */
-static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with_sinks, bool visible_only)
+static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with_sinks, bool nan_safe)
 {
-    const bool narrow = is_narrow(&s->w.tiles[0]);
+    const bool decode = is_decode(&s->w.tiles[0]);
     for (int i = 0; i < s->num_tiles; i++) {
         reset_tile(s->problem, &s->arrays, with_sinks, &s->w.tiles[i]);
         reset_top(s->problem, &s->w.tiles[i]);
@@ -397,11 +397,11 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
         if (fa_should_stop(s->run, s->is_caller))
             return;
         begin_products();
-        end = block_end(begin, narrow ? NARROW_KEYS : KEY_BLOCK, key_hi);
-        if (narrow)
-            attend_narrow(s, begin, end, visible_only);
+        end = block_end(begin, decode ? DECODE_KEYS : KEY_BLOCK, key_hi);
+        if (decode)
+            attend_decode(s, begin, end, nan_safe);
         else
-            attend_tiles(s, begin, end, visible_only);
+            attend_tiles(s, begin, end, nan_safe);
     }
     gather_row_sum(&s->w.tiles[0]);
 }
@@ -448,12 +448,12 @@ static void attend_split(item_state *s, int64_t split)
 /* Adds a tile's softmax over a split to that over those before it. */
 static void add_split(const fa_problem *p, tile *t, bool first, partial *split)
 {
-    if (t->fresh && !first)
+    if (t->empty && !first)
         return;
-    fill_if_fresh(p, t);
+    fill_if_empty(p, t);
     save_partial(p, t, first ? t->total : split);
     if (!first)
-        merge_partial(p, t, (real)(score_unit(p) * LOG2E), t->total, split);
+        merge_partial(p, t, (real)(deferred_scale(p) * LOG2E), t->total, split);
 }
 
 /* Every split, merged as they come. */
@@ -474,17 +474,17 @@ static void attend_all_splits(item_state *s)
 static bool attend_shared_split(item_state *s)
 {
     const fa_problem *p = s->problem;
-    const fa_item *item = s->item;
+    const fa_work_item *item = s->item;
     tile *t = &s->w.tiles[0];
     const size_t bytes = partial_bytes(p, item->row_end - item->row_begin);
     attend_split(s, item->split_begin);
-    fill_if_fresh(p, t);
+    fill_if_empty(p, t);
     save_partial(p, t, (partial *)(item->partials + (size_t)(item->split_begin - item->first_split) * bytes));
     if (atomic_fetch_add_explicit(item->splits_done, 1, memory_order_acq_rel) + 1 < item->num_splits)
         return false;
     partial *total = (partial *)item->partials;
     for (int64_t i = 1; i < item->num_splits; i++)
-        merge_partial(p, t, (real)(score_unit(p) * LOG2E), total,
+        merge_partial(p, t, (real)(deferred_scale(p) * LOG2E), total,
                       (partial *)(item->partials + (size_t)i * bytes));
     load_partial(p, total, t);
     return true;
@@ -499,7 +499,7 @@ static void attend_weights(item_state *s)
             return;
         begin_products();
         end = block_end(begin, KEY_BLOCK, s->key_hi);
-        operand_block key = load_key_block(p, &s->arrays, begin, end, is_narrow(&s->w.tiles[0]), &s->w);
+        operand_block key = load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);
@@ -507,36 +507,37 @@ static void attend_weights(item_state *s)
                 continue;
             if (p->weights.data)
                 store_weights(p, &s->arrays, t, &range, s->w.scores);
-            if (p->totals.data)
-                add_totals(p, &s->arrays, t, &range, s->w.scores);
+            if (p->column_sums.data)
+                add_column_sums(p, &s->arrays, t, &range, s->w.scores);
         }
     }
 }
 
 /* Of a tile of a few rows: the power of two that holds them, and the keys that share a vector then. */
-static void narrow_tile(int64_t rows, tile *t)
+static void set_decode_rows(int64_t rows, tile *t)
 {
-    t->narrow = 0;
+    t->rows_pow2 = 0;
     t->key_shift = 0;
-    if (rows > NARROW_ROWS)
+    if (rows > DECODE_ROWS)
         return;
-    for (t->narrow = 1; t->narrow < rows;)
-        t->narrow *= 2;
-    while (t->narrow << t->key_shift < LANES)
+    for (t->rows_pow2 = 1; t->rows_pow2 < rows;)
+        t->rows_pow2 *= 2;
+    while (t->rows_pow2 << t->key_shift < LANES)
         t->key_shift++;
 }
 
-/* What is masked or staged is so block by block, and a page may end with a block. */
-static int narrow_block_keys(const fa_problem *p)
+/* What is masked or packed is so block by block, and a page may end with a block. */
+static int decode_block_keys(const fa_problem *p)
 {
-    const bool in_one_page = !p->page_table.data || p->page_size % NARROW_KEYS == 0;
-    const bool in_place = lies_in_vectors(&p->key, p->head_dim) && lies_in_vectors(&p->value, p->head_dim_v);
+    const bool in_one_page = !p->page_table.data || p->page_size % DECODE_KEYS == 0;
+    const bool in_place =
+        is_vector_aligned(&p->key, p->head_dim) && is_vector_aligned(&p->value, p->head_dim_v);
     const bool one_piece = in_place && in_one_page && !p->mask.data;
-    return one_piece ? NARROW_KEYS : KEY_BLOCK;
+    return one_piece ? DECODE_KEYS : KEY_BLOCK;
 }
 
 /* Spreads the item's rows evenly over as few tiles as hold them. */
-static void locate_tiles(item_state *s, const fa_item *item)
+static void locate_tiles(item_state *s, const fa_work_item *item)
 {
     int64_t rows = item->row_end - item->row_begin;
     int vectors = (int)((rows + LANES - 1) / LANES);
@@ -548,13 +549,13 @@ static void locate_tiles(item_state *s, const fa_item *item)
         tile *t = &s->w.tiles[i];
         t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
         t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
-        narrow_tile(s->arrays.group * item->sequence.num_queries, t);
+        set_decode_rows(s->arrays.group_size * item->sequence.num_queries, t);
         locate_rows(s->problem, &s->arrays, row, t);
         s->key_lo = min_i64(s->key_lo, t->key_lo);
         s->key_hi = max_i64(s->key_hi, t->key_hi);
         row += t->rows;
     }
-    s->block_keys = is_narrow(&s->w.tiles[0]) ? narrow_block_keys(s->problem) : KEY_BLOCK;
+    s->block_keys = is_decode(&s->w.tiles[0]) ? decode_block_keys(s->problem) : KEY_BLOCK;
     s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);
 }
@@ -577,17 +578,17 @@ static void attend_item(item_state *s)
     if (p->top_count > 0)
         for (int i = 0; i < s->num_tiles; i++)
             store_top(p, &s->arrays, &s->w.tiles[i]);
-    if (p->weights.data || p->totals.data)
+    if (p->weights.data || p->column_sums.data)
         attend_weights(s);
 }
 
 #define STATE_BYTES ((sizeof(item_state) + 63) / 64 * 64)
 
-static void forward_item(const fa_problem *p, const fa_item *item, const fa_item *next, void *scratch,
-                         fa_run *run, bool is_caller)
+static void forward_item(const fa_problem *p, const fa_work_item *item, const fa_work_item *next,
+                         void *scratch, fa_run *run, bool is_caller)
 {
     item_state *s = scratch;
-    const item_arrays arrays = item->like_before && s->next ? s->next_arrays : locate(p, item);
+    const item_arrays arrays = item->same_geometry && s->next ? s->next_arrays : locate(p, item);
     s->problem = p;
     s->item = item;
     s->next = next;
@@ -595,7 +596,7 @@ static void forward_item(const fa_problem *p, const fa_item *item, const fa_item
         s->next_arrays = locate(p, next);
     s->run = run;
     s->is_caller = is_caller;
-    if (item->like_before) {
+    if (item->same_geometry) {
         for (int i = 0; i < s->num_tiles; i++)
             move_tile(p, &s->arrays, &arrays, &s->w.tiles[i]);
         s->arrays = arrays;
@@ -615,9 +616,9 @@ static size_t scratch_bytes(const fa_problem *p, int tiles)
     return STATE_BYTES + lay_out(p, tiles, NULL, &unused);
 }
 
-#define READ_AHEAD 8192
+#define READ_PREFETCH_BYTES 8192
 
-static uint64_t read_bytes(const char *data, size_t bytes, bool asks_ahead)
+static uint64_t read_bytes(const char *data, size_t bytes, bool prefetches)
 {
     typedef uint64_t words __attribute__((vector_size(FA_VECTOR_BYTES)));
     typedef uint64_t words_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
@@ -627,8 +628,8 @@ static uint64_t read_bytes(const char *data, size_t bytes, bool asks_ahead)
 #pragma GCC unroll 8
         for (size_t j = 0; j < 8; j++) {
             const char *at = data + i + j * FA_VECTOR_BYTES;
-            if (asks_ahead)
-                __builtin_prefetch(at + READ_AHEAD, 0, 2);
+            if (prefetches)
+                __builtin_prefetch(at + READ_PREFETCH_BYTES, 0, 2);
             sums[j] += *(const words_unaligned *)at;
         }
     }
@@ -648,7 +649,7 @@ const fa_kernel FA_KERNEL = {
     .lanes = LANES,
     .max_vectors = MAX_VECTORS,
     .flushes_subnormals = FA_REAL_BYTES == 4,
-    .narrow_rows = NARROW_ROWS,
+    .decode_rows = DECODE_ROWS,
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,
     .forward = forward_item,

@@ -9,31 +9,31 @@
 typedef struct {
     char *query, *key, *value, *mask, *bias, *out, *lse, *weights, *alibi_slopes, *sinks;
     char *key_scale, *value_scale;
-    char *top_indices, *top_weights, *totals;
+    char *top_indices, *top_weights, *column_sums;
     const int64_t *pages; /* where keys lie, if in pages */
     int64_t num_keys, query_offset;
-    int64_t group, first_head;
+    int64_t group_size, first_head;
 } item_arrays;
 
-static char *at_batch(const fa_array *array, const fa_problem *p, const fa_item *item)
+static char *at_batch(const fa_array *array, const fa_problem *p, const fa_work_item *item)
 {
     return array->data ? array->data + batch_offset(array, p, item->batch_index) : NULL;
 }
 
 /* Of the item's kv head and sequence. */
-static char *at_keys(const fa_array *array, const fa_problem *p, const fa_item *item)
+static char *at_keys(const fa_array *array, const fa_problem *p, const fa_work_item *item)
 {
     char *data = at_batch(array, p, item);
     return data ? data + item->kv_head * array->head + item->sequence.first_key * array->row : NULL;
 }
 
-static char *at_queries(const fa_array *array, const fa_problem *p, const fa_item *item)
+static char *at_queries(const fa_array *array, const fa_problem *p, const fa_work_item *item)
 {
     char *data = at_batch(array, p, item);
     return data ? data + item->sequence.first_query * array->row : NULL;
 }
 
-static item_arrays locate(const fa_problem *p, const fa_item *item)
+static item_arrays locate(const fa_problem *p, const fa_work_item *item)
 {
     item_arrays a;
     a.key = at_keys(&p->key, p, item);
@@ -44,8 +44,8 @@ static item_arrays locate(const fa_problem *p, const fa_item *item)
     a.query = at_queries(&p->query, p, item);
     a.num_keys = item->sequence.num_keys;
     a.query_offset = item->sequence.query_offset;
-    a.group = p->num_heads / p->num_kv_heads;
-    a.first_head = item->kv_head * a.group;
+    a.group_size = p->num_heads / p->num_kv_heads;
+    a.first_head = item->kv_head * a.group_size;
     a.mask = at_batch(&p->mask, p, item);
     a.bias = at_batch(&p->bias, p, item);
     a.out = at_queries(&p->out, p, item);
@@ -55,7 +55,7 @@ static item_arrays locate(const fa_problem *p, const fa_item *item)
     a.sinks = at_batch(&p->sinks, p, item);
     a.top_indices = at_batch(&p->top_indices, p, item);
     a.top_weights = at_batch(&p->top_weights, p, item);
-    a.totals = at_batch(&p->totals, p, item);
+    a.column_sums = at_batch(&p->column_sums, p, item);
     return a;
 }
 
@@ -79,11 +79,11 @@ FA_INLINE source_rows rows_from(const fa_problem *p, const item_arrays *a, const
     return src;
 }
 
-/* Position and head of each lane's row; lanes beyond the last row repeat it, and the keys that share a narrow
+/* Position and head of each lane's row; lanes beyond the last row repeat it, and the keys that share a decode
  * tile's vector repeat all of them. */
 static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 {
-    if (a->group == 1 && !is_narrow(t)) { /* without branches: it counts where sequences are short */
+    if (a->group_size == 1 && !is_decode(t)) { /* without branches: it counts where sequences are short */
         for (int j = 0; j < t->vectors * LANES; j++) {
             t->lane_key[j] = 0;
             t->row[j] = row_begin + min_i64(j, t->rows - 1);
@@ -91,13 +91,13 @@ static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
         }
         return;
     }
-    int64_t row = row_begin / a->group, head = row_begin % a->group;
+    int64_t row = row_begin / a->group_size, head = row_begin % a->group_size;
     for (int j = 0; j < t->vectors * LANES; j++) {
-        const bool repeats = is_narrow(t) && j >= t->narrow;
-        t->lane_key[j] = repeats ? t->lane_key[j - t->narrow] + 1 : 0;
-        t->row[j] = repeats ? t->row[j - t->narrow] : row;
-        t->head[j] = repeats ? t->head[j - t->narrow] : a->first_head + head;
-        if (j + 1 < t->rows && ++head == a->group) {
+        const bool repeats = is_decode(t) && j >= t->rows_pow2;
+        t->lane_key[j] = repeats ? t->lane_key[j - t->rows_pow2] + 1 : 0;
+        t->row[j] = repeats ? t->row[j - t->rows_pow2] : row;
+        t->head[j] = repeats ? t->head[j - t->rows_pow2] : a->first_head + head;
+        if (j + 1 < t->rows && ++head == a->group_size) {
             head = 0;
             row++;
         }
@@ -108,8 +108,8 @@ static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
 static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
 {
     const int64_t num_keys = a->num_keys;
-    t->key_lo = t->inner_lo = 0;
-    t->key_hi = t->inner_hi = num_keys;
+    t->key_lo = t->full_lo = 0;
+    t->key_hi = t->full_hi = num_keys;
     for (int j = 0; j < t->vectors * LANES; j++) {
         t->lo[j] = 0;
         t->hi[j] = num_keys;
@@ -125,8 +125,8 @@ static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
             p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
         t->lo[j] = lo;
         t->hi[j] = hi;
-        t->inner_lo = max_i64(t->inner_lo, lo);
-        t->inner_hi = min_i64(t->inner_hi, hi);
+        t->full_lo = max_i64(t->full_lo, lo);
+        t->full_hi = min_i64(t->full_hi, hi);
         if (lo < hi) {
             t->key_lo = min_i64(t->key_lo, lo);
             t->key_hi = max_i64(t->key_hi, hi);
@@ -141,7 +141,7 @@ FA_INLINE void point_at_rows(const tile *t, char *base, const fa_array *array, c
         rows[j] = base + t->head[j] * array->head + t->row[j] * array->row;
 }
 
-static void load_slopes(const fa_problem *p, const item_arrays *a, tile *t)
+static void load_alibi(const fa_problem *p, const item_arrays *a, tile *t)
 {
     for (int j = 0; j < t->vectors * LANES; j++) {
         const char *slope = a->alibi_slopes + t->head[j] * p->alibi_slopes.head;
@@ -163,13 +163,13 @@ static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_b
     if (a->bias)
         point_at_rows(t, a->bias, &p->bias, t->bias);
     if (a->alibi_slopes)
-        load_slopes(p, a, t);
+        load_alibi(p, a, t);
 }
 
-static void move_rows(const tile *t, ptrdiff_t by, char **rows)
+static void move_rows(const tile *t, ptrdiff_t mods, char **rows)
 {
     for (int j = 0; j < t->vectors * LANES; j++)
-        rows[j] += by;
+        rows[j] += mods;
 }
 
 /* locate_rows, of a tile that is there for the same rows of another item: where sequences are short, that
@@ -187,15 +187,15 @@ static void move_tile(const fa_problem *p, const item_arrays *from, const item_a
     for (int j = 0; j < t->vectors * LANES; j++)
         t->head[j] += heads;
     if (to->alibi_slopes)
-        load_slopes(p, to, t);
+        load_alibi(p, to, t);
 }
 
 static void pack_tile(const fa_problem *p, tile *t)
 {
     const real sign = (real)scale_sign(p);
-    for (int r = 0; r < t->narrow; r++)
-        pack_narrow_query(t->query_row[r], p, sign, t->narrow, t->query + r);
-    if (!is_narrow(t))
+    for (int r = 0; r < t->rows_pow2; r++)
+        pack_decode_query(t->query_row[r], p, sign, t->rows_pow2, t->query + r);
+    if (!is_decode(t))
         pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
     t->packed = true;
 }
@@ -217,15 +217,15 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, bool with_sink
             t->row_sum[j / LANES][j % LANES] = counts ? (real)(1 + (sink - sink)) : 0;
         }
     }
-    t->fresh = true;
+    t->empty = true;
 }
 
 /* What has met no key is there as zeros from now on. */
-static void fill_if_fresh(const fa_problem *p, tile *t)
+static void fill_if_empty(const fa_problem *p, tile *t)
 {
-    if (t->fresh)
+    if (t->empty)
         memset(t->out, 0, (size_t)out_vectors(t, p->head_dim_v) * sizeof(vec));
-    t->fresh = false;
+    t->empty = false;
 }
 
 FA_INLINE vec inverse_or_zero(vec x)
@@ -247,13 +247,13 @@ FA_INLINE bool are_finite(vec sums)
 static bool is_finite_out(const fa_problem *p, const tile *t)
 {
     vec zeros = {0};
-    for (int64_t i = 0; !t->fresh && i < out_vectors(t, p->head_dim_v); i++)
+    for (int64_t i = 0; !t->empty && i < out_vectors(t, p->head_dim_v); i++)
         zeros += t->out[i] - t->out[i];
     return are_finite(zeros);
 }
 
-/* Normalises and stores a narrow tile; the results' sums. */
-FA_INLINE vec finish_narrow_rows(const fa_problem *p, const tile *t, ptrdiff_t col, fa_dtype dtype)
+/* Normalises and stores a decode tile; the results' sums. */
+FA_INLINE vec finish_decode_rows(const fa_problem *p, const tile *t, ptrdiff_t col, fa_dtype dtype)
 {
     vec sums = {0};
     real inverse_sum[LANES];
@@ -272,19 +272,19 @@ FA_INLINE vec finish_narrow_rows(const fa_problem *p, const tile *t, ptrdiff_t c
 
 /* Normalises and stores; false if some result may not be finite. As for packing, the usual dtype and stride
  * have a copy of their own. */
-static bool finish_narrow_tile(const fa_problem *p, const tile *t)
+static bool finish_decode_tile(const fa_problem *p, const tile *t)
 {
-    if (!PRODUCTS_IN_BFLOAT16 && reads_twos(&p->value, p->head_dim_v))
+    if (!PRODUCTS_IN_BFLOAT16 && reads_deinterleaved(&p->value, p->head_dim_v))
         for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i += 2)
-            join_twos(t->out + i);
+            interleave(t->out + i);
     const fa_dtype usual = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE;
     if (p->out.dtype == usual && p->out.col == element_size(usual))
-        return are_finite(finish_narrow_rows(p, t, element_size(usual), usual));
-    return are_finite(finish_narrow_rows(p, t, p->out.col, p->out.dtype));
+        return are_finite(finish_decode_rows(p, t, element_size(usual), usual));
+    return are_finite(finish_decode_rows(p, t, p->out.col, p->out.dtype));
 }
 
 /* Of a wide tile: elements [e, e + count) of the rows of vector m, normalised and stored; their sums. */
-FA_INLINE vec finish_square(const fa_problem *p, const tile *t, int m, int e, int count, vec inverse_sum)
+FA_INLINE vec finish_lanes(const fa_problem *p, const tile *t, int m, int e, int count, vec inverse_sum)
 {
     const vec *out = t->out + e * t->vectors + m;
     vec x[LANES], sums[4] = {0}; /* four: each addition waits for the one before */
@@ -293,24 +293,24 @@ FA_INLINE vec finish_square(const fa_problem *p, const tile *t, int m, int e, in
         x[j] = out[(j < count ? j : 0) * t->vectors] * inverse_sum;
         sums[j % 4] += x[j];
     }
-    store_square(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
-                 p->out.dtype, x);
+    store_transposed(t->out_row + m * LANES, rows_of_vector(t, m), e * p->out.col, p->out.col, count,
+                     p->out.dtype, x);
     return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
 static bool finish_tile(const fa_problem *p, tile *t)
 {
     vec sums = {0};
-    fill_if_fresh(p, t);
-    if (is_narrow(t))
-        return finish_narrow_tile(p, t);
+    fill_if_empty(p, t);
+    if (is_decode(t))
+        return finish_decode_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
         vec inverse_sum = inverse_or_zero(t->row_sum[m]);
         int e = 0;
         for (; e + LANES <= p->head_dim_v; e += LANES)
-            sums += finish_square(p, t, m, e, LANES, inverse_sum);
+            sums += finish_lanes(p, t, m, e, LANES, inverse_sum);
         if (e < p->head_dim_v)
-            sums += finish_square(p, t, m, e, (int)p->head_dim_v - e, inverse_sum);
+            sums += finish_lanes(p, t, m, e, (int)p->head_dim_v - e, inverse_sum);
     }
     return are_finite(sums);
 }
@@ -320,7 +320,7 @@ static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
     for (int j = 0; j < t->rows; j++) {
         double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->row_sum[j / LANES][j % LANES];
         char *lse = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
-        store_element(lse, p->lse.dtype, (real)(row_max * score_unit(p) + log(row_sum)));
+        store_element(lse, p->lse.dtype, (real)(row_max * deferred_scale(p) + log(row_sum)));
     }
 }
 

@@ -1,12 +1,12 @@
 /* Products of bfloat16 pairs in the tile unit (AMX), which multiplies 16 rows of 32 elements by 32 rows of 16
- * lanes: the operand is 32 elements along the reduction axis. Keys are staged with rows of zeros up to
+ * lanes: the operand is 32 elements along the reduction axis. Keys are packed with rows of zeros up to
  * multiples of 32; values are transposed, 32 keys at a time. */
 #ifndef FA_KERNEL_OPERAND_H
 #define FA_KERNEL_OPERAND_H
 
 #include "pairs.h"
 
-#define REDUCTION 32
+#define TILE_K 32
 #define KEY_STEP 32
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
@@ -27,20 +27,20 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return false;
 }
 
-FA_INLINE void stage_key(const source_rows *key, int lead, int num_keys, int head_dim, char *stage)
+FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
 {
     const int end = lead + num_keys, padding = (KEY_STEP - end % KEY_STEP) % KEY_STEP;
-    stage_pairs(key, lead, num_keys, head_dim, stage);
-    memset(stage + end * staged_row_bytes(head_dim), 0, (size_t)(padding * staged_row_bytes(head_dim)));
+    pack_pairs(key, lead, num_keys, head_dim, packed);
+    memset(packed + end * packed_row_bytes(head_dim), 0, (size_t)(padding * packed_row_bytes(head_dim)));
 }
 
-/* Of REDUCTION keys: [head_dim_v][REDUCTION], in whole vectors of columns. */
-FA_INLINE ptrdiff_t staged_value_bytes(int64_t head_dim_v)
+/* Of TILE_K keys: [head_dim_v][TILE_K], in whole vectors of columns. */
+FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
 {
-    return staged_row_bytes(head_dim_v) * LANES;
+    return packed_row_bytes(head_dim_v) * LANES;
 }
 
-/* Keys first, first + 1 of the group of REDUCTION, as pairs of LANES columns from e on; a missing key is 0.
+/* Keys first, first + 1 of the group of TILE_K, as pairs of LANES columns from e on; a missing key is 0.
  */
 FA_INLINE uvec load_key_pair(const source_rows *src, int first, int num_keys, int e, int head_dim_v)
 {
@@ -54,17 +54,17 @@ FA_INLINE uvec load_key_pair(const source_rows *src, int first, int num_keys, in
     return make_pairs(low, high);
 }
 
-/* Transposes groups of REDUCTION keys, of which the first lacks its first `lead` ones. */
-FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *stage)
+/* Transposes groups of TILE_K keys, of which the first lacks its first `lead` ones. */
+FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
 {
-    for (int n = -lead; n < num_keys; n += REDUCTION, stage += staged_value_bytes(head_dim_v)) {
+    for (int n = -lead; n < num_keys; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
         for (int e = 0; e < head_dim_v; e += LANES) {
             vec x[LANES];
             for (int i = 0; i < LANES; i++)
                 x[i] = (vec)load_key_pair(src, n + 2 * i, num_keys, e, head_dim_v);
             vec_transpose(x);
             for (int i = 0; i < LANES; i++)
-                vec_store(stage + (e + i) * FA_VECTOR_BYTES, x[i]);
+                vec_store(packed + (e + i) * FA_VECTOR_BYTES, x[i]);
         }
     }
 }

@@ -5,7 +5,7 @@
 
 #include "pairs.h"
 
-#define REDUCTION 2
+#define TILE_K 2
 #define KEY_STEP 1
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
@@ -25,18 +25,18 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return false;
 }
 
-FA_INLINE void stage_key(const source_rows *key, int lead, int num_keys, int head_dim, char *stage)
+FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
 {
-    stage_pairs(key, lead, num_keys, head_dim, stage);
+    pack_pairs(key, lead, num_keys, head_dim, packed);
 }
 
-FA_INLINE ptrdiff_t staged_value_bytes(int64_t head_dim_v)
+FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
 {
-    return staged_row_bytes(head_dim_v);
+    return packed_row_bytes(head_dim_v);
 }
 
-/* stage_value without a lead, by squares, which are transposed. */
-FA_INLINE void stage_value_across(const source_rows *src, int num_keys, int head_dim_v, char *stage)
+/* pack_value without a lead, by squares, which are transposed. */
+FA_INLINE void pack_value_transposed(const source_rows *src, int num_keys, int head_dim_v, char *packed)
 {
     const fa_array *value = src->array;
     for (int n = 0; n < num_keys; n += 2 * LANES) {
@@ -47,7 +47,7 @@ FA_INLINE void stage_value_across(const source_rows *src, int num_keys, int head
                                        e + j < head_dim_v ? num_keys - n : 0);
             vec_transpose(x);
             for (int i = 0; i < LANES && n + 2 * i < num_keys; i++)
-                vec_store(stage + (n / 2 + i) * staged_row_bytes(head_dim_v) + 4 * e, x[i]);
+                vec_store(packed + (n / 2 + i) * packed_row_bytes(head_dim_v) + 4 * e, x[i]);
         }
     }
 }
@@ -57,33 +57,33 @@ FA_INLINE int interleave_rows(const char *src, ptrdiff_t row, int head_dim_v, ch
 {
     int e = 0;
     for (; e + 2 * LANES <= head_dim_v; e += 2 * LANES)
-        interleave_keys(src + 2 * e, src + row + 2 * e, (panel *)(dst + 4 * e));
+        interleave_keys(src + 2 * e, src + row + 2 * e, (packed_vec *)(dst + 4 * e));
     return e;
 }
 
-/* stage_value where there is nothing else than that, and nothing to ask at each pair of rows. */
-FA_INLINE void stage_whole_values(const source_rows *src, int num_keys, int head_dim_v, char *stage)
+/* pack_value where there is nothing else than that, and nothing to ask at each pair of rows. */
+FA_INLINE void pack_whole_values(const source_rows *src, int num_keys, int head_dim_v, char *packed)
 {
     const ptrdiff_t row = src->array->row;
     for (int n = 0; n < num_keys; n += 2)
-        interleave_rows(src->data + n * row, row, head_dim_v, stage + n / 2 * staged_row_bytes(head_dim_v));
+        interleave_rows(src->data + n * row, row, head_dim_v, packed + n / 2 * packed_row_bytes(head_dim_v));
 }
 
 /* Interleaves rows by two keys. `lead` = 1: the first pair lacks its first key. A missing key is 0. */
-FA_INLINE void stage_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *stage)
+FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
 {
     const fa_array *value = src->array;
-    if (lies_across(value) && lead == 0) {
-        stage_value_across(src, num_keys, head_dim_v, stage);
+    if (is_transposed(value) && lead == 0) {
+        pack_value_transposed(src, num_keys, head_dim_v, packed);
         return;
     }
     if (value->col == 2 && lead == 0 && num_keys % 2 == 0 && head_dim_v % (2 * LANES) == 0) {
-        stage_whole_values(src, num_keys, head_dim_v, stage);
+        pack_whole_values(src, num_keys, head_dim_v, packed);
         return;
     }
     for (int n = -lead; n < num_keys; n += 2) {
         const char *row = src->data + n * value->row;
-        char *dst = stage + (n + lead) / 2 * staged_row_bytes(head_dim_v);
+        char *dst = packed + (n + lead) / 2 * packed_row_bytes(head_dim_v);
         const bool both = n >= 0 && n + 1 < num_keys;
         int e = 0;
         if (both && value->col == 2)

@@ -1,5 +1,5 @@
 /* bfloat16 in pairs along the reduction axis, whose products are summed in float32: queries and probabilities
- * are packed as lanes of pairs; a narrow tile reads keys as the pairs that they are, and interleaves values
+ * are packed as lanes of pairs; a decode tile reads keys as the pairs that they are, and interleaves values
  * by two keys.
  *
  * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`. */
@@ -9,7 +9,7 @@
 #include "elements.h"
 
 typedef uint32_t operand;
-typedef uvec panel;
+typedef uvec packed_vec;
 
 #define PRODUCTS_IN_BFLOAT16 1
 
@@ -18,13 +18,13 @@ FA_INLINE int64_t query_panel_rows(int64_t head_dim)
     return (head_dim + 2 * LANES - 1) / (2 * LANES) * LANES;
 }
 
-FA_INLINE vec multiply_add(operand a, panel b, vec c)
+FA_INLINE vec multiply_add(operand a, packed_vec b, vec c)
 {
     return dot_pairs(a - (uvec){0}, b, c);
 }
 
 /* The same, but where half of b is -0, that half of a is taken as 0: it is masked, be it NaN. */
-FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
+FA_INLINE vec multiply_add_nan_safe(operand a, packed_vec b, vec c)
 {
     typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     halves visible = (halves)((halves)b != 0x8000);
@@ -32,7 +32,7 @@ FA_INLINE vec multiply_add_visible(operand a, panel b, vec c)
 }
 
 /* A whole vector of each of two keys, in pairs. */
-FA_INLINE void interleave_keys(const char *first, const char *second, panel pairs[2])
+FA_INLINE void interleave_keys(const char *first, const char *second, packed_vec pairs[2])
 {
     typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     halves a = (halves)vec_load(first), b = (halves)vec_load(second);
@@ -117,7 +117,7 @@ FA_INLINE void load_pair_square(char *const *rows, ptrdiff_t col, int d, int hea
 /* Row j of the tile at rows[j], as panel[d / 2][m] lanes of pairs, times `sign` (1, -1 or 0). Whole vectors:
  * it ends in zeros. */
 FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
-                          real sign, panel *query)
+                          real sign, packed_vec *query)
 {
     (void)dtype;
     for (int m = 0; m < vectors; m++) {
@@ -131,9 +131,9 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     }
 }
 
-/* Of a narrow tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
+/* Of a decode tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
  * zeros, in vectors that are `step` apart. */
-FA_INLINE void pack_narrow_query(const char *row, const fa_problem *p, real sign, int step, panel *query)
+FA_INLINE void pack_decode_query(const char *row, const fa_problem *p, real sign, int step, packed_vec *query)
 {
     for (int d = 0; d < p->head_dim; d += 2 * LANES, query += step)
         *query = times_sign(load_pairs(row + d * p->query.col, p->query.col, (int)p->head_dim - d), sign);
@@ -144,7 +144,7 @@ FA_INLINE int key_vectors(int64_t head_dim)
     return vectors_of((head_dim + 1) / 2);
 }
 
-FA_INLINE int keys_at_once(fa_dtype dtype)
+FA_INLINE int vectors_per_load(fa_dtype dtype)
 {
     (void)dtype;
     return 1;
@@ -156,45 +156,45 @@ FA_INLINE int key_vector_bytes(fa_dtype dtype)
     return FA_VECTOR_BYTES;
 }
 
-FA_INLINE panel load_key_vector(const char *src, fa_dtype dtype, int i)
+FA_INLINE packed_vec load_key_vector(const char *src, fa_dtype dtype, int i)
 {
     (void)dtype;
     return (uvec)vec_load(src + i * FA_VECTOR_BYTES);
 }
 
-FA_INLINE vec multiply_lanes(panel a, panel b, vec c)
+FA_INLINE vec multiply_lanes(packed_vec a, packed_vec b, vec c)
 {
     return dot_pairs(a, b, c);
 }
 
 /* Rows n and n + 1 become row n / 2 of pairs, in place: its lanes are read before they are written.
  * num_keys is even. */
-FA_INLINE const panel *pack_probabilities(vec *scores, int num_keys, int vectors)
+FA_INLINE const packed_vec *pack_probabilities(vec *scores, int num_keys, int vectors)
 {
     for (int n = 0; n < num_keys; n += 2)
         for (int m = 0; m < vectors; m++)
             scores[n / 2 * vectors + m] =
                 (vec)round_pairs(scores[n * vectors + m], scores[(n + 1) * vectors + m]);
-    return (const panel *)scores;
+    return (const packed_vec *)scores;
 }
 
-/* Of a narrow tile: keys whose values are multiplied at once. */
+/* Of a decode tile: keys whose values are multiplied at once. */
 #define VALUE_KEYS 2
 
-/* The panel of a narrow tile as operands, [key / 2][row], in place: pairs of the probabilities of two keys.
+/* The panel of a decode tile as operands, [key / 2][row], in place: pairs of the probabilities of two keys.
  */
-FA_INLINE const operand *pack_narrow_probabilities(vec *scores, int panel_rows, int narrow)
+FA_INLINE const operand *pack_decode_probabilities(vec *scores, int panel_rows, int rows_pow2)
 {
     for (int v = 0; v < panel_rows; v += 2) {
         const vec a = scores[v], b = v + 1 < panel_rows ? scores[v + 1] : vec_splat(0);
         vec even, odd; /* keys */
-        if (narrow == 1) {
+        if (rows_pow2 == 1) {
             even = __builtin_shufflevector(a, b, EVEN_LANES);
             odd = __builtin_shufflevector(a, b, ODD_LANES);
-        } else if (narrow == 2) {
+        } else if (rows_pow2 == 2) {
             even = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
             odd = __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-        } else if (narrow == 4) {
+        } else if (rows_pow2 == 4) {
             even = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
             odd = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
         } else {
@@ -207,7 +207,7 @@ FA_INLINE const operand *pack_narrow_probabilities(vec *scores, int panel_rows, 
 }
 
 /* `width` vectors of the values of two keys. */
-FA_INLINE void load_values(const char *first, const char *second, fa_dtype dtype, int width, panel v[8])
+FA_INLINE void load_values(const char *first, const char *second, fa_dtype dtype, int width, packed_vec v[8])
 {
     (void)dtype;
     if (width == 1)
@@ -218,15 +218,15 @@ FA_INLINE void load_values(const char *first, const char *second, fa_dtype dtype
 }
 
 /* Values of two keys; 0 where a key's probability is -0: it is hidden, be its value NaN. */
-FA_INLINE panel visible_values(operand probabilities, panel v)
+FA_INLINE packed_vec mask_values(operand probabilities, packed_vec v)
 {
     const uint32_t low = (probabilities & 0xffff) == 0x8000 ? 0 : 0xffff;
     const uint32_t high = probabilities >> 16 == 0x8000 ? 0 : 0xffff0000;
     return v & (low | high);
 }
 
-/* stage_pairs by squares, which are transposed. */
-FA_INLINE void stage_pairs_across(const source_rows *src, int num_keys, int head_dim, char *stage)
+/* pack_pairs by squares, which are transposed. */
+FA_INLINE void pack_pairs_transposed(const source_rows *src, int num_keys, int head_dim, char *packed)
 {
     const fa_array *key = src->array;
     for (int n = 0; n < num_keys; n += LANES) {
@@ -237,24 +237,24 @@ FA_INLINE void stage_pairs_across(const source_rows *src, int num_keys, int head
                               x);
             vec_transpose(x);
             for (int i = 0; i < keys; i++)
-                vec_store(stage + (n + i) * staged_row_bytes(head_dim) + 2 * d, x[i]);
+                vec_store(packed + (n + i) * packed_row_bytes(head_dim) + 2 * d, x[i]);
         }
     }
 }
 
 /* Keys as they are, in rows that end in zeros, behind `lead` rows of zeros. */
-FA_INLINE void stage_pairs(const source_rows *src, int lead, int num_keys, int head_dim, char *stage)
+FA_INLINE void pack_pairs(const source_rows *src, int lead, int num_keys, int head_dim, char *packed)
 {
     const fa_array *key = src->array;
-    memset(stage, 0, (size_t)(lead * staged_row_bytes(head_dim)));
-    stage += lead * staged_row_bytes(head_dim);
-    if (lies_across(key)) {
-        stage_pairs_across(src, num_keys, head_dim, stage);
+    memset(packed, 0, (size_t)(lead * packed_row_bytes(head_dim)));
+    packed += lead * packed_row_bytes(head_dim);
+    if (is_transposed(key)) {
+        pack_pairs_transposed(src, num_keys, head_dim, packed);
         return;
     }
     for (int n = 0; n < num_keys; n++) {
         const char *row = src->data + n * key->row;
-        char *dst = stage + n * staged_row_bytes(head_dim);
+        char *dst = packed + n * packed_row_bytes(head_dim);
         for (int d = 0; d < head_dim; d += 2 * LANES)
             vec_store(dst + 2 * d, (vec)load_pairs(row + d * key->col, key->col, head_dim - d));
     }

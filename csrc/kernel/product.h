@@ -16,23 +16,23 @@ typedef struct {
     ptrdiff_t row;
     int rows, lines;
     int every; /* at least 1, but of products without steps */
-} product_requests;
+} product_prefetch;
 
-FA_INLINE void ask_in_passing(const product_requests *soon, const char *data)
+FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data)
 {
-    for (int i = 0; i < soon->rows; i++, data += soon->row)
+    for (int i = 0; i < prefetch->rows; i++, data += prefetch->row)
 #pragma GCC unroll 4
-        for (int line = 0; line < soon->lines; line++)
+        for (int line = 0; line < prefetch->lines; line++)
             __builtin_prefetch(data + 64 * line, 0, 2);
 }
 
 /* Steps [begin, end) of a product. */
-FA_INLINE void product_steps(const char *const *a, bool side_by_side, ptrdiff_t step, const panel *b,
-                             int begin, int end, int vectors, bool visible_only,
+FA_INLINE void product_steps(const char *const *a, bool side_by_side, ptrdiff_t step, const packed_vec *b,
+                             int begin, int end, int vectors, bool nan_safe,
                              vec c[MAX_MICRO_ROWS][MAX_VECTORS])
 {
     const int rows = MICRO_ROWS(vectors);
-    const panel *stop = b + (ptrdiff_t)end * vectors;
+    const packed_vec *stop = b + (ptrdiff_t)end * vectors;
     ptrdiff_t offset = begin * step;
     const char *first = a[0] + offset;
     b += (ptrdiff_t)begin * vectors;
@@ -44,8 +44,7 @@ FA_INLINE void product_steps(const char *const *a, bool side_by_side, ptrdiff_t 
             memcpy(&x, side_by_side ? first + i * (int)sizeof x : a[i] + offset, sizeof x);
 #pragma GCC unroll 3
             for (int m = 0; m < vectors; m++)
-                c[i][m] =
-                    visible_only ? multiply_add_visible(x, b[m], c[i][m]) : multiply_add(x, b[m], c[i][m]);
+                c[i][m] = nan_safe ? multiply_add_nan_safe(x, b[m], c[i][m]) : multiply_add(x, b[m], c[i][m]);
         }
     }
 }
@@ -54,20 +53,20 @@ FA_INLINE void product_steps(const char *const *a, bool side_by_side, ptrdiff_t 
  * apart, each broadcast against the `vectors` lanes of b[k]. Rows side by side: row i begins i operands
  * behind a[0], and one address serves all of them. Most products ask for nothing, and have a loop to
  * themselves: cut into stretches it takes bfloat16 2 % longer. */
-FA_INLINE void product(const char *const *a, bool side_by_side, ptrdiff_t step, const panel *b, int length,
-                       int vectors, bool visible_only, const product_requests *soon,
+FA_INLINE void product(const char *const *a, bool side_by_side, ptrdiff_t step, const packed_vec *b,
+                       int length, int vectors, bool nan_safe, const product_prefetch *prefetch,
                        vec c[MAX_MICRO_ROWS][MAX_VECTORS])
 {
-    const char *data = soon->data;
-    if (soon->every >= length) {
-        ask_in_passing(soon, data);
-        product_steps(a, side_by_side, step, b, 0, length, vectors, visible_only, c);
+    const char *data = prefetch->data;
+    if (prefetch->every >= length) {
+        prefetch_burst(prefetch, data);
+        product_steps(a, side_by_side, step, b, 0, length, vectors, nan_safe, c);
         return;
     }
-    for (int k = 0, end; k < length; k = end, data += 64 * soon->lines) {
-        end = length - k > soon->every ? k + soon->every : length;
-        ask_in_passing(soon, data);
-        product_steps(a, side_by_side, step, b, k, end, vectors, visible_only, c);
+    for (int k = 0, end; k < length; k = end, data += 64 * prefetch->lines) {
+        end = length - k > prefetch->every ? k + prefetch->every : length;
+        prefetch_burst(prefetch, data);
+        product_steps(a, side_by_side, step, b, k, end, vectors, nan_safe, c);
     }
 }
 

@@ -11,19 +11,21 @@
 
 #include "scores.h"
 
-#define LAG 8
+#define RESCALE_THRESHOLD 8
 
 /* Raises row_max where the largest scores of a block call for it; true if `rescale` is not 1 in some lane. */
-FA_INLINE bool raise_row_max(tile *t, vec block_max[MAX_VECTORS], real to_log2, int vectors, bool narrow,
-                             vec rescale[MAX_VECTORS])
+FA_INLINE bool update_row_max(tile *t, vec block_max[MAX_VECTORS], real to_log2, int vectors, bool decode,
+                              vec rescale[MAX_VECTORS])
 {
-    const real largest = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
-    const real lag = LAG / to_log2 < largest ? LAG / to_log2 : largest; /* -inf + lag must be -inf */
-    for (int lanes = LANES / 2; narrow && lanes >= t->narrow; lanes /= 2)
+    const real max_finite = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
+    const real threshold = RESCALE_THRESHOLD / to_log2 < max_finite
+                               ? RESCALE_THRESHOLD / to_log2
+                               : max_finite; /* -inf + lag must be -inf */
+    for (int lanes = LANES / 2; decode && lanes >= t->rows_pow2; lanes /= 2)
         block_max[0] = vec_max(vec_rotate(block_max[0], lanes), block_max[0]);
     bool raised = false;
     for (int m = 0; m < vectors; m++) {
-        vmask higher = vec_greater(block_max[m], t->row_max[m] + lag);
+        vmask higher = vec_greater(block_max[m], t->row_max[m] + threshold);
         rescale[m] = vec_splat(1);
         if (!vmask_any(higher))
             continue;
@@ -41,11 +43,11 @@ FA_INLINE vec finite_row_max(const tile *t, int m)
     return vec_select(vec_equal(t->row_max[m], minus_infinity), vec_splat(0), t->row_max[m]);
 }
 
-/* scores -> p, whose sum over the block is added to row_sum. mark_hidden: p of a masked score is -0.
+/* scores -> p, whose sum over the block is added to row_sum. mark_masked: p of a masked score is -0.
  *
  * Some fifteen dependent operations make a p, and a CPU looks ahead over few of them; so the exponents of a
  * row of the panel are split while the powers of the row before are formed. */
-FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, int vectors, bool mark_hidden)
+FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, int vectors, bool mark_masked)
 {
     vec reference[MAX_VECTORS], sum[MAX_VECTORS];
     exponent next[MAX_VECTORS];
@@ -65,7 +67,7 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, 
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++) {
             vec p = vec_exp2_of(now[m]);
-            if (mark_hidden)
+            if (mark_masked)
                 p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
             row[m] = p;
             sum[m] += p;
@@ -79,8 +81,8 @@ FA_INLINE void exponentiate(tile *t, vec *scores, int panel_rows, real to_log2, 
 FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const vec factor[MAX_VECTORS],
                            vec *out)
 {
-    if (is_narrow(t)) {
-        for (int r = 0; r < t->narrow; r++)
+    if (is_decode(t)) {
+        for (int r = 0; r < t->rows_pow2; r++)
             for (int i = 0; i < vectors_of(head_dim_v); i++)
                 out[r * vectors_of(head_dim_v) + i] *= factor[0][r];
         return;
@@ -90,10 +92,10 @@ FA_INLINE void rescale_out(const tile *t, int64_t head_dim_v, int vectors, const
             out[e * vectors + m] *= factor[m];
 }
 
-/* Adds up what the lanes of a narrow tile have summed apart, so that each lane has its row's sum. */
+/* Adds up what the lanes of a decode tile have summed apart, so that each lane has its row's sum. */
 static void gather_row_sum(tile *t)
 {
-    for (int lanes = LANES / 2; is_narrow(t) && lanes >= t->narrow; lanes /= 2)
+    for (int lanes = LANES / 2; is_decode(t) && lanes >= t->rows_pow2; lanes /= 2)
         t->row_sum[0] += vec_rotate(t->row_sum[0], lanes);
 }
 

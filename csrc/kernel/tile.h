@@ -8,17 +8,17 @@
 
 #define TILE_ROWS (MAX_VECTORS * LANES)
 
-/* A tile of so few rows is narrow: its one vector holds some keys' scores for all rows, key by key. */
-#define NARROW_ROWS (LANES / 2)
+/* A tile of so few rows is decode: its one vector holds some keys' scores for all rows, key by key. */
+#define DECODE_ROWS (LANES / 2)
 
 /* Keys between two updates of the running softmax. Scores of a full tile: 64 × 3 vectors = 12 KiB of
  * AVX-512 floats, which leaves L1 room for the queries of head_dim 64 and the rows of K and V. */
 #define KEY_BLOCK FA_KEY_BLOCK
 #define MASK_WORDS (KEY_BLOCK / LANE_BITS)
 
-/* In a narrow tile: four blocks, if they are masked, staged or lie in small pages, or one of that size. */
-#define NARROW_KEYS FA_NARROW_KEYS
-#define NARROW_BLOCKS (NARROW_KEYS / KEY_BLOCK)
+/* In a decode tile: four blocks, if they are masked, packed or lie in small pages, or one of that size. */
+#define DECODE_KEYS FA_DECODE_KEYS
+#define DECODE_BLOCKS (DECODE_KEYS / KEY_BLOCK)
 
 /* The running softmax of a tile over some of its keys. */
 typedef struct {
@@ -32,14 +32,14 @@ typedef struct {
     vec slope[MAX_VECTORS];
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int64_t row_begin;
-    int rows;                   /* in use; the lanes beyond repeat the last row, and are not stored */
-    int vectors;                /* of LANES rows */
-    int narrow;                 /* 0, or in a narrow tile `rows`, rounded up to a power of two */
-    int key_shift;              /* 2^key_shift keys in a row of the score panel: LANES / narrow, or 1 */
-    bool packed;                /* `query` is there */
-    bool fresh;                 /* no key block yet: `out` is not there, and stands for 0 */
-    int64_t key_lo, key_hi;     /* keys that some row sees lie in [key_lo, key_hi) */
-    int64_t inner_lo, inner_hi; /* keys that no row's interval hides: [inner_lo, inner_hi) */
+    int rows;                 /* in use; the lanes beyond repeat the last row, and are not stored */
+    int vectors;              /* of LANES rows */
+    int rows_pow2;            /* 0, or in a decode tile `rows`, rounded up to a power of two */
+    int key_shift;            /* 2^key_shift keys in a row of the score panel: LANES / rows_pow2, or 1 */
+    bool packed;              /* `query` is there */
+    bool empty;               /* no key block yet: `out` is not there, and stands for 0 */
+    int64_t key_lo, key_hi;   /* keys that some row sees lie in [key_lo, key_hi) */
+    int64_t full_lo, full_hi; /* keys that no row's interval hides: [full_lo, full_hi) */
     int64_t lo[TILE_ROWS], hi[TILE_ROWS]; /* keys row m's interval lets it see: [lo[m], hi[m]) */
     int64_t position[TILE_ROWS];
     int64_t head[TILE_ROWS], row[TILE_ROWS];
@@ -50,20 +50,20 @@ typedef struct {
     int64_t *top_keys;
     int top_size[TILE_ROWS];
     vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
-    panel *query;               /* [query_panel_rows][vectors]; narrow: [head_dim / LANES][row] of reals */
-    vec *out;                   /* unnormalised: [head_dim_v][vectors]; narrow: [row][head_dim_v / LANES] */
+    packed_vec *query;          /* [query_panel_rows][vectors]; decode: [head_dim / LANES][row] of reals */
+    vec *out;                   /* unnormalised: [head_dim_v][vectors]; decode: [row][head_dim_v / LANES] */
     partial *total;             /* where keys are split: over the splits so far */
 } tile;
 
-FA_INLINE bool is_narrow(const tile *t)
+FA_INLINE bool is_decode(const tile *t)
 {
-    return t->narrow > 0;
+    return t->rows_pow2 > 0;
 }
 
 /* The tile's row that a lane works for; rows that are not in use are >= t->rows. */
 FA_INLINE int row_of_lane(const tile *t, int j)
 {
-    return is_narrow(t) ? j % t->narrow : j;
+    return is_decode(t) ? j % t->rows_pow2 : j;
 }
 
 /* Rows in use of a tile's vector m. */
@@ -75,11 +75,11 @@ FA_INLINE int rows_of_vector(const tile *t, int m)
 /* Vectors of t->out. */
 FA_INLINE int64_t out_vectors(const tile *t, int64_t head_dim_v)
 {
-    return is_narrow(t) ? t->narrow * vectors_of(head_dim_v) : head_dim_v * t->vectors;
+    return is_decode(t) ? t->rows_pow2 * vectors_of(head_dim_v) : head_dim_v * t->vectors;
 }
 
-/* A block of K or V as operands: row r (a key, or REDUCTION of them for V) starts at
- * data + (r - first) * row. A narrow tile takes it in any dtype, with the scales of int8 (NULL: none) apart.
+/* A block of K or V as operands: row r (a key, or TILE_K of them for V) starts at
+ * data + (r - first) * row. A decode tile takes it in any dtype, with the scales of int8 (NULL: none) apart.
  */
 typedef struct {
     const char *data;
@@ -92,15 +92,15 @@ typedef struct {
 
 typedef struct {
     tile *tiles;
-    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Narrow: NARROW_KEYS keys of `narrow`
+    vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Decode: DECODE_KEYS keys of `rows_pow2`
                   * rows each */
-    char *key_stage, *value_stage;
+    char *packed_key, *packed_value;
     char *gathered; /* rows of one block of scattered keys, and then of values */
     partial *split; /* of a tile, over the last split */
 } workspace;
 
-_Static_assert(NARROW_KEYS *NARROW_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
-               "the score panel holds a narrow tile's keys");
+_Static_assert(DECODE_KEYS *DECODE_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
+               "the score panel holds a decode tile's keys");
 
 FA_INLINE int64_t min_i64(int64_t a, int64_t b)
 {
@@ -127,17 +127,17 @@ FA_INLINE size_t larger(size_t a, size_t b)
 static size_t query_bytes(const fa_problem *p)
 {
     size_t wide = (size_t)query_panel_rows(p->head_dim) * MAX_VECTORS * sizeof(vec);
-    return larger(wide, (size_t)(NARROW_ROWS * vectors_of(p->head_dim)) * sizeof(vec));
+    return larger(wide, (size_t)(DECODE_ROWS * vectors_of(p->head_dim)) * sizeof(vec));
 }
 
 /* Of a tile that holds up to `rows` rows. */
 static size_t out_bytes(const fa_problem *p, int64_t rows)
 {
-    size_t narrow = (size_t)(NARROW_ROWS * vectors_of(p->head_dim_v)) * sizeof(vec);
-    if (rows <= NARROW_ROWS)
-        return narrow;
+    size_t decode = (size_t)(DECODE_ROWS * vectors_of(p->head_dim_v)) * sizeof(vec);
+    if (rows <= DECODE_ROWS)
+        return decode;
     /* The last micro-tile stores whole. */
-    return larger(narrow, ((size_t)p->head_dim_v + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
+    return larger(decode, ((size_t)p->head_dim_v + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
 }
 
 static size_t partial_bytes(const fa_problem *p, int64_t rows)
@@ -173,12 +173,12 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
         }
     }
     w->scores = take(base, &offset, (KEY_BLOCK + MAX_SPARE_ROWS) * vector_row);
-    bool stages_key = !key_is_operand(&p->key, p->head_dim) || !lies_in_vectors(&p->key, p->head_dim);
-    bool stages_value = !value_is_operand(&p->value) || !lies_in_vectors(&p->value, p->head_dim_v);
-    w->key_stage = take(base, &offset, stages_key ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim) : 0);
-    w->value_stage =
-        take(base, &offset, stages_value ? KEY_BLOCK * (size_t)staged_row_bytes(p->head_dim_v) : 0);
-    w->gathered = take(base, &offset, stages_key || stages_value ? gathered_bytes(p) : 0);
+    bool packs_key = !key_is_operand(&p->key, p->head_dim) || !is_vector_aligned(&p->key, p->head_dim);
+    bool packs_value = !value_is_operand(&p->value) || !is_vector_aligned(&p->value, p->head_dim_v);
+    w->packed_key = take(base, &offset, packs_key ? KEY_BLOCK * (size_t)packed_row_bytes(p->head_dim) : 0);
+    w->packed_value =
+        take(base, &offset, packs_value ? KEY_BLOCK * (size_t)packed_row_bytes(p->head_dim_v) : 0);
+    w->gathered = take(base, &offset, packs_key || packs_value ? gathered_bytes(p) : 0);
     w->split = take(base, &offset, partial_bytes(p, TILE_ROWS));
     return offset;
 }
@@ -193,14 +193,14 @@ FA_INLINE ptrdiff_t batch_offset(const fa_array *array, const fa_problem *p, con
 }
 
 /* Each lane's largest score of a panel; NaN is passed over. */
-FA_INLINE void find_largest(const vec *scores, int panel_rows, int vectors, vec largest[MAX_VECTORS])
+FA_INLINE void find_block_max(const vec *scores, int panel_rows, int vectors, vec block_max[MAX_VECTORS])
 {
     for (int m = 0; m < vectors; m++)
-        largest[m] = vec_splat(-(real)INFINITY);
+        block_max[m] = vec_splat(-(real)INFINITY);
     for (int r = 0; r < panel_rows; r++)
 #pragma GCC unroll 3
         for (int m = 0; m < vectors; m++)
-            largest[m] = vec_max(scores[r * vectors + m], largest[m]);
+            block_max[m] = vec_max(scores[r * vectors + m], block_max[m]);
 }
 
 #endif

@@ -76,7 +76,7 @@ static void insert_top(const fa_problem *p, tile *t, int row, real score, int64_
     }
     if (l.size < p->top_count)
         return;
-    const int lanes = is_narrow(t) ? LANES : row + 1, step = is_narrow(t) ? t->narrow : 1;
+    const int lanes = is_decode(t) ? LANES : row + 1, step = is_decode(t) ? t->rows_pow2 : 1;
     for (int j = row; j < lanes; j += step)
         t->top_least[j / LANES][j % LANES] = l.scores[0];
 }
@@ -84,9 +84,9 @@ static void insert_top(const fa_problem *p, tile *t, int row, real score, int64_
 /* Few scores are larger than the least in a list once some keys have been seen: the comparison is what costs.
  */
 FA_INLINE void update_top(const fa_problem *p, tile *t, const key_range *range, const vec *scores,
-                          int vectors, bool narrow)
+                          int vectors, bool decode)
 {
-    for (int r = 0; r < panel_rows(t, range, narrow); r++) {
+    for (int r = 0; r < panel_rows(t, range, decode); r++) {
         for (int m = 0; m < vectors; m++) {
             vec s = scores[r * vectors + m];
             if (!vmask_any(vec_greater(s, t->top_least[m])))
@@ -113,7 +113,7 @@ static void reset_top(const fa_problem *p, tile *t)
 /* Scores become weights; what a list lacks is key -1 of weight 0. */
 static void store_top(const fa_problem *p, const item_arrays *a, const tile *t)
 {
-    const real to_log2 = (real)(score_unit(p) * LOG2E);
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     for (int row = 0; row < t->rows; row++) {
         const int m = row / LANES, lane_of_row = row % LANES;
         const real reference = finite_row_max(t, m)[lane_of_row];
@@ -131,32 +131,33 @@ static void store_top(const fa_problem *p, const item_arrays *a, const tile *t)
     }
 }
 
-/* A weight in units of 1 / total_unit, rounded: sums of integers do not depend on their order. Those of a row
- * that is NaN count for nothing. */
+/* A weight in units of 1 / fixed_point_scale, rounded: sums of integers do not depend on their order. Those
+ * of a row that is NaN count for nothing. */
 FA_INLINE int64_t in_units(const fa_problem *p, double weight)
 {
-    return weight == weight ? (int64_t)(weight * p->total_unit + 0.5) : 0;
+    return weight == weight ? (int64_t)(weight * p->fixed_point_scale + 0.5) : 0;
 }
 
-static void add_total(const fa_problem *p, char *totals, int64_t head, int64_t key, int64_t units)
+static void add_column_sum(const fa_problem *p, char *column_sums, int64_t head, int64_t key, int64_t units)
 {
-    char *total = totals + head * p->totals.head + key * p->totals.col;
+    char *total = column_sums + head * p->column_sums.head + key * p->column_sums.col;
     atomic_fetch_add_explicit((_Atomic int64_t *)total, units, memory_order_relaxed);
 }
 
-static void add_narrow_totals(const fa_problem *p, const tile *t, const key_range *range, const vec *weights,
-                              char *totals)
+static void add_decode_column_sums(const fa_problem *p, const tile *t, const key_range *range,
+                                   const vec *weights, char *column_sums)
 {
     const real *weight = (const real *)weights;
     for (int64_t n = range->key_lo; n < range->key_hi; n++)
         for (int row = 0; row < t->rows; row++)
-            add_total(p, totals, t->head[row], n, in_units(p, weight[(n - range->first) * t->narrow + row]));
+            add_column_sum(p, column_sums, t->head[row], n,
+                           in_units(p, weight[(n - range->first) * t->rows_pow2 + row]));
 }
 
 /* The tile's weights of one head, LANES keys at a time. Rows are summed by the vector, which holds the same
  * ones however the work is cut. */
-static void add_head_totals(const fa_problem *p, const tile *t, const key_range *range, int64_t head,
-                            const vec *weights, char *totals)
+static void add_head_column_sums(const fa_problem *p, const tile *t, const key_range *range, int64_t head,
+                                 const vec *weights, char *column_sums)
 {
     ivec of_head[MAX_VECTORS] = {0};
     for (int j = 0; j < t->rows; j++)
@@ -176,19 +177,19 @@ static void add_head_totals(const fa_problem *p, const tile *t, const key_range 
                 units[i] += in_units(p, sums[i]);
         }
         for (int i = 0; i < count; i++)
-            add_total(p, totals, head, n + i, units[i]);
+            add_column_sum(p, column_sums, head, n + i, units[i]);
     }
 }
 
-static void add_totals(const fa_problem *p, const item_arrays *a, const tile *t, const key_range *range,
-                       const vec *weights)
+static void add_column_sums(const fa_problem *p, const item_arrays *a, const tile *t, const key_range *range,
+                            const vec *weights)
 {
-    if (is_narrow(t)) {
-        add_narrow_totals(p, t, range, weights, a->totals);
+    if (is_decode(t)) {
+        add_decode_column_sums(p, t, range, weights, a->column_sums);
         return;
     }
-    for (int64_t head = a->first_head; head < a->first_head + a->group; head++)
-        add_head_totals(p, t, range, head, weights, a->totals);
+    for (int64_t head = a->first_head; head < a->first_head + a->group_size; head++)
+        add_head_column_sums(p, t, range, head, weights, a->column_sums);
 }
 
 #endif

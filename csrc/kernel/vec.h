@@ -40,7 +40,7 @@ FA_INLINE vec vec_select(vmask where, vec yes, vec no)
 
 FA_INLINE bool vmask_any(vmask where)
 {
-    lane any = 0;
+    lane_int any = 0;
     for (int i = 0; i < LANES; i++)
         any |= where[i];
     return any != 0;

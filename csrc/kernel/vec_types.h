@@ -20,9 +20,9 @@
 #define LOWEST_EXPONENT (FA_REAL_BYTES == 4 ? -126 : -960)
 
 typedef real vec __attribute__((vector_size(FA_VECTOR_BYTES)));
-typedef lane ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
+typedef lane_int ivec __attribute__((vector_size(FA_VECTOR_BYTES)));
 /* Panels of packed pairs lie where scores lay: may_alias. */
-typedef ulane uvec __attribute__((vector_size(FA_VECTOR_BYTES), may_alias));
+typedef lane_uint uvec __attribute__((vector_size(FA_VECTOR_BYTES), may_alias));
 typedef real vec_unaligned __attribute__((vector_size(FA_VECTOR_BYTES), aligned(1), may_alias));
 
 FA_INLINE vec vec_splat(real x)
@@ -30,7 +30,7 @@ FA_INLINE vec vec_splat(real x)
     return x - (vec){0};
 }
 
-FA_INLINE ivec ivec_splat(lane x)
+FA_INLINE ivec ivec_splat(lane_int x)
 {
     return x - (ivec){0};
 }

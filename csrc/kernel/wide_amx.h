@@ -7,7 +7,7 @@
 
 #include <stdatomic.h>
 
-#include "lookahead.h"
+#include "prefetch.h"
 
 #define BLOCK_ROWS 16
 #define PASS_ROWS (2 * BLOCK_ROWS)
@@ -94,7 +94,7 @@ FA_INLINE void store_sums(vec *c, int vectors, bool whole)
 }
 
 /* sums[i][m] += Σ_k a[i][k] · b[k][m]: operand k of row i at a + i * row + k * step. */
-FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, const panel *b, int length,
+FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, const packed_vec *b, int length,
                                int vectors, bool whole)
 {
     const ptrdiff_t stride = vectors * (ptrdiff_t)sizeof(vec);
@@ -126,29 +126,29 @@ FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, con
 }
 
 /* All that a pass asks for, before it. */
-FA_INLINE void ask_for_nth(const block_requests *all, int n)
+FA_INLINE void prefetch_nth(const block_prefetch *all, int n)
 {
-    const product_requests soon = nth_requests(all, n, 1);
-    ask_in_passing(&soon, soon.data);
+    const product_prefetch prefetch = nth_prefetch(all, n, 1);
+    prefetch_burst(&prefetch, prefetch.data);
 }
 
 /* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest; whole passes, as keys are
- * staged. */
+ * packed. */
 FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, const lookahead *ahead, real scale, int vectors,
-                                  vec *scores, vec largest[MAX_VECTORS])
+                                  const operand_block *key, const prefetch_plan *plan, real scale,
+                                  int vectors, vec *scores, vec block_max[MAX_VECTORS])
 {
-    const int length = (int)((p->head_dim + REDUCTION - 1) / REDUCTION);
+    const int length = (int)((p->head_dim + TILE_K - 1) / TILE_K);
     const bool modified = p->mask.data || p->bias.data;
-    const int asked = share_of_step(t->rows, num_keys(range), PASS_ROWS);
-    const block_requests keys =
-        spread_over_products(ahead->key, &p->key, p->head_dim, ahead->key_rows, PASS_ROWS, 1);
+    const int share = share_of_step(t->rows, num_keys(range), PASS_ROWS);
+    const block_prefetch keys =
+        spread_prefetch(plan->key, &p->key, p->head_dim, plan->key_rows, PASS_ROWS, 1);
     finish_stores();
     for (int r = 0; r < num_keys(range); r += PASS_ROWS) {
-        ask_for_nth(&keys, r / PASS_ROWS);
-        prefetch_queries(p, ahead, r, PASS_ROWS);
+        prefetch_nth(&keys, r / PASS_ROWS);
+        prefetch_queries(p, plan, r, PASS_ROWS);
         if (modified)
-            prefetch_modifiers(p, t, range->key_hi, r / PASS_ROWS * asked, asked, t->rows);
+            prefetch_score_mods(p, t, range->key_hi, r / PASS_ROWS * share, share, t->rows);
         clear_sums(vectors, true);
         multiply_blocks(key->data + (range->first + r - key->first) * key->row, key->row, FA_VECTOR_BYTES,
                         t->query, length, vectors, true);
@@ -156,15 +156,15 @@ FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_
     }
     for (int i = 0; scale != 1 && i < num_keys(range) * vectors; i++)
         scores[i] *= scale;
-    find_largest(scores, (int)(range->key_hi - range->first), vectors, largest);
+    find_block_max(scores, (int)(range->key_hi - range->first), vectors, block_max);
 }
 
 /* Values that are hidden from some rows only, pair by pair: the unit multiplies them all. */
-FA_INLINE void multiply_visible_value(const char *base, ptrdiff_t row, int head_dim_v, const panel *b,
-                                      int length, int vectors, vec *out)
+FA_INLINE void multiply_value_nan_safe(const char *base, ptrdiff_t row, int head_dim_v, const packed_vec *b,
+                                       int length, int vectors, vec *out)
 {
-    const int rows = MICRO_ROWS(vectors), pairs = REDUCTION / 2;
-    const product_requests none = {.every = pairs};
+    const int rows = MICRO_ROWS(vectors), pairs = TILE_K / 2;
+    const product_prefetch none = {.every = pairs};
     for (int e = 0; e < head_dim_v; e += rows) {
         const char *a[MAX_MICRO_ROWS];
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
@@ -181,28 +181,27 @@ FA_INLINE void multiply_visible_value(const char *base, ptrdiff_t row, int head_
 
 /* out[e][m] += Σ_r V[first + r][e] p[r][m] */
 FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
-                              const operand_block *value, const panel *probabilities, const lookahead *ahead,
-                              int vectors, bool visible_only)
+                              const operand_block *value, const packed_vec *probabilities,
+                              const prefetch_plan *plan, int vectors, bool nan_safe)
 {
-    const char *base = value->data + (range->first / REDUCTION - value->first) * value->row;
-    const int length = num_keys(range) / REDUCTION;
-    if (visible_only) {
-        if (t->fresh)
+    const char *base = value->data + (range->first / TILE_K - value->first) * value->row;
+    const int length = num_keys(range) / TILE_K;
+    if (nan_safe) {
+        if (t->empty)
             memset(t->out, 0, out_bytes(p, TILE_ROWS));
-        multiply_visible_value(base, value->row, (int)p->head_dim_v, probabilities, length, vectors, t->out);
+        multiply_value_nan_safe(base, value->row, (int)p->head_dim_v, probabilities, length, vectors, t->out);
         return;
     }
-    const block_requests values =
-        spread_over_products(ahead->value, &p->value, p->head_dim_v, ahead->key_rows,
-                             share_of_step(ahead->key_rows, p->head_dim_v, PASS_ROWS), 1);
-    const int results = share_of_step(ahead->out_rows, p->head_dim_v, PASS_ROWS);
+    const block_prefetch values = spread_prefetch(plan->value, &p->value, p->head_dim_v, plan->key_rows,
+                                                  share_of_step(plan->key_rows, p->head_dim_v, PASS_ROWS), 1);
+    const int results = share_of_step(plan->out_rows, p->head_dim_v, PASS_ROWS);
     finish_stores();
     for (int e = 0; e < p->head_dim_v; e += PASS_ROWS) {
         const bool whole = e + BLOCK_ROWS < p->head_dim_v;
         vec *out = t->out + e * vectors;
-        ask_for_nth(&values, e / PASS_ROWS);
-        prefetch_out(p, t, ahead, e / PASS_ROWS, results);
-        if (t->fresh)
+        prefetch_nth(&values, e / PASS_ROWS);
+        prefetch_out(p, t, plan, e / PASS_ROWS, results);
+        if (t->empty)
             clear_sums(vectors, whole);
         else
             load_sums(out, vectors, whole);
@@ -229,7 +228,7 @@ static double measure_peak_rounds(int64_t rounds)
         _tile_dpbf16ps(5, 6, 7);
     }
     end_products();
-    return (double)rounds * 6 * BLOCK_ROWS * LANES * REDUCTION * 2;
+    return (double)rounds * 6 * BLOCK_ROWS * LANES * TILE_K * 2;
 }
 
 #endif

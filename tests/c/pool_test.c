@@ -30,10 +30,10 @@ typedef struct {
     int done[MAX_ITEMS]; /* plain ints: two writers of one would be a race */
 } region;
 
-static void take_items(void *argument, int member)
+static void take_items(void *argument, int thread_index)
 {
     region *r = argument;
-    REQUIRE(member >= 0 && member < MAX_THREADS);
+    REQUIRE(thread_index >= 0 && thread_index < MAX_THREADS);
     atomic_fetch_add(&r->members, 1);
     for (int i; (i = atomic_fetch_add(&r->next, 1)) < r->num_items;)
         r->done[i]++;
@@ -60,11 +60,11 @@ static void run_many_regions(void)
     }
 }
 
-static void sleep_in_task(void *argument, int member)
+static void sleep_in_task(void *argument, int thread_index)
 {
-    if (member > 0)
+    if (thread_index > 0)
         usleep(2000);
-    take_items(argument, member);
+    take_items(argument, thread_index);
 }
 
 static void run_slow_workers(void)
@@ -77,10 +77,10 @@ static void run_slow_workers(void)
     }
 }
 
-static void nest(void *argument, int member)
+static void nest(void *argument, int thread_index)
 {
     (void)argument;
-    (void)member;
+    (void)thread_index;
     region inner = {.num_items = 10};
     fa_parallel(4, take_items, NULL, &inner);
     REQUIRE(atomic_load(&inner.members) == 1);
@@ -103,19 +103,19 @@ static void run_simultaneous_callers(void)
         REQUIRE(pthread_join(callers[i], NULL) == 0);
 }
 
-static void use_scratch(void *argument, int member)
+static void use_scratch(void *argument, int thread_index)
 {
     size_t bytes = *(size_t *)argument;
     unsigned char *scratch = fa_take_scratch(bytes);
     REQUIRE(scratch && (uintptr_t)scratch % 64 == 0);
-    memset(scratch, member + 1, bytes);
+    memset(scratch, thread_index + 1, bytes);
     unsigned char *second = fa_take_scratch(2 * bytes); /* a call within the call */
     REQUIRE(second && (uintptr_t)second % 64 == 0);
     memset(second, 0, 2 * bytes);
     usleep(200);
     fa_give_back_scratch(second);
     for (size_t i = 0; i < bytes; i++)
-        REQUIRE(scratch[i] == member + 1);
+        REQUIRE(scratch[i] == thread_index + 1);
     fa_give_back_scratch(scratch);
     REQUIRE(fa_take_scratch(bytes / 2) == (void *)scratch);
     fa_give_back_scratch(scratch);

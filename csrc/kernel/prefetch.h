@@ -1,5 +1,5 @@
-#ifndef FA_KERNEL_LOOKAHEAD_H
-#define FA_KERNEL_LOOKAHEAD_H
+#ifndef FA_KERNEL_PREFETCH_H
+#define FA_KERNEL_PREFETCH_H
 
 #include <limits.h>
 
@@ -17,9 +17,9 @@ FA_INLINE int num_keys(const key_range *range)
 }
 
 /* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
-FA_INLINE int panel_rows(const tile *t, const key_range *range, bool narrow)
+FA_INLINE int panel_rows(const tile *t, const key_range *range, bool decode)
 {
-    return narrow ? num_keys(range) >> t->key_shift : num_keys(range);
+    return decode ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
 /* Of the keys that may be read, the one nearest to n. Apart, or GCC would compute it for keys that need no
@@ -47,15 +47,15 @@ typedef struct {
     const char *data;
     ptrdiff_t row;
     int count;
-} row_run;
+} row_stream;
 
-/* Of the runs that a narrow tile reads, as many are looked at for what is to be asked for. */
-#define READING_AHEAD 3
+/* Of the runs that a decode tile reads, as many are looked at for what is to be asked for. */
+#define STREAM_WINDOW 3
 
 /* Rows at `data`, or none if they are not dense. */
-FA_INLINE row_run dense_run(const char *data, const fa_array *array, int64_t columns, int count)
+FA_INLINE row_stream dense_stream(const char *data, const fa_array *array, int64_t columns, int count)
 {
-    return (row_run){data, array->row, prefetch_span(array->col, columns) > 0 ? count : 0};
+    return (row_stream){data, array->row, prefetch_span(array->col, columns) > 0 ? count : 0};
 }
 
 /* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
@@ -67,22 +67,22 @@ typedef struct {
     const char *key, *value;
     int key_rows;
     const char *key_scale, *value_scale; /* of those keys; NULL: none */
-    const row_run *reading; /* what a narrow tile reads: these keys, and READING_AHEAD - 1 runs behind */
-    const char *query;      /* of the kv head's first query head */
+    const row_stream *streams; /* what a decode tile reads: these keys, and STREAM_WINDOW - 1 runs behind */
+    const char *query;         /* of the kv head's first query head */
     int64_t query_begin;
     int query_rows;
     int out_rows; /* of the tile itself */
-} lookahead;
+} prefetch_plan;
 
 /* `count` rows of `span` bytes; those without gaps are one run of lines. */
 FA_INLINE void prefetch_rows(const char *data, ptrdiff_t row, ptrdiff_t span, int count)
 {
     if (row == span) {
-        prefetch(data, count * span);
+        prefetch_bytes(data, count * span);
         return;
     }
     for (int r = 0; r < count; r++)
-        prefetch(data + r * row, span);
+        prefetch_bytes(data + r * row, span);
 }
 
 /* Rows [begin, begin + count) of those that are asked for. */
@@ -91,20 +91,20 @@ FA_INLINE int rows_left(int begin, int count, int rows)
     return begin + count <= rows ? count : rows - begin;
 }
 
-FA_INLINE void prefetch_queries(const fa_problem *p, const lookahead *ahead, int begin, int count)
+FA_INLINE void prefetch_queries(const fa_problem *p, const prefetch_plan *plan, int begin, int count)
 {
-    const int64_t group = p->num_heads / p->num_kv_heads;
+    const int64_t group_size = p->num_heads / p->num_kv_heads;
     const ptrdiff_t span = prefetch_span(p->query.col, p->head_dim);
-    const int left = rows_left(begin, count, ahead->query_rows);
+    const int left = rows_left(begin, count, plan->query_rows);
     if (left <= 0)
         return;
-    if (group == 1) {
-        prefetch_rows(ahead->query + (ahead->query_begin + begin) * p->query.row, p->query.row, span, left);
+    if (group_size == 1) {
+        prefetch_rows(plan->query + (plan->query_begin + begin) * p->query.row, p->query.row, span, left);
         return;
     }
     for (int r = begin; r < begin + left; r++) {
-        int64_t flat = ahead->query_begin + r, row = flat / group;
-        prefetch(ahead->query + row * p->query.row + (flat - row * group) * p->query.head, span);
+        int64_t flat = plan->query_begin + r, row = flat / group_size;
+        prefetch_bytes(plan->query + row * p->query.row + (flat - row * group_size) * p->query.head, span);
     }
 }
 
@@ -119,25 +119,25 @@ FA_INLINE int share_of_step(int count, int64_t columns, int step)
 /* Lines that a product asks for at once: L1 of Zen 4 has as many places for what it has missed. Products of
  * pairs ask for all at once: their rows are half as long, and cut into stretches they took 2 % longer there.
  */
-#define REQUESTS_AT_ONCE (REDUCTION == 1 ? 24 : INT_MAX)
+#define MAX_PREFETCH_BURST (TILE_K == 1 ? 24 : INT_MAX)
 
 /* Rows that the products over a block ask for, `share` each. Of the last product it may be rows that are not
  * there, which does no harm. */
 typedef struct {
-    product_requests first;
+    product_prefetch first;
     int share, count;
     ptrdiff_t advance; /* bytes from one product's rows to the next one's */
-} block_requests;
+} block_prefetch;
 
 /* `count` rows at `data`, for products of `length` steps. Once for a block, and without a division where one
  * stretch will do: in each product they took short sequences 2 to 4 % of their time. */
-FA_INLINE block_requests spread_over_products(const char *data, const fa_array *array, int64_t columns,
-                                              int count, int share, int length)
+FA_INLINE block_prefetch spread_prefetch(const char *data, const fa_array *array, int64_t columns, int count,
+                                         int share, int length)
 {
     ptrdiff_t span = prefetch_span(array->col, columns);
     if (count <= 0 || span <= 0)
-        return (block_requests){0};
-    block_requests all = {.share = share, .count = count, .advance = share * array->row};
+        return (block_prefetch){0};
+    block_prefetch all = {.share = share, .count = count, .advance = share * array->row};
     bool in_step = array->row % 64 == 0; /* all rows begin as many bytes behind the beginning of a line */
     if (array->row == span) {            /* they touch: as one row */
         span *= share;
@@ -146,45 +146,47 @@ FA_INLINE block_requests spread_over_products(const char *data, const fa_array *
     }
     const ptrdiff_t lead = in_step ? (ptrdiff_t)((uintptr_t)data & 63) : 63; /* at most */
     int lines = (int)((lead + span + 63) / 64), every = length;
-    if (share * lines > REQUESTS_AT_ONCE) {
-        const int bursts = (int)min_i64((share * lines + REQUESTS_AT_ONCE - 1) / REQUESTS_AT_ONCE, length);
+    if (share * lines > MAX_PREFETCH_BURST) {
+        const int bursts =
+            (int)min_i64((share * lines + MAX_PREFETCH_BURST - 1) / MAX_PREFETCH_BURST, length);
         every = (length + bursts - 1) / bursts;
         const int stretches = (length + every - 1) / every;
         lines = (lines + stretches - 1) / stretches;
     }
-    all.first = (product_requests){in_step ? data - lead : data, array->row, share, lines, every};
+    all.first = (product_prefetch){in_step ? data - lead : data, array->row, share, lines, every};
     return all;
 }
 
-FA_INLINE product_requests nth_requests(const block_requests *all, int n, int length)
+FA_INLINE product_prefetch nth_prefetch(const block_prefetch *all, int n, int length)
 {
     if (n * all->share >= all->count)
-        return (product_requests){.every = length};
-    product_requests soon = all->first;
-    soon.data += n * all->advance;
-    return soon;
+        return (product_prefetch){.every = length};
+    product_prefetch prefetch = all->first;
+    prefetch.data += n * all->advance;
+    return prefetch;
 }
 
 /* The results of step `step`, of as many that each takes so many. */
-FA_INLINE void prefetch_out(const fa_problem *p, const tile *t, const lookahead *ahead, int step, int results)
+FA_INLINE void prefetch_out(const fa_problem *p, const tile *t, const prefetch_plan *plan, int step,
+                            int results)
 {
-    for (int j = step * results; j < (step + 1) * results && j < ahead->out_rows; j++)
+    for (int j = step * results; j < (step + 1) * results && j < plan->out_rows; j++)
         prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
 }
 
 /* Rows [begin, begin + count) of the mask and the bias, of those up to `end`, of a block that begins with key
  * n. */
-FA_INLINE void prefetch_modifiers(const fa_problem *p, const tile *t, int64_t n, int begin, int count,
-                                  int end)
+FA_INLINE void prefetch_score_mods(const fa_problem *p, const tile *t, int64_t n, int begin, int count,
+                                   int end)
 {
     const int64_t keys = min_i64(t->key_hi - n, KEY_BLOCK);
     if (keys <= 0)
         return;
     for (int j = begin; j < begin + count && j < end; j++) {
         if (p->bias.data)
-            prefetch(t->bias[j] + n * p->bias.col, prefetch_span(p->bias.col, keys));
+            prefetch_bytes(t->bias[j] + n * p->bias.col, prefetch_span(p->bias.col, keys));
         if (p->mask.data)
-            prefetch(t->mask[j] + n * p->mask.col, prefetch_span(p->mask.col, keys));
+            prefetch_bytes(t->mask[j] + n * p->mask.col, prefetch_span(p->mask.col, keys));
     }
 }
 

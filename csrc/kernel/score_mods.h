@@ -2,26 +2,26 @@
  *
  * One pass over the panel does it all, and finds the largest scores. It goes by squares of LANES rows,
  * because bias lies with keys along its rows and must be transposed. */
-#ifndef FA_KERNEL_MODIFIERS_H
-#define FA_KERNEL_MODIFIERS_H
+#ifndef FA_KERNEL_SCORE_MODS_H
+#define FA_KERNEL_SCORE_MODS_H
 
 #include "math.h"
-#include "narrow.h"
+#include "decode.h"
 
 /* Those that meet a block. */
 typedef struct {
-    bool capped, biased, sloped, masked, bounded;
-    bool narrow; /* the tile is */
-} modifiers;
+    bool softcap, bias, alibi, mask, window;
+    bool decode; /* the tile is */
+} score_mods;
 
 /* What they need to know of the block. */
 typedef struct {
     real softcap, inverse_softcap;
-    vec ahead[MAX_VECTORS];               /* of the first key in a lane, the lane's position */
+    vec alibi_distance[MAX_VECTORS];      /* of the first key in a lane, the lane's position */
     vec lo[MAX_VECTORS], hi[MAX_VECTORS]; /* keys the lane's interval lets it see, from its first key on */
-} modifier_terms;
+} score_mod_terms;
 
-static void set_softcap(const fa_problem *p, modifier_terms *terms)
+static void set_softcap(const fa_problem *p, score_mod_terms *terms)
 {
     /* Beyond these the cap does nothing, or leaves nothing, to the precision of `real`. */
     const double lowest = FA_REAL_BYTES == 4 ? 1e-30 : 1e-300;
@@ -30,19 +30,19 @@ static void set_softcap(const fa_problem *p, modifier_terms *terms)
     terms->inverse_softcap = (real)(1 / softcap);
 }
 
-static void set_ahead(const tile *t, const key_range *range, modifier_terms *terms)
+static void set_alibi_distance(const tile *t, const key_range *range, score_mod_terms *terms)
 {
     for (int j = 0; j < t->vectors * LANES; j++)
-        terms->ahead[j / LANES][j % LANES] = (real)(t->position[j] - range->first - t->lane_key[j]);
+        terms->alibi_distance[j / LANES][j % LANES] = (real)(t->position[j] - range->first - t->lane_key[j]);
 }
 
 /* Small enough to be exact in `real`. */
-static void set_intervals(const tile *t, const key_range *range, modifier_terms *terms)
+static void set_intervals(const tile *t, const key_range *range, score_mod_terms *terms)
 {
     for (int j = 0; j < t->vectors * LANES; j++) {
         int64_t first = range->first + t->lane_key[j];
-        terms->lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), NARROW_KEYS);
-        terms->hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), NARROW_KEYS);
+        terms->lo[j / LANES][j % LANES] = (real)min_i64(max_i64(t->lo[j] - first, -LANES), DECODE_KEYS);
+        terms->hi[j / LANES][j % LANES] = (real)min_i64(max_i64(t->hi[j] - first, -LANES), DECODE_KEYS);
     }
 }
 
@@ -59,12 +59,12 @@ static vec gather_bias(const fa_problem *p, const tile *t, const key_range *rang
 }
 
 /* Of panel rows [r, r + count) and vector m. */
-FA_INLINE void load_bias(const fa_problem *p, const tile *t, const key_range *range, bool narrow, int r,
+FA_INLINE void load_bias(const fa_problem *p, const tile *t, const key_range *range, bool decode, int r,
                          int count, int m, vec bias[LANES])
 {
     const int64_t n = range->first + r;
-    if (!narrow && n >= range->key_lo)
-        load_square(t->bias + m * LANES, n * p->bias.col, p->bias.col, count, p->bias.dtype, bias);
+    if (!decode && n >= range->key_lo)
+        load_transposed(t->bias + m * LANES, n * p->bias.col, p->bias.col, count, p->bias.dtype, bias);
     else
         for (int j = 0; j < count; j++)
             bias[j] = gather_bias(p, t, range, r + j, m);
@@ -101,7 +101,7 @@ FA_INLINE uint64_t load_mask_bits(const char *mask, ptrdiff_t step, int count)
 }
 #endif
 
-typedef enum { SEES_NONE, SEES_SOME, SEES_ALL } visibility;
+typedef enum { MASK_EMPTY, MASK_PARTIAL, MASK_FULL } mask_state;
 
 /* A row's keys [range->key_lo, range->key_hi), as bits from the first on. */
 FA_INLINE uint64_t load_mask_row(const fa_problem *p, const char *mask, const key_range *range)
@@ -125,11 +125,11 @@ static void spread_mask(tile *t, const uint64_t *bits, int lead)
 
 /* Reads the block's part of the mask, into t->mask_words where it hides some keys and not all. What lanes
  * share is read once: a row's mask, and one of all rows, as for padding. */
-static visibility load_mask(const fa_problem *p, tile *t, const key_range *range)
+static mask_state load_mask(const fa_problem *p, tile *t, const key_range *range)
 {
     const int lanes = t->vectors * LANES;
     const bool shared = p->mask.row == 0 && p->mask.head == 0;
-    const int distinct = shared ? 1 : is_narrow(t) ? t->narrow : lanes;
+    const int distinct = shared ? 1 : is_decode(t) ? t->rows_pow2 : lanes;
     const uint64_t full = ~(uint64_t)0 >> (64 - (range->key_hi - range->key_lo));
     uint64_t bits[TILE_ROWS], any = 0, all = full;
     for (int j = 0; j < distinct; j++) {
@@ -139,21 +139,21 @@ static visibility load_mask(const fa_problem *p, tile *t, const key_range *range
         all &= bits[j];
     }
     if (any == 0)
-        return SEES_NONE;
+        return MASK_EMPTY;
     if (all == full)
-        return SEES_ALL;
+        return MASK_FULL;
     for (int j = distinct; j < lanes; j++)
         bits[j] = bits[j - distinct];
     spread_mask(t, bits, (int)(range->key_lo - range->first));
-    return SEES_SOME;
+    return MASK_PARTIAL;
 }
 
 /* Where panel row r + j lets the lanes of vector m see its key; a square's bits lie in one word. */
-FA_INLINE vmask load_visible(const tile *t, bool narrow, int r, int j, int m)
+FA_INLINE vmask load_mask_lanes(const tile *t, bool decode, int r, int j, int m)
 {
-    const int first = narrow ? (r + j) << t->key_shift : r;
+    const int first = decode ? (r + j) << t->key_shift : r;
     const uvec word = (uvec)t->mask_words[first / LANE_BITS][m] >> first % LANE_BITS;
-    return ivec_test((ivec)word, ivec_splat((lane)1 << (narrow ? 0 : j)));
+    return ivec_test((ivec)word, ivec_splat((lane_int)1 << (decode ? 0 : j)));
 }
 
 /* Whether the cap bends none of `count` scores by much: most caps are far above most scores. */
@@ -168,110 +168,112 @@ FA_INLINE bool are_near_zero(const vec *scores, int count, int vectors, real fac
 
 /* Panel rows [r, r + count) of vector m, count <= LANES, r a multiple of LANES. Copies of what stays the
  * same: the compiler cannot know that the panel does not overlap it. */
-FA_INLINE void modify_square(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
-                             const modifier_terms *terms, int r, int count, int m, vec *scores, vec *largest)
+FA_INLINE void modify_lanes(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
+                            const score_mod_terms *terms, int r, int count, int m, vec *scores,
+                            vec *block_max)
 {
-    const vec minus_infinity = vec_splat(-(real)INFINITY), slope = t->slope[m], ahead = terms->ahead[m];
+    const vec minus_infinity = vec_splat(-(real)INFINITY), slope = t->slope[m],
+              alibi_distance = terms->alibi_distance[m];
     const vec lo = terms->lo[m], hi = terms->hi[m];
     const real softcap = terms->softcap, inverse_softcap = terms->inverse_softcap;
-    const int vectors = t->vectors, key_shift = by.narrow ? t->key_shift : 0;
-    vec bias[LANES], most = *largest;
+    const int vectors = t->vectors, key_shift = mods.decode ? t->key_shift : 0;
+    vec bias[LANES], lane_max = *block_max;
     vec *score = scores + r * vectors + m;
-    const bool near_zero = by.capped && are_near_zero(score, count, vectors, inverse_softcap);
-    if (by.biased)
-        load_bias(p, t, range, by.narrow, r, count, m, bias);
+    const bool near_zero = mods.softcap && are_near_zero(score, count, vectors, inverse_softcap);
+    if (mods.bias)
+        load_bias(p, t, range, mods.decode, r, count, m, bias);
 #pragma GCC unroll 16
     for (int j = 0; j < count; j++, score += vectors) {
         const vec key = vec_splat((real)((r + j) << key_shift));
         vec s = *score;
         if (near_zero)
             s = softcap * vec_tanh_near_zero(s * inverse_softcap);
-        else if (by.capped)
+        else if (mods.softcap)
             s = softcap * vec_tanh(s * inverse_softcap);
-        if (by.biased)
+        if (mods.bias)
             s = add_bias(s, bias[j]);
-        if (by.sloped)
-            s -= slope * vec_abs(ahead - key);
-        if (by.masked)
-            s = vec_select(load_visible(t, by.narrow, r, j, m), s, minus_infinity);
-        if (by.bounded) {
+        if (mods.alibi)
+            s -= slope * vec_abs(alibi_distance - key);
+        if (mods.mask)
+            s = vec_select(load_mask_lanes(t, mods.decode, r, j, m), s, minus_infinity);
+        if (mods.window) {
             s = vec_select(vec_greater(hi, key), s, minus_infinity);
             s = vec_select(vec_greater(lo, key), minus_infinity, s);
         }
         *score = s;
-        most = vec_max(s, most);
+        lane_max = vec_max(s, lane_max);
     }
-    *largest = most;
+    *block_max = lane_max;
 }
 
 /* By vectors, and then along the rows of bias: its lines are shared by squares that follow each other. */
-FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
-                           const modifier_terms *terms, int rows, vec *scores, vec *largest)
+FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
+                           const score_mod_terms *terms, int rows, vec *scores, vec *block_max)
 {
     for (int m = 0; m < t->vectors; m++) {
-        largest[m] = vec_splat(-(real)INFINITY);
+        block_max[m] = vec_splat(-(real)INFINITY);
         int r = 0;
         for (; r + LANES <= rows; r += LANES)
-            modify_square(p, t, range, by, terms, r, LANES, m, scores, largest + m);
+            modify_lanes(p, t, range, mods, terms, r, LANES, m, scores, block_max + m);
         if (r < rows)
-            modify_square(p, t, range, by, terms, r, rows - r, m, scores, largest + m);
+            modify_lanes(p, t, range, mods, terms, r, rows - r, m, scores, block_max + m);
     }
 }
 
 /* Panel rows behind the last key that may be read, of a wide tile. (Those before the first lie outside every
  * row's interval.) */
-static void hide_rows_behind(const tile *t, const key_range *range, vec *scores)
+static void mask_rows_behind(const tile *t, const key_range *range, vec *scores)
 {
     const int end = num_keys(range) * t->vectors;
     for (int i = (int)(range->key_hi - range->first) * t->vectors; i < end; i++)
         scores[i] = vec_splat(-(real)INFINITY);
 }
 
-static modifiers find_modifiers(const fa_problem *p, const tile *t, const key_range *range, bool masked)
+static score_mods find_score_mods(const fa_problem *p, const tile *t, const key_range *range, bool mask)
 {
-    const int64_t last = is_narrow(t) ? range->last : range->key_hi;
-    return (modifiers){.capped = p->softcap != 0,
-                       .biased = p->bias.data,
-                       .sloped = p->alibi_slopes.data,
-                       .masked = masked,
-                       .bounded = range->first < t->inner_lo || last > t->inner_hi,
-                       .narrow = is_narrow(t)};
+    const int64_t last = is_decode(t) ? range->last : range->key_hi;
+    return (score_mods){.softcap = p->softcap != 0,
+                        .bias = p->bias.data,
+                        .alibi = p->alibi_slopes.data,
+                        .mask = mask,
+                        .window = range->first < t->full_lo || last > t->full_hi,
+                        .decode = is_decode(t)};
 }
 
-FA_INLINE int count_modifiers(modifiers by)
+FA_INLINE int count_score_mods(score_mods mods)
 {
-    return by.capped + by.biased + by.sloped + by.masked + by.bounded;
+    return mods.softcap + mods.bias + mods.alibi + mods.mask + mods.window;
 }
 
 /* Changes and hides scores that are there, and finds each lane's largest. Of wide tiles, the usual single
  * modifiers have copies of their own, where what is not there takes no time. What a copy computes must be the
  * same to the last bit: which one runs depends on other rows. So no copy may round twice where another rounds
  * once. */
-static void modify_scores(const fa_problem *p, const tile *t, const key_range *range, modifiers by,
-                          vec *scores, vec largest[MAX_VECTORS])
+static void modify_scores(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
+                          vec *scores, vec block_max[MAX_VECTORS])
 {
-    modifier_terms terms = {0};
-    const int rows = by.narrow ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
-    const bool alone = count_modifiers(by) == 1 && !by.narrow;
-    if (by.capped)
+    score_mod_terms terms = {0};
+    const int rows = mods.decode ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
+    const bool alone = count_score_mods(mods) == 1 && !mods.decode;
+    if (mods.softcap)
         set_softcap(p, &terms);
-    if (by.sloped)
-        set_ahead(t, range, &terms);
-    if (by.bounded)
+    if (mods.alibi)
+        set_alibi_distance(t, range, &terms);
+    if (mods.window)
         set_intervals(t, range, &terms);
 
-    if (alone && by.capped)
-        modify_rows(p, t, range, (modifiers){.capped = true}, &terms, rows, scores, largest);
-    else if (alone && by.biased)
-        modify_rows(p, t, range, (modifiers){.biased = true}, &terms, rows, scores, largest);
-    else if (alone && by.sloped)
-        modify_rows(p, t, range, (modifiers){.sloped = true}, &terms, rows, scores, largest);
-    else if (alone && by.masked)
-        modify_rows(p, t, range, (modifiers){.masked = true}, &terms, rows, scores, largest);
-    else if (alone && by.bounded)
-        modify_rows(p, t, range, (modifiers){.bounded = true}, &terms, rows, scores, largest);
+    if (alone && mods.softcap)
+        modify_rows(p, t, range, (score_mods){.softcap = true}, &terms, rows, scores, block_max);
+    else if (alone && mods.bias)
+        modify_rows(p, t, range, (score_mods){.bias = true}, &terms, rows, scores, block_max);
+    else if (alone && mods.alibi)
+        modify_rows(p, t, range, (score_mods){.alibi = true}, &terms, rows, scores, block_max);
+    else if (alone && mods.mask)
+        modify_rows(p, t, range, (score_mods){.mask = true}, &terms, rows, scores, block_max);
+    else if (alone && mods.window)
+        modify_rows(p, t, range, (score_mods){.window = true}, &terms, rows, scores, block_max);
     else
-        modify_rows(p, t, range, by, &terms, rows, scores, largest);
+        modify_rows(p, t, range, mods, &terms, rows, scores, block_max);
 }
 
 #endif

@@ -1,0 +1,400 @@
+/* Products of a decode tile. A few query rows leave next to no arithmetic: what counts is to read K and V
+ * once, at the speed of memory, in vectors as they lie. So here lanes run along the head dims, and a score is
+ * a sum over lanes. A row of the score panel holds LANES / rows_pow2 keys, key by key, `rows_pow2` rows each.
+ */
+#ifndef FA_KERNEL_DECODE_H
+#define FA_KERNEL_DECODE_H
+
+#include "prefetch.h"
+
+/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, run by
+ * run. While it reads a row, it asks line by line for the one that comes this far behind. */
+#define PREFETCH_DISTANCE_BYTES 16384
+
+/* Whether lines are asked for at all. A row that is read alone leaves its lines to the CPU, which sees where
+ * they come from (Zen 4: 8 % faster than asking into L1 in float32, 24 % in bfloat16); not so where bytes are
+ * upcast, or the CPU is one that wants to be asked (fa_prefetch_to_l1). */
+FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
+{
+    return rows > 1 || dtype == FA_INT8 || to_l1;
+}
+
+FA_INLINE void prefetch_line(const char *line, bool to_l1)
+{
+    if (to_l1)
+        __builtin_prefetch(line, 0, 3);
+    else
+        __builtin_prefetch(line, 0, 2);
+}
+
+/* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read,
+ * `distance` rows ahead: the first of these, if no others are to come. For some rows at once: in a loop over
+ * rows this would cost as much as their arithmetic. */
+FA_INLINE row_stream rows_to_prefetch(const row_stream *streams, int distance, int n, const char *row)
+{
+    n += distance;
+#pragma GCC unroll 3
+    for (int i = 0; i < STREAM_WINDOW; i++) {
+        const row_stream *run = &streams[i];
+        if (n < run->count)
+            return (row_stream){run->data + n * run->row, run->row, run->count - n};
+        n -= run->count;
+    }
+    return (row_stream){row, 0, KEY_BLOCK};
+}
+
+/* Of a block that was packed, and thus read before, it is a whole block. */
+FA_INLINE int rows_ahead(const row_stream *streams, bool packed)
+{
+    const int64_t most = streams[0].count + streams[1].count;
+    const ptrdiff_t row = streams[0].row;
+    if (packed)
+        return streams[0].count;
+    return row > 0 ? (int)min_i64(PREFETCH_DISTANCE_BYTES / row, most) : (int)most;
+}
+
+/* Keys that are read side by side, a vector of each at a time: for some rows all those of a vector of scores,
+ * so that a vector of queries, once there, serves them all. For one row memory serves keys one by one best;
+ * but where bytes are upcast, arithmetic is dearer than reading. */
+FA_INLINE int key_unroll(fa_dtype dtype, int rows)
+{
+    if (rows > 1)
+        return LANES / rows;
+    return dtype == FA_INT8 ? 4 : 1;
+}
+
+/* sums[g * rows + r] += lane by lane products of key g and row r, of the vectors that are read at once, at
+ * `offset` in a row of keys. In registers: a load beside each multiply-add would be one too many. */
+FA_INLINE void multiply_keys(const char *const *key, ptrdiff_t offset, fa_dtype dtype,
+                             const packed_vec *query, int rows, vec *sums)
+{
+#pragma GCC unroll 2
+    for (int i = 0; i < vectors_per_load(dtype); i++, query += rows) {
+        packed_vec q[DECODE_ROWS];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            q[r] = (packed_vec)vec_in_register((vec)query[r]);
+#pragma GCC unroll 16
+        for (int g = 0; g < key_unroll(dtype, rows); g++) {
+            packed_vec k = load_key_vector(key[g] + offset, dtype, i);
+            if (rows > 1)
+                k = (packed_vec)vec_in_register((vec)k);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+                sums[g * rows + r] = multiply_lanes(k, q[r], sums[g * rows + r]);
+        }
+    }
+}
+
+/* Rows to ask for while others are read: line by line, `next_key` and `next_line` bytes apart. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row, next_key, next_line;
+    bool to_l1; /* not L2 */
+} line_prefetch;
+
+/* Of keys abreast that touch, lines one after another, as memory serves them best. */
+FA_INLINE line_prefetch spread_line_prefetch(const row_stream *run, ptrdiff_t row_bytes, int unroll,
+                                             bool to_l1)
+{
+    if (run->row == row_bytes)
+        return (line_prefetch){run->data, run->row, 64, 64 * unroll, to_l1};
+    return (line_prefetch){run->data, run->row, run->row, 64, to_l1};
+}
+
+/* sums[g * rows + r] = Σ_d key[g][d] query[r][d], lane by lane. Asks for as many keys from `soon` on. */
+FA_INLINE void dot_unrolled_keys(const char *const *key, fa_dtype dtype, const packed_vec *query, int vectors,
+                                 int rows, const line_prefetch *requests, const char *prefetch, vec *sums)
+{
+    const int at_once = vectors_per_load(dtype), step = key_vector_bytes(dtype);
+    const int unroll = key_unroll(dtype, rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < unroll * rows; i++)
+        sums[i] = vec_splat(0);
+#pragma GCC unroll 4
+    for (int d = 0; d < vectors; d += at_once) {
+        if (d * step % 64 == 0 && prefetches_lines(dtype, rows, requests->to_l1)) {
+#pragma GCC unroll 16
+            for (int g = 0; g < unroll; g++)
+                prefetch_line(prefetch + d * step / 64 * requests->next_line + g * requests->next_key,
+                              requests->to_l1);
+        }
+        multiply_keys(key, d * step, dtype, query + d * rows, rows, sums);
+    }
+}
+
+/* Lane j * rows + r: Σ_d key[n + j][d] query[r][d]. */
+FA_INLINE vec dot_keys(const key_range *range, const operand_block *key, int64_t n, fa_dtype dtype,
+                       const packed_vec *query, int vectors, int rows, const line_prefetch *prefetch)
+{
+    const int unroll = key_unroll(dtype, rows);
+    vec sums[LANES];
+#pragma GCC unroll 1
+    for (int j = 0; j < LANES / rows; j += unroll) {
+        const char *k[LANES];
+        vec abreast_sums[LANES]; /* in registers, unlike those that a loop goes through */
+        point_at_keys(range, key, n + j, unroll, k);
+        dot_unrolled_keys(k, dtype, query, vectors, rows, prefetch, prefetch->data + j * prefetch->row,
+                          abreast_sums);
+#pragma GCC unroll 16
+        for (int i = 0; i < unroll * rows; i++)
+            sums[j * rows + i] = abreast_sums[i];
+    }
+    return vec_sums(sums);
+}
+
+/* Vectors of a row of values that are summed at once, for all rows: in half the registers at most. */
+#define VALUE_SUMS (FA_VECTOR_BYTES / 4)
+#define VALUE_VECTORS(rows) (VALUE_SUMS / (rows) < 8 ? VALUE_SUMS / (rows) : 8)
+
+/* Values whose rows are summed before others are read: so few that a second pass over them, for more of their
+ * columns, finds them in L1, and that what is asked for ahead is not asked for too late. */
+#define VALUE_BLOCK 32
+
+/* out[r][i] (+)= Σ_n p[n][r] value[n][i] over the vectors i of a row, and the keys [lead, num_keys). */
+typedef struct {
+    const char *value; /* of key 0, which cannot be read if lead is 1 */
+    ptrdiff_t row;
+    const operand *p; /* [key / VALUE_KEYS][row] */
+    int lead, num_keys;
+    int vectors;
+    bool empty; /* out is not there yet */
+    vec *out;
+    const row_stream *streams;
+    int distance;
+    bool to_l1; /* lines are asked for into L1, not L2 */
+} value_product;
+
+/* Values of which a part is asked for, `width` vectors of each. */
+FA_INLINE void prefetch_values(const char *prefetch, ptrdiff_t next, ptrdiff_t vector_bytes, int width,
+                               bool to_l1)
+{
+#pragma GCC unroll 2
+    for (int k = 0; k < VALUE_KEYS; k++)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            if (i * vector_bytes % 64 == 0)
+                prefetch_line(prefetch + k * next + i * vector_bytes, to_l1);
+}
+
+/* sums[r][i] += p[r] value[i], of the keys that are multiplied at once. nan_safe: where p is -0 the key
+ * is hidden from the row, and its value, be it NaN, adds nothing. */
+FA_INLINE void add_value(const packed_vec v[8], const operand *p, int rows, int width, bool nan_safe,
+                         vec sums[8][8])
+{
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            sums[r][i] = multiply_add(p[r], nan_safe ? mask_values(p[r], v[i]) : v[i], sums[r][i]);
+}
+
+/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are asked for one
+ * after another, as memory serves them best. */
+FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
+                          bool nan_safe)
+{
+    vec sums[8][8];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            sums[r][i] = vec_splat(0);
+    const ptrdiff_t vector_bytes = LANES * element_size(dtype), offset = first * vector_bytes;
+    const char *value = a->value + offset;
+    const operand *p = a->p;
+    for (int n = 0; n < a->num_keys;) {
+        const row_stream run = rows_to_prefetch(a->streams, a->distance, n, a->value + a->lead * a->row);
+        const int end = n + rows_left(n, run.count, a->num_keys);
+        const bool touch = run.row == a->vectors * vector_bytes;
+        const char *prefetch = run.data + (touch ? (end - n) * offset : offset);
+        const ptrdiff_t next = touch ? width * vector_bytes : run.row;
+        for (; n < end;
+             n += VALUE_KEYS, value += VALUE_KEYS * a->row, prefetch += VALUE_KEYS * next, p += rows) {
+            /* of keys that may not be read, the other one, which their probability hides */
+            const char *even = n < a->lead ? value + a->row : value;
+            const char *odd = n + 1 < a->num_keys ? value + a->row : value;
+            packed_vec v[8];
+            if (prefetches_lines(dtype, rows, a->to_l1))
+                prefetch_values(prefetch, next, vector_bytes, width, a->to_l1);
+            load_values(even, odd, dtype, width, v);
+#pragma GCC unroll 8
+            for (int i = 0; i < width && rows > 1; i++) /* as for keys */
+                v[i] = (packed_vec)vec_in_register((vec)v[i]);
+            add_value(v, p, rows, width, nan_safe, sums);
+        }
+    }
+    vec *out = a->out + first;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++, out += a->vectors)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++)
+            out[i] = a->empty ? sums[r][i] : out[i] + sums[r][i];
+}
+
+FA_INLINE void add_rows_of_values(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
+{
+    int i = 0;
+    for (; i + VALUE_VECTORS(rows) <= a->vectors; i += VALUE_VECTORS(rows))
+        add_values(a, i, dtype, rows, VALUE_VECTORS(rows), nan_safe);
+    for (; VALUE_VECTORS(rows) > 4 && i + 4 <= a->vectors; i += 4)
+        add_values(a, i, dtype, rows, 4, nan_safe);
+    for (; i + 2 <= a->vectors; i += 2)
+        add_values(a, i, dtype, rows, 2, nan_safe);
+    if (i < a->vectors)
+        add_values(a, i, dtype, rows, 1, nan_safe);
+}
+
+/* Whether keys and values are of the dtype `stored`, and come to this kernel. */
+FA_INLINE bool is_stored(fa_dtype dtype, fa_dtype stored)
+{
+    return FA_REAL_BYTES == 4 && dtype == stored;
+}
+
+/* One inlined copy for each number of rows and each dtype of keys and values. */
+FA_INLINE void add_values_of(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
+{
+    if (nan_safe)
+        add_rows_of_values(a, dtype, rows, true);
+    else if (PRODUCTS_IN_BFLOAT16)
+        add_rows_of_values(a, FA_BFLOAT16, rows, false);
+    else if (is_stored(dtype, FA_FLOAT16))
+        add_rows_of_values(a, FA_FLOAT16, rows, false);
+    else if (is_stored(dtype, FA_BFLOAT16))
+        add_rows_of_values(a, FA_BFLOAT16, rows, false);
+    else if (is_stored(dtype, FA_INT8))
+        add_rows_of_values(a, FA_INT8, rows, false);
+    else
+        add_rows_of_values(a, FA_REAL_DTYPE, rows, false);
+}
+
+static void add_values_any(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
+{
+    if (DECODE_ROWS >= 8 && rows == 8)
+        add_values_of(a, dtype, 8, nan_safe);
+    else if (DECODE_ROWS >= 4 && rows == 4)
+        add_values_of(a, dtype, 4, nan_safe);
+    else if (DECODE_ROWS >= 2 && rows == 2)
+        add_values_of(a, dtype, 2, nan_safe);
+    else
+        add_values_of(a, dtype, 1, nan_safe);
+}
+
+/* The scales of the range's keys; of those that may not be read, the nearest one's. */
+static void load_scales(const key_range *range, const operand_block *block, real *scales)
+{
+    const int lead = (int)(range->key_lo - range->first), end = (int)(range->key_hi - range->first);
+    const char *src = block->scale + (range->key_lo - block->first) * block->scale_step;
+    if (block->scale_step == sizeof(real) && FA_REAL_DTYPE == FA_FLOAT32) {
+        memcpy(scales + lead, src, (size_t)(end - lead) * sizeof(real));
+    } else {
+        for (int n = lead; n < end; n++, src += block->scale_step)
+            scales[n] = load_element(src, FA_FLOAT32);
+    }
+    for (int n = 0; n < lead; n++)
+        scales[n] = scales[lead];
+    for (int n = end; n < num_keys(range); n++)
+        scales[n] = scales[end - 1];
+}
+
+/* Multiplies the panel's rows by the scales of their keys, or of their values. */
+static void multiply_by_scales(const tile *t, const key_range *range, const operand_block *block, vec *panel)
+{
+    real scales[DECODE_KEYS + LANES] = {0};
+    load_scales(range, block, scales);
+    for (int v = 0; v < num_keys(range) >> t->key_shift; v++) {
+        vec x = vec_load(scales + (v << t->key_shift));
+        for (int r = 1; r < t->rows_pow2; r *= 2) /* each key's, side by side for its rows */
+            x = __builtin_shufflevector(x, x, INTERLEAVE_LOW);
+        panel[v] *= x;
+    }
+}
+
+/* Scores of all keys of the range, as multiply_query_key. */
+FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *range, const operand_block *key,
+                         const prefetch_plan *plan, fa_dtype dtype, int rows, real scale, vec *scores)
+{
+    const int keys = LANES / rows, vectors = key_vectors(p->head_dim);
+    const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
+    const int distance = rows_ahead(plan->streams, !is_vector_aligned(&p->key, p->head_dim));
+    const bool to_l1 = fa_prefetch_to_l1();
+    prefetch_queries(p, plan, 0, plan->query_rows);
+    if (plan->key_scale) {
+        prefetch_rows(plan->key_scale, p->key_scale.row, sizeof(float), plan->key_rows);
+        prefetch_rows(plan->value_scale, p->value_scale.row, sizeof(float), plan->key_rows);
+    }
+    for (int n = 0; n < num_keys(range);) {
+        const row_stream run =
+            rows_to_prefetch(plan->streams, distance, n, key->data + (range->key_lo - key->first) * key->row);
+        line_prefetch prefetch = spread_line_prefetch(&run, row_bytes, key_unroll(dtype, rows), to_l1);
+        const int end = n + rows_left(n, run.count, num_keys(range));
+        for (; n < end; n += keys, prefetch.data += keys * prefetch.row)
+            scores[n / keys] =
+                dot_keys(range, key, range->first + n, dtype, t->query, vectors, rows, &prefetch) * scale;
+    }
+}
+
+FA_INLINE void dot_range_of(const fa_problem *p, const tile *t, const key_range *range,
+                            const operand_block *key, const prefetch_plan *plan, int rows, real scale,
+                            vec *scores)
+{
+    if (PRODUCTS_IN_BFLOAT16)
+        dot_range(p, t, range, key, plan, FA_BFLOAT16, rows, scale, scores);
+    else if (is_stored(key->dtype, FA_FLOAT16))
+        dot_range(p, t, range, key, plan, FA_FLOAT16, rows, scale, scores);
+    else if (is_stored(key->dtype, FA_BFLOAT16))
+        dot_range(p, t, range, key, plan, FA_BFLOAT16, rows, scale, scores);
+    else if (is_stored(key->dtype, FA_INT8))
+        dot_range(p, t, range, key, plan, FA_INT8, rows, scale, scores);
+    else
+        dot_range(p, t, range, key, plan, FA_REAL_DTYPE, rows, scale, scores);
+}
+
+static void multiply_decode_query_key(const fa_problem *p, const tile *t, const key_range *range,
+                                      const operand_block *key, const prefetch_plan *plan, real scale,
+                                      vec *scores)
+{
+    if (DECODE_ROWS >= 8 && t->rows_pow2 == 8)
+        dot_range_of(p, t, range, key, plan, 8, scale, scores);
+    else if (DECODE_ROWS >= 4 && t->rows_pow2 == 4)
+        dot_range_of(p, t, range, key, plan, 4, scale, scores);
+    else if (DECODE_ROWS >= 2 && t->rows_pow2 == 2)
+        dot_range_of(p, t, range, key, plan, 2, scale, scores);
+    else
+        dot_range_of(p, t, range, key, plan, 1, scale, scores);
+    if (key->scale)
+        multiply_by_scales(t, range, key, scores);
+}
+
+/* out (+)= probabilities · V over the keys of the range, the first of the runs that are read. */
+static void multiply_decode_value(const fa_problem *p, const tile *t, const key_range *range,
+                                  const operand_block *value, vec *probabilities, const row_stream *streams,
+                                  bool nan_safe)
+{
+    if (value->scale)
+        multiply_by_scales(t, range, value, probabilities);
+    const operand *p_of_rows =
+        pack_decode_probabilities(probabilities, panel_rows(t, range, true), t->rows_pow2);
+    value_product product = {
+        .row = value->row,
+        .vectors = vectors_of(p->head_dim_v),
+        .empty = t->empty,
+        .out = t->out,
+        .streams = streams,
+        .distance = rows_ahead(streams, !is_vector_aligned(&p->value, p->head_dim_v)),
+        .to_l1 = fa_prefetch_to_l1(),
+    };
+    for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {
+        end = min_i64((n / VALUE_BLOCK + 1) * VALUE_BLOCK, range->key_hi);
+        const int64_t first = n / VALUE_KEYS * VALUE_KEYS;
+        product.value = value->data + (first - value->first) * value->row;
+        product.p = p_of_rows + (first - range->first) / VALUE_KEYS * t->rows_pow2;
+        product.lead = (int)(n - first);
+        product.num_keys = (int)(end - first);
+        add_values_any(&product, value->dtype, t->rows_pow2, nan_safe);
+        product.distance += product.num_keys;
+        product.empty = false;
+    }
+}
+
+#endif
