@@ -5,5 +5,5 @@
 #include "../kernel/element_float32.h"
 #include "avx512bf16.h"
 #include "../kernel/operand_amx.h"
-#include "../kernel/wide_amx.h"
+#include "../kernel/product_amx.h"
 #include "../kernel/forward.h"

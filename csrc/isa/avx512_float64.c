@@ -5,5 +5,5 @@
 #include "../kernel/element_float64.h"
 #include "avx512.h"
 #include "../kernel/operand_real.h"
-#include "../kernel/wide.h"
+#include "../kernel/product_fma.h"
 #include "../kernel/forward.h"

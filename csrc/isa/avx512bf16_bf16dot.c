@@ -5,5 +5,5 @@
 #include "../kernel/element_float32.h"
 #include "avx512bf16.h"
 #include "../kernel/operand_bf16dot.h"
-#include "../kernel/wide.h"
+#include "../kernel/product_fma.h"
 #include "../kernel/forward.h"

@@ -5,5 +5,5 @@
 #include "../kernel/element_float32.h"
 #include "baseline.h"
 #include "../kernel/operand_real.h"
-#include "../kernel/wide.h"
+#include "../kernel/product_fma.h"
 #include "../kernel/forward.h"

@@ -124,21 +124,21 @@ FA_INLINE void dot_unrolled_keys(const char *const *key, fa_dtype dtype, const p
 }
 
 /* Lane j * rows + r: Σ_d key[n + j][d] query[r][d]. */
-FA_INLINE vec dot_keys(const key_range *range, const operand_block *key, int64_t n, fa_dtype dtype,
-                       const packed_vec *query, int vectors, int rows, const line_prefetch *prefetch)
+FA_INLINE vec dot_keys(const product_rows *keys, int n, fa_dtype dtype, const packed_vec *query, int vectors,
+                       int rows, const line_prefetch *prefetch)
 {
     const int unroll = key_unroll(dtype, rows);
     vec sums[LANES];
 #pragma GCC unroll 1
     for (int j = 0; j < LANES / rows; j += unroll) {
         const char *k[LANES];
-        vec abreast_sums[LANES]; /* in registers, unlike those that a loop goes through */
-        point_at_keys(range, key, n + j, unroll, k);
+        vec unrolled_sums[LANES]; /* in registers, unlike those that a loop goes through */
+        product_row_pointers(keys, n + j, unroll, k);
         dot_unrolled_keys(k, dtype, query, vectors, rows, prefetch, prefetch->data + j * prefetch->row,
-                          abreast_sums);
+                          unrolled_sums);
 #pragma GCC unroll 16
         for (int i = 0; i < unroll * rows; i++)
-            sums[j * rows + i] = abreast_sums[i];
+            sums[j * rows + i] = unrolled_sums[i];
     }
     return vec_sums(sums);
 }
@@ -318,6 +318,7 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
     const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
     const int distance = rows_ahead(plan->streams, !is_vector_aligned(&p->key, p->head_dim));
     const bool to_l1 = fa_prefetch_to_l1();
+    const product_rows a = key_rows(range, key);
     prefetch_queries(p, plan, 0, plan->query_rows);
     if (plan->key_scale) {
         prefetch_rows(plan->key_scale, p->key_scale.row, sizeof(float), plan->key_rows);
@@ -329,8 +330,7 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
         line_prefetch prefetch = spread_line_prefetch(&run, row_bytes, key_unroll(dtype, rows), to_l1);
         const int end = n + rows_left(n, run.count, num_keys(range));
         for (; n < end; n += keys, prefetch.data += keys * prefetch.row)
-            scores[n / keys] =
-                dot_keys(range, key, range->first + n, dtype, t->query, vectors, rows, &prefetch) * scale;
+            scores[n / keys] = dot_keys(&a, n, dtype, t->query, vectors, rows, &prefetch) * scale;
     }
 }
 

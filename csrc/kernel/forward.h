@@ -192,7 +192,7 @@ static operand_block load_value_block(const fa_problem *p, const item_arrays *a,
     return (operand_block){.data = packed,
                            .first = begin / TILE_K,
                            .row = packed_value_bytes(p->head_dim_v),
-                           .col = sizeof(operand),
+                           .col = PACKED_VALUE_COL,
                            .dtype = FA_REAL_DTYPE};
 }
 

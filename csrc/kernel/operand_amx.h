@@ -7,6 +7,8 @@
 #include "pairs.h"
 
 #define TILE_K 32
+/* Bytes from a column of packed values to the next. */
+#define PACKED_VALUE_COL FA_VECTOR_BYTES
 #define KEY_STEP 32
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)

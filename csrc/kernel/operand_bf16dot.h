@@ -6,6 +6,8 @@
 #include "pairs.h"
 
 #define TILE_K 2
+/* Bytes from a column of packed values to the next. */
+#define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
 #define KEY_STEP 1
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)

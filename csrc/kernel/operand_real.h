@@ -9,6 +9,8 @@ typedef vec packed_vec;
 
 /* Elements along the reduction axis that one operand holds. */
 #define TILE_K 1
+/* Bytes from a column of packed values to the next. */
+#define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
 #define KEY_STEP 1
 #define PRODUCTS_IN_BFLOAT16 0
 

@@ -22,24 +22,11 @@ FA_INLINE int panel_rows(const tile *t, const key_range *range, bool decode)
     return decode ? num_keys(range) >> t->key_shift : num_keys(range);
 }
 
-/* Of the keys that may be read, the one nearest to n. Apart, or GCC would compute it for keys that need no
- * such, in registers that the products want. */
-static __attribute__((noinline)) const char *nearest_key(const key_range *range, const operand_block *key,
-                                                         int64_t n)
+/* The keys of the panel, from range->first on. */
+FA_INLINE product_rows key_rows(const key_range *range, const operand_block *key)
 {
-    const int64_t nearest = min_i64(max_i64(n, range->key_lo), range->key_hi - 1);
-    return key->data + (nearest - key->first) * key->row;
-}
-
-/* Keys [n, n + rows); of those that may not be read, the nearest. */
-FA_INLINE void point_at_keys(const key_range *range, const operand_block *key, int64_t n, int rows,
-                             const char **a)
-{
-    const bool whole = n >= range->key_lo && n + rows <= range->key_hi;
-    const char *first = key->data + (n - key->first) * key->row;
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++, first += key->row)
-        a[i] = whole ? first : nearest_key(range, key, n + i);
+    return (product_rows){key->data + (range->first - key->first) * key->row, key->row, key->col,
+                          (int)(range->key_lo - range->first), (int)(range->key_hi - range->first)};
 }
 
 /* `count` rows, `row` bytes apart. */

@@ -1,4 +1,13 @@
-/* The micro-kernel: every product of the library is this one. */
+/* The product of the library. A is read in place, B is packed, C is a panel; B and C have `vectors` vectors
+ * to a row:
+ *
+ *     product_scores:  C[i][m] = scale · Σ_k A[i][k] · B[k][m], and each lane's largest
+ *     product_add:     C[i][m] += Σ_k A[i][k] · B[k][m], or = where C is empty
+ *
+ * for PRODUCT_ROWS(vectors) rows from i on, each operand A[i][k] being TILE_K elements along the reduction. C
+ * is written to its last whole product. product_fma.h and product_amx.h fulfil it; wide.h calls it.
+ *
+ * Requires tile sizes and an operand; provides what the two share. */
 #ifndef FA_KERNEL_PRODUCT_H
 #define FA_KERNEL_PRODUCT_H
 
@@ -8,9 +17,33 @@
 /* Rows that a product may write beyond the last. */
 #define MAX_SPARE_ROWS 16
 
-/* Lines that a product asks for in its course: of `rows` rows, `row` bytes apart, `lines` lines each, every
- * `every` steps of the reduction. In one burst they would take all places for what L1 has missed, and the
- * product's own operands would wait behind them: keys from memory then cost a tenth. */
+/* Rows of A: operand k of row i lies at data + i * row + k * step. Rows outside [first, last) may not be
+ * read: where a product takes them all the same, the nearest stands for them. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row, step;
+    int first, last;
+} product_rows;
+
+/* Apart, or GCC would compute it for rows that need no such, in registers that the products want. */
+static __attribute__((noinline)) const char *nearest_row(const product_rows *a, int i)
+{
+    const int nearest = i < a->first ? a->first : i < a->last ? i : a->last - 1;
+    return a->data + nearest * a->row;
+}
+
+FA_INLINE void product_row_pointers(const product_rows *a, int i, int count, const char **rows)
+{
+    const bool whole = i >= a->first && i + count <= a->last;
+    const char *row = a->data + i * a->row;
+#pragma GCC unroll 16
+    for (int j = 0; j < count; j++, row += a->row)
+        rows[j] = whole ? row : nearest_row(a, i + j);
+}
+
+/* Lines that a product prefetches in its course: of `rows` rows, `row` bytes apart, `lines` lines each, every
+ * `every` steps of the reduction. In one burst they would take all fill buffers of L1, and the product's own
+ * operands would wait behind them: keys from memory then cost a tenth (Zen 4). */
 typedef struct {
     const char *data;
     ptrdiff_t row;
@@ -24,50 +57,6 @@ FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data
 #pragma GCC unroll 4
         for (int line = 0; line < prefetch->lines; line++)
             __builtin_prefetch(data + 64 * line, 0, 2);
-}
-
-/* Steps [begin, end) of a product. */
-FA_INLINE void product_steps(const char *const *a, bool side_by_side, ptrdiff_t step, const packed_vec *b,
-                             int begin, int end, int vectors, bool nan_safe,
-                             vec c[MAX_MICRO_ROWS][MAX_VECTORS])
-{
-    const int rows = MICRO_ROWS(vectors);
-    const packed_vec *stop = b + (ptrdiff_t)end * vectors;
-    ptrdiff_t offset = begin * step;
-    const char *first = a[0] + offset;
-    b += (ptrdiff_t)begin * vectors;
-#pragma GCC unroll 2 /* four times gain no more, and cost float64 on AVX2 a quarter */
-    for (; b != stop; b += vectors, offset += step, first += step) {
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; i++) {
-            operand x;
-            memcpy(&x, side_by_side ? first + i * (int)sizeof x : a[i] + offset, sizeof x);
-#pragma GCC unroll 3
-            for (int m = 0; m < vectors; m++)
-                c[i][m] = nan_safe ? multiply_add_nan_safe(x, b[m], c[i][m]) : multiply_add(x, b[m], c[i][m]);
-        }
-    }
-}
-
-/* c[i][m] += Σ_k a[i][k] · b[k][m] for i < MICRO_ROWS(vectors): operands of row i at a[i], `step` bytes
- * apart, each broadcast against the `vectors` lanes of b[k]. Rows side by side: row i begins i operands
- * behind a[0], and one address serves all of them. Most products ask for nothing, and have a loop to
- * themselves: cut into stretches it takes bfloat16 2 % longer. */
-FA_INLINE void product(const char *const *a, bool side_by_side, ptrdiff_t step, const packed_vec *b,
-                       int length, int vectors, bool nan_safe, const product_prefetch *prefetch,
-                       vec c[MAX_MICRO_ROWS][MAX_VECTORS])
-{
-    const char *data = prefetch->data;
-    if (prefetch->every >= length) {
-        prefetch_burst(prefetch, data);
-        product_steps(a, side_by_side, step, b, 0, length, vectors, nan_safe, c);
-        return;
-    }
-    for (int k = 0, end; k < length; k = end, data += 64 * prefetch->lines) {
-        end = length - k > prefetch->every ? k + prefetch->every : length;
-        prefetch_burst(prefetch, data);
-        product_steps(a, side_by_side, step, b, k, end, vectors, nan_safe, c);
-    }
 }
 
 #endif

@@ -4,6 +4,7 @@
 #define FA_KERNEL_SCORES_H
 
 #include "score_mods.h"
+#include "wide.h"
 
 /* Whether something besides other scores meets the scores, so that they must be in natural units: the
  * micro-kernel's epilogue then scales them. Otherwise the scale waits for the exponential, where it is free.

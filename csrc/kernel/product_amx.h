@@ -2,15 +2,16 @@
  * 3 blocks of 16 rows by LANES lanes; 6 holds 16 rows of operands, 7 a block of the panel.
  *
  * Budget: 16 cycles for each of the 6 products of a step, 8 for each of the 8 loads beside them. */
-#ifndef FA_KERNEL_WIDE_H
-#define FA_KERNEL_WIDE_H
+#ifndef FA_KERNEL_PRODUCT_AMX_H
+#define FA_KERNEL_PRODUCT_AMX_H
 
 #include <stdatomic.h>
 
-#include "prefetch.h"
+#include "micro_kernel.h"
 
 #define BLOCK_ROWS 16
 #define PASS_ROWS (2 * BLOCK_ROWS)
+#define PRODUCT_ROWS(vectors) PASS_ROWS
 
 /* The unit's intrinsics do not tell the compiler that they read memory. */
 FA_INLINE void finish_stores(void)
@@ -125,90 +126,61 @@ FA_INLINE void multiply_blocks(const char *a, ptrdiff_t row, ptrdiff_t step, con
     }
 }
 
-/* All that a pass asks for, before it. */
-FA_INLINE void prefetch_nth(const block_prefetch *all, int n)
+FA_INLINE void product_scores(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
+                              real scale, const product_prefetch *prefetch, vec *panel,
+                              vec block_max[MAX_VECTORS])
 {
-    const product_prefetch prefetch = nth_prefetch(all, n, 1);
-    prefetch_burst(&prefetch, prefetch.data);
-}
-
-/* scores[r][m] = scale Σ_d K[first + r][d] Q[m][d], and each lane's largest; whole passes, as keys are
- * packed. */
-FA_INLINE void multiply_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                  const operand_block *key, const prefetch_plan *plan, real scale,
-                                  int vectors, vec *scores, vec block_max[MAX_VECTORS])
-{
-    const int length = (int)((p->head_dim + TILE_K - 1) / TILE_K);
-    const bool modified = p->mask.data || p->bias.data;
-    const int share = share_of_step(t->rows, num_keys(range), PASS_ROWS);
-    const block_prefetch keys =
-        spread_prefetch(plan->key, &p->key, p->head_dim, plan->key_rows, PASS_ROWS, 1);
+    prefetch_burst(prefetch, prefetch->data);
     finish_stores();
-    for (int r = 0; r < num_keys(range); r += PASS_ROWS) {
-        prefetch_nth(&keys, r / PASS_ROWS);
-        prefetch_queries(p, plan, r, PASS_ROWS);
-        if (modified)
-            prefetch_score_mods(p, t, range->key_hi, r / PASS_ROWS * share, share, t->rows);
-        clear_sums(vectors, true);
-        multiply_blocks(key->data + (range->first + r - key->first) * key->row, key->row, FA_VECTOR_BYTES,
-                        t->query, length, vectors, true);
-        store_sums(scores + r * vectors, vectors, true);
-    }
-    for (int i = 0; scale != 1 && i < num_keys(range) * vectors; i++)
-        scores[i] *= scale;
-    find_block_max(scores, (int)(range->key_hi - range->first), vectors, block_max);
+    clear_sums(vectors, true);
+    multiply_blocks(a->data + i * a->row, a->row, FA_VECTOR_BYTES, b, length, vectors, true);
+    store_sums(panel, vectors, true);
+    for (int r = 0; r < PASS_ROWS * vectors && scale != 1; r++)
+        panel[r] *= scale;
+    for (int r = 0; r < PASS_ROWS && i + r < a->last; r++)
+        for (int m = 0; m < vectors; m++)
+            block_max[m] = vec_max(panel[r * vectors + m], block_max[m]);
 }
 
 /* Values that are hidden from some rows only, pair by pair: the unit multiplies them all. */
-FA_INLINE void multiply_value_nan_safe(const char *base, ptrdiff_t row, int head_dim_v, const packed_vec *b,
-                                       int length, int vectors, vec *out)
+FA_INLINE void add_nan_safe(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
+                            vec *panel)
 {
     const int rows = MICRO_ROWS(vectors), pairs = TILE_K / 2;
     const product_prefetch none = {.every = pairs};
-    for (int e = 0; e < head_dim_v; e += rows) {
-        const char *a[MAX_MICRO_ROWS];
+    for (int e = i; e < i + PASS_ROWS && e < a->last; e += rows, panel += rows * vectors) {
         vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
+        const char *at[MAX_MICRO_ROWS];
+        product_row_pointers(a, e, rows, at);
         for (int k = 0; k < length; k++) {
-            for (int i = 0; i < rows; i++)
-                a[i] = base + k * row + min_i64(e + i, head_dim_v - 1) * FA_VECTOR_BYTES;
-            product(a, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, &none, c);
+            micro_kernel(at, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, &none, c);
+            for (int r = 0; r < rows; r++)
+                at[r] += a->step;
         }
-        for (int i = 0; i < rows; i++)
+        for (int r = 0; r < rows; r++)
             for (int m = 0; m < vectors; m++)
-                out[(e + i) * vectors + m] += c[i][m];
+                panel[r * vectors + m] += c[r][m];
     }
 }
 
-/* out[e][m] += Σ_r V[first + r][e] p[r][m] */
-FA_INLINE void multiply_value(const fa_problem *p, const tile *t, const key_range *range,
-                              const operand_block *value, const packed_vec *probabilities,
-                              const prefetch_plan *plan, int vectors, bool nan_safe)
+FA_INLINE void product_add(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
+                           bool nan_safe, bool empty, const product_prefetch *prefetch, vec *panel)
 {
-    const char *base = value->data + (range->first / TILE_K - value->first) * value->row;
-    const int length = num_keys(range) / TILE_K;
+    const bool whole = i + BLOCK_ROWS < a->last;
     if (nan_safe) {
-        if (t->empty)
-            memset(t->out, 0, out_bytes(p, TILE_ROWS));
-        multiply_value_nan_safe(base, value->row, (int)p->head_dim_v, probabilities, length, vectors, t->out);
+        memset(panel, 0,
+               empty ? (size_t)(whole ? PASS_ROWS : BLOCK_ROWS) * (size_t)vectors * sizeof(vec) : 0);
+        add_nan_safe(a, i, b, length, vectors, panel);
         return;
     }
-    const block_prefetch values = spread_prefetch(plan->value, &p->value, p->head_dim_v, plan->key_rows,
-                                                  share_of_step(plan->key_rows, p->head_dim_v, PASS_ROWS), 1);
-    const int results = share_of_step(plan->out_rows, p->head_dim_v, PASS_ROWS);
+    prefetch_burst(prefetch, prefetch->data);
     finish_stores();
-    for (int e = 0; e < p->head_dim_v; e += PASS_ROWS) {
-        const bool whole = e + BLOCK_ROWS < p->head_dim_v;
-        vec *out = t->out + e * vectors;
-        prefetch_nth(&values, e / PASS_ROWS);
-        prefetch_out(p, t, plan, e / PASS_ROWS, results);
-        if (t->empty)
-            clear_sums(vectors, whole);
-        else
-            load_sums(out, vectors, whole);
-        multiply_blocks(base + e * FA_VECTOR_BYTES, FA_VECTOR_BYTES, value->row, probabilities, length,
-                        vectors, whole);
-        store_sums(out, vectors, whole);
-    }
+    if (empty)
+        clear_sums(vectors, whole);
+    else
+        load_sums(panel, vectors, whole);
+    multiply_blocks(a->data + i * a->row, a->row, a->step, b, length, vectors, whole);
+    store_sums(panel, vectors, whole);
 }
 
 /* The unit's products with nothing else. */
