@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
+import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,9 +22,8 @@ def print_info(arguments: argparse.Namespace) -> None:
     threads = arguments.threads or fastattn.get_num_threads()
     print(f"\nat {threads} thread{'s' if threads > 1 else ''}:")
     for name in bench.FLOATS:
-        with contextlib.suppress(ImportError):  # bfloat16 without ml_dtypes
-            peak = fastattn.measure_peak(bench.find_dtype(name), num_threads=threads)
-            print(f"  {name + ' peak':<16} {peak / 1e9:7.1f} GFLOP/s")
+        peak = fastattn.measure_peak(name, num_threads=threads)
+        print(f"  {name + ' peak':<16} {peak / 1e9:7.1f} GFLOP/s")
     bandwidth = fastattn.measure_bandwidth(1 << 28, num_threads=threads)
     print(f"  {'read bandwidth':<16} {bandwidth / 1e9:7.1f} GB/s")
 
@@ -103,9 +104,21 @@ def positive_int(word: str) -> int:
     return int(word)
 
 
+def positive_float(word: str) -> float:
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {word!r}; it takes a number greater than 0")
+    return number
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastattn", description="Exact attention for NumPy on the CPU.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog=program_name(), description="Exact attention for NumPy on the CPU.")
+    parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
+    parser.set_defaults(call=lambda arguments: parser.print_help())
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     info = commands.add_parser("info", help="print the configuration, the peak and the read bandwidth")
     info.set_defaults(call=print_info)
@@ -141,7 +154,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help=f"comma-separated, of {', '.join(bench.PEERS)}; or none; default: all that are installed",
     )
-    timing.add_argument("--seconds", type=float, default=1.0, help="for each contender on each case; default: 1")
+    timing.add_argument(
+        "--seconds",
+        type=positive_float,
+        default=1.0,
+        metavar="N",
+        help="for each contender on each case; default: 1",
+    )
     timing.add_argument("--json", metavar="FILE", help="write the figures there too; - prints them instead of tables")
 
     looking = commands.add_parser(
@@ -165,10 +184,24 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def program_name() -> str:
+    """Return what the user typed: the console script's name, or Python with the module's."""
+    started = Path(sys.argv[0]).name
+    return "python -m fastattn" if started == "__main__.py" else started
+
+
 def main() -> None:
     """Run the command that the command line names."""
-    arguments = make_parser().parse_args()
-    arguments.call(arguments)
+    try:
+        try:
+            arguments = make_parser().parse_args()
+            arguments.call(arguments)
+        finally:
+            print(end="", flush=True)  # here, where a reader that has gone away can be met
+    except BrokenPipeError:
+        # As a program that SIGPIPE ends. What is still in the buffer goes nowhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 if __name__ == "__main__":

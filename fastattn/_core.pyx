@@ -273,7 +273,7 @@ cdef int check_limits(const fa_problem *p) except -1:
     return 0
 
 
-cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple target) except -1:
+cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple target, str hint="") except -1:
     """Whether an array broadcasts to `target` without widening it."""
     cdef tuple shape = shape_of(array)
     cdef int extra = len(target) - len(shape)
@@ -284,8 +284,23 @@ cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple
             if shape[axis] != 1 and shape[axis] != target[extra + axis]:
                 fits = False
     if not fits:
-        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {target}")
+        raise ValueError(f"{name} has shape {shape}, which does not broadcast to {target}{hint}")
     return 0
+
+
+cdef str missing_axes(const fa_problem *p, cnp.ndarray array, str name):
+    """A clause for the end of a message about a mask or a bias that has batch axes, but none of heads."""
+    cdef tuple batch = batch_shape_of(p), shape = shape_of(array)
+    cdef int axis = len(batch)
+    if axis == 0 or shape[:axis] != batch:
+        return ""
+    leading = ", ".join([":"] * axis)
+    if shape == (*batch, p.seqlen_k):
+        lengths = ", or, where keys are hidden at the end only, key_lengths=" if name == "mask" else ""
+        return f": give {name}[{leading}, None, None, :]{lengths}"
+    if len(shape) == axis + 2 and shape[axis] in (1, p.seqlen_q) and shape[axis + 1] in (1, p.seqlen_k):
+        return f": give {name}[{leading}, None, :, :]"
+    return ""
 
 
 cdef tuple score_shape(const fa_problem *p, bint single_head):
@@ -315,7 +330,7 @@ cdef int64_t window_bound(object value, str name) except? -2:
         raise TypeError(f"{name} must be an int or None, not {value!r}")
     bound = value.__index__()
     if bound < 0:
-        raise ValueError(f"{name} must not be negative, but is {bound}")
+        raise ValueError(f"{name} must not be negative, but is {bound}; None, not -1, is unbounded")
     return min(bound, 2 * FARTHEST)  # more than two positions can be apart
 
 
@@ -370,8 +385,10 @@ cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
     cdef cnp.ndarray array = as_array(mask, "mask")
     if cnp.PyArray_TYPE(array) != cnp.NPY_BOOL:
         hint = "; for numbers that are added to the scores use bias=" if array.dtype.kind in "fV" else ""
+        if array.dtype.kind in "iu":
+            hint = ": convert with np.asarray(mask).astype(bool)"
         raise TypeError(f"mask has dtype {array.dtype}; accepted is bool, True where a query sees a key{hint}")
-    check_broadcast(p, array, "mask", target)
+    check_broadcast(p, array, "mask", target, missing_axes(p, array, "mask"))
     describe(&p.mask, p, array, 3)
     p.mask.dtype = FA_BOOL
     return array
@@ -383,7 +400,7 @@ cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
         raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use "
                         "mask=")
     p.bias.dtype = <fa_dtype>float_dtype(array, "bias")
-    check_broadcast(p, array, "bias", target)
+    check_broadcast(p, array, "bias", target, missing_axes(p, array, "bias"))
     describe(&p.bias, p, array, 3)
     return array
 
@@ -1118,8 +1135,8 @@ def measure_peak(dtype, num_threads=None):
     Parameters
     ----------
     dtype : dtype_like
-        float32 and float16: float32 multiply-adds. float64: its own. bfloat16: its tile or dot product
-        where the instruction set in use has one, else float32 multiply-adds.
+        float32 and float16: float32 multiply-adds. float64: its own. bfloat16, by its name also without ml_dtypes:
+        its tile or dot product where the instruction set in use has one, else float32 multiply-adds.
     num_threads : int, optional
         Default `get_num_threads`.
 
@@ -1139,8 +1156,8 @@ def measure_peak(dtype, num_threads=None):
     >>> fastattn.measure_peak("float32") > 1e8
     True
     """
-    cdef cnp.ndarray example = np.empty(0, dtype)
-    cdef fa_dtype code = <fa_dtype>float_dtype(example, "dtype")
+    cdef bint by_name = isinstance(dtype, str) and dtype == "bfloat16"  # which NumPy knows from ml_dtypes only
+    cdef fa_dtype code = FA_BFLOAT16 if by_name else <fa_dtype>float_dtype(np.empty(0, dtype), "dtype")
     cdef int threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
     cdef double rate
     with nogil:
@@ -1191,4 +1208,12 @@ def select_isa_from_environment():
         raise RuntimeError(f"FASTATTN_ISA is {name!r}; this CPU has {', '.join(available_isas())}")
 
 
+def check_num_threads_from_environment():
+    """C reads the number by itself, when it is first needed, and would take what is none for an unset variable."""
+    text = os.environ.get("FASTATTN_NUM_THREADS", "").strip()
+    if text and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise RuntimeError(f"FASTATTN_NUM_THREADS is {text!r}; accepted is a whole number from 1 up")
+
+
 select_isa_from_environment()
+check_num_threads_from_environment()

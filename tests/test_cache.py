@@ -1300,3 +1300,17 @@ def test_every_parameter_is_described(name):
 
 def test_only_the_class_is_public():
     assert cache_module.__all__ == ["KVCache"]
+
+
+def test_a_step_in_the_order_batch_seqlen_heads_is_told_the_order_of_axes():
+    cache = KVCache(2, 8, num_pages=1)
+    cache.add(np.zeros((2, 3, 8), F32), np.zeros((2, 3, 8), F32))
+    with pytest.raises(ValueError, match=r"query has 1 and key 2: axes are \(batch, heads, seqlen, head_dim\)"):
+        cache.attention(np.zeros((1, 1, 4, 8), F32), [0])
+
+
+def test_packed_heads_that_do_not_divide_are_told_the_packed_order_of_axes():
+    cache = KVCache(2, 8, num_pages=1)
+    cache.add(np.zeros((2, 3, 8), F32), np.zeros((2, 3, 8), F32))
+    with pytest.raises(ValueError, match=r"query has 1 and key 2: packed axes are \(total, heads, head_dim\)"):
+        cache.attention(np.zeros((4, 1, 8), F32), [0], cu_seqlens_q=[0, 4])

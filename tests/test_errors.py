@@ -109,12 +109,22 @@ CASES = {
     "query_offset shape": ({"query_offset": [0, 1, 2]}, ValueError, ["query_offset", "(3,)", "(2,)"]),
     "window int": ({"window": 3}, TypeError, ["window"]),
     "window of three": ({"window": (1, 2, 3)}, TypeError, ["window", "(1, 2, 3)", "pair"]),
-    "window negative left": ({"window": (-1, 0)}, ValueError, ["window", "-1"]),
-    "window negative right": ({"window": (0, -2)}, ValueError, ["window", "-2"]),
+    "window negative left": ({"window": (-1, 0)}, ValueError, ["window", "-1", "None, not -1, is unbounded"]),
+    "window negative right": ({"window": (0, -2)}, ValueError, ["window", "-2", "None"]),
     "window float": ({"window": (1.5, 0)}, TypeError, ["window"]),
     "mask float": ({"mask": zeros(5, 7)}, TypeError, ["mask", "float32", "bias="]),
-    "mask int": ({"mask": zeros(5, 7, dtype=np.int64)}, TypeError, ["mask", "int64", "bool"]),
+    "mask int": ({"mask": zeros(5, 7, dtype=np.int64)}, TypeError, ["mask", "int64", "np.asarray(mask).astype(bool)"]),
+    "mask a list of ints": ({"mask": [[1] * 7] * 5}, TypeError, ["mask", "int64", "np.asarray(mask).astype(bool)"]),
     "mask shape": ({"mask": zeros(5, 8, dtype=bool)}, ValueError, ["mask", "(5, 8)", "(2, 4, 5, 7)"]),
+    "mask of keys for each item": (
+        {"mask": zeros(2, 7, dtype=bool)},
+        ValueError,
+        ["mask", "(2, 7)", "mask[:, None, None, :]", "key_lengths="],
+    ),
+    "mask for each item": ({"mask": zeros(2, 5, 7, dtype=bool)}, ValueError, ["(2, 5, 7)", "mask[:, None, :, :]"]),
+    "mask of one row for each item": ({"mask": zeros(2, 1, 7, dtype=bool)}, ValueError, ["mask[:, None, :, :]"]),
+    "bias of keys for each item": ({"bias": zeros(2, 7)}, ValueError, ["(2, 7)", "bias[:, None, None, :]"]),
+    "bias for each item": ({"bias": zeros(2, 5, 7)}, ValueError, ["(2, 5, 7)", "bias[:, None, :, :]"]),
     "mask enlarges the batch": (
         {"mask": zeros(3, 2, 4, 5, 7, dtype=bool)},
         ValueError,
@@ -284,3 +294,13 @@ def test_a_number_too_large_for_a_float():
     x = np.zeros((2, 4), np.float32)
     with pytest.raises(ValueError, match="scale"):
         fastattn.attention(x, x, x, scale=10**400)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 5, 7), (2, 3, 1, 7)])
+def test_a_mask_without_an_axis_of_heads_works_as_the_message_says(shape):
+    query, key, value = (np.ones((2, 3, 4, *rest), F32) for rest in ((5, 8), (7, 8), (7, 8)))
+    mask = np.ones(shape, bool)
+    with pytest.raises(ValueError, match="does not broadcast") as caught:
+        fastattn.attention(query, key, value, mask=mask)
+    advice = str(caught.value).partition("give ")[2].partition("], ")[0].rstrip("]") + "]"
+    fastattn.attention(query, key, value, mask=eval(advice, {"mask": mask}))

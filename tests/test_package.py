@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from oracle import python, run_script
+from oracle import run_script
 
 import fastattn
 
@@ -88,14 +88,8 @@ def test_show_config(capsys):
         fastattn.show_config(mode="no such mode")
 
 
-def test_command_line_info():
-    done = python("-m", "fastattn", "info")
-    assert done.returncode == 0, done.stderr
-    assert fastattn.show_config(mode="dicts")["isa"] in done.stdout
-
-
 def test_measurements_are_plausible():
-    for dtype in (np.float32, np.float64):
+    for dtype in (np.float32, np.float64, "bfloat16"):
         peak = fastattn.measure_peak(dtype, num_threads=1)
         assert 1e8 < peak < 1e13
     assert 1e8 < fastattn.measure_bandwidth(2**24, num_threads=1) < 1e13
