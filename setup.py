@@ -8,6 +8,7 @@ as errors.
 """
 
 import os
+import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -17,6 +18,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_clib import build_clib
+from setuptools.errors import PlatformError
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
@@ -82,10 +84,24 @@ def kernel_libraries():
     ]
 
 
+def check_what_is_needed(compiler):
+    """Say in one line what is missing, before hundreds of lines that do not."""
+    if not shutil.which(compiler):
+        raise PlatformError(
+            f"fastattn is compiled from C, and there is no C compiler {compiler!r}: install gcc and libc6-dev "
+            "(Debian), or set CC to another compiler"
+        )
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        raise PlatformError(
+            "fastattn is compiled from C, and Python's headers (Python.h) are missing: install python3-dev (Debian)"
+        )
+
+
 class parallel_build_clib(build_clib):
     """Compiles the libraries side by side: on two CPUs a wheel takes 47 seconds instead of 77."""
 
     def build_libraries(self, libraries):
+        check_what_is_needed(self.compiler.compiler[0])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(super().build_libraries, ([library] for library in libraries)):
                 pass

@@ -3,10 +3,9 @@
 try:
     from fastattn import _core as _core
 except ImportError as failure:
-    raise ImportError(
-        f"fastattn's compiled module cannot be imported ({failure}). In the source tree it is not built: run from "
-        "another folder, or with python -P, so that the installed fastattn is found."
-    ) from failure
+    from fastattn._absent import why_absent
+
+    raise ImportError(why_absent(failure), name=failure.name, path=failure.path) from failure
 
 from fastattn import _threadpoolctl as _threadpoolctl
 from fastattn import reference

@@ -1,0 +1,17 @@
+"""Why the compiled module cannot be imported. Imported itself only then, so it must do without NumPy."""
+
+import importlib.util
+from pathlib import Path
+
+
+def why_absent(failure: ImportError) -> str:
+    """Say what is the case, and what to do."""
+    if failure.name is not None and failure.name.partition(".")[0] == "numpy":
+        return f"fastattn needs NumPy, which cannot be imported ({failure}): pip install numpy"
+    if importlib.util.find_spec("fastattn._core") is None:
+        folder = Path(__file__).parent
+        return (
+            f"fastattn is not compiled in {folder}: if that is the source tree, build it there, pip install -e "
+            f"{folder.parent}, or start Python in another folder or with -P, so that an installed fastattn is found"
+        )
+    return f"fastattn's compiled module cannot be imported: {failure}"

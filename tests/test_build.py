@@ -1,0 +1,72 @@
+"""The build, and a package that is not whole: one line says what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastattn
+
+SOURCE = Path(os.environ.get("FASTATTN_SOURCE", Path(__file__).parent.parent))
+PACKAGE = Path(fastattn.__file__).parent
+
+needs_source = pytest.mark.skipif(not (SOURCE / "setup.py").exists(), reason="the source tree is not there")
+
+
+@needs_source
+def test_a_build_without_a_compiler_says_so(tmp_path):
+    for package in ("Cython", "setuptools"):
+        pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_clib", "-b", str(tmp_path), "-t", str(tmp_path)],
+        cwd=SOURCE, env={**os.environ, "CC": "/no/such/cc"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "no C compiler '/no/such/cc'" in last
+    assert "install gcc" in last
+    assert not list(tmp_path.iterdir())
+
+
+def complaint_of(folder, before=""):
+    """Import fastattn from a folder, in a process of its own, and return the last line that it prints."""
+    # -S: in an editable installation, site would make the compiled module of the source tree known to any fastattn.
+    path = os.pathsep.join([str(folder), str(Path(np.__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-c", f"{before}\nimport fastattn"],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def uncompiled(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "fastattn", ignore=shutil.ignore_patterns("_core.*.so", "_core.so", "*.pyc"))
+    return tmp_path
+
+
+def test_without_numpy_it_says_so():
+    said = complaint_of(PACKAGE.parent, "import sys; sys.modules['numpy'] = None")
+    assert said.startswith("ImportError: fastattn needs NumPy")
+    assert "pip install numpy" in said
+    assert "-P" not in said
+
+
+def test_in_a_source_tree_that_is_not_built_it_says_so(uncompiled):
+    said = complaint_of(uncompiled)
+    assert said.startswith(f"ImportError: fastattn is not compiled in {uncompiled / 'fastattn'}")
+    assert f"pip install -e {uncompiled}" in said
+    assert "NumPy" not in said
+
+
+def test_what_else_is_the_case_is_told_as_it_is(uncompiled):
+    (uncompiled / "fastattn" / "_core.abi3.so").write_bytes(b"no library")
+    said = complaint_of(uncompiled)
+    assert said.startswith("ImportError: fastattn's compiled module cannot be imported: ")
+    assert "_core.abi3.so" in said
+    assert "pip install" not in said
