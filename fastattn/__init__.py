@@ -2,10 +2,10 @@
 
 try:
     from fastattn import _core as _core
-except ImportError as failure:
+except ImportError as _failure:
     from fastattn._absent import why_absent
 
-    raise ImportError(why_absent(failure), name=failure.name, path=failure.path) from failure
+    raise ImportError(why_absent(_failure), name=_failure.name, path=_failure.path) from _failure
 
 from fastattn import _threadpoolctl as _threadpoolctl
 from fastattn import reference

@@ -5,26 +5,10 @@ from typing import Any
 
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-def attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    out: NDArray[Any] | None = None,
-    return_lse: bool = False,
-    return_weights: bool = False,
-    num_threads: int | None = None,
-) -> Any: ...
+from fastattn.api import AttentionFunction
+
+attention: AttentionFunction
+
 def top_keys(
     query: ArrayLike,
     key: ArrayLike,

@@ -7,7 +7,7 @@ time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, overload
 
 import numpy as np
@@ -60,7 +60,7 @@ class PackedOptions(TypedDict, total=False):
 
 
 class AttentionFunction(Protocol):
-    """The type of `attention`: what it returns depends on two of its keywords."""
+    """The type of `attention`: what it returns depends on two of its keywords. The last overload has them all."""
 
     @overload
     def __call__(
@@ -106,6 +106,28 @@ class AttentionFunction(Protocol):
         return_weights: Literal[True],
         **options: Unpack[Options],
     ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        scale: float | None = None,
+        causal: bool = False,
+        query_offset: ArrayLike | None = None,
+        window: Window | None = None,
+        mask: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        softcap: float | None = None,
+        sinks: ArrayLike | None = None,
+        key_lengths: ArrayLike | None = None,
+        out: Array | None = None,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        num_threads: int | None = None,
+    ) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 
 
 attention: AttentionFunction = _core.attention
@@ -133,6 +155,17 @@ def attention_varlen(
     return_lse: Literal[True],
     **options: Unpack[PackedOptions],
 ) -> tuple[Array, Array]: ...
+@overload
+def attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[PackedOptions],
+) -> Array | tuple[Array, Array]: ...
 @closed
 def attention_varlen(
     query: ArrayLike,
@@ -228,6 +261,15 @@ def top_keys(
     return_totals: Literal[True],
     **options: Unpack[ScoreOptions],
 ) -> tuple[NDArray[np.int64], Array, Array]: ...
+@overload
+def top_keys(
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int = 8,
+    *,
+    return_totals: bool = False,
+    **options: Unpack[ScoreOptions],
+) -> tuple[NDArray[np.int64], Array] | tuple[NDArray[np.int64], Array, Array]: ...
 @closed
 def top_keys(
     query: ArrayLike,
@@ -410,6 +452,25 @@ class Plan:
     flops: int
 
 
+class PlanFunction(Protocol):
+    """The type of `plan`."""
+
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        *,
+        return_weights: bool = False,
+        **options: Unpack[ScoreOptions],
+    ) -> Plan: ...
+
+
+def plan_function(function: Callable[..., Any]) -> PlanFunction:
+    return function
+
+
+@plan_function
 @closed
 def plan(
     query: ArrayLike,

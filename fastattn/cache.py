@@ -376,11 +376,11 @@ class KVCache:
         self._page_bytes = self.bytes_per_page(
             num_kv_heads, head_dim, head_dim_v=head_dim_v, dtype=dtype, page_size=page_size
         )
-        self.num_kv_heads = operator.index(num_kv_heads)
-        self.head_dim = operator.index(head_dim)
-        self.head_dim_v = self.head_dim if head_dim_v is None else operator.index(head_dim_v)
-        self.dtype = np.dtype(dtype)
-        self.page_size = operator.index(page_size)
+        self.num_kv_heads: int = operator.index(num_kv_heads)
+        self.head_dim: int = operator.index(head_dim)
+        self.head_dim_v: int = self.head_dim if head_dim_v is None else operator.index(head_dim_v)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.page_size: int = operator.index(page_size)
         self._set_pages(num_pages, store)
 
         self._lock = threading.RLock()
@@ -401,9 +401,11 @@ class KVCache:
             memory = store_bytes(store, max(dtype.itemsize for dtype, _ in parts))
             if memory.size < self._page_bytes:
                 raise ValueError(f"store has {memory.size} bytes; one page has {self._page_bytes}")
-        self.num_pages = memory.size // self._page_bytes
+        self.num_pages: int = memory.size // self._page_bytes
         self._pages = memory[: self.num_pages * self._page_bytes].reshape(self.num_pages, self._page_bytes)
         self._parts = part_views(self._pages, parts)
+        self.key_pages: Array
+        self.value_pages: Array
         self.key_pages, self.value_pages = self._parts[:2]
         self.key_scales: Array | None
         self.value_scales: Array | None
@@ -697,6 +699,16 @@ class KVCache:
         return_weights: Literal[True],
         **options: Unpack[Options],
     ) -> tuple[Array, Array, Array]: ...
+    @overload
+    def attention(
+        self,
+        query: ArrayLike,
+        sequences: int | SequenceIds,
+        *,
+        return_lse: bool = False,
+        return_weights: bool = False,
+        **options: Unpack[Options],
+    ) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
     @closed
     def attention(
         self,

@@ -51,13 +51,15 @@ class Encoder:
     def __init__(
         self, weights: Mapping[str, ArrayLike], num_heads: int, *, tokenizer: Any = None, max_tokens: int | None = None
     ) -> None:
-        self.weights = {name: as_array(name, x).astype(np.float32, copy=False) for name, x in weights.items()}
+        self.weights: dict[str, NDArray[np.float32]] = {
+            name: as_array(name, x).astype(np.float32, copy=False) for name, x in weights.items()
+        }
         self.tokenizer = tokenizer
         if tokenizer is not None:
             tokenizer.no_padding()
             tokenizer.enable_truncation(max_tokens or sizes_of(self.weights, "position")[0])
         count = sum(name.endswith("attention.output.dense.weight") for name in weights)
-        self.layers = {
+        self.layers: dict[str, MultiHeadAttention] = {
             name: MultiHeadAttention.from_mapping(self.weights, f"{name}attention.", num_heads, scheme="bert")
             for name in (f"encoder.layer.{index}." for index in range(count))
         }

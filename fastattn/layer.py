@@ -499,9 +499,10 @@ class MultiHeadAttention:
             for name, bias, weight in zip(names, (query_bias, key_bias, value_bias, out_bias), weights, strict=True)
         ]
         self._set_heads(weights, num_heads, num_kv_heads)
-        self.embed_dim, self.out_features = weights[0].shape[1], len(weights[3])
-        self.dtype = common_dtype([*weights, *(bias for bias in biases if bias is not None)])
-        self.rotary = None if rotary is None else checked_options(rotary, self.head_dim)
+        self.embed_dim: int = weights[0].shape[1]
+        self.out_features: int = len(weights[3])
+        self.dtype: np.dtype[Any] = common_dtype([*weights, *(bias for bias in biases if bias is not None)])
+        self.rotary: RotaryOptions | None = None if rotary is None else checked_options(rotary, self.head_dim)
         self._output = packed(weights[3:], biases[3:], self.dtype)
         self._inputs = input_projections(weights[:3], biases[:3], self.dtype)
         of_keys, of_values = (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim_v)
@@ -509,16 +510,16 @@ class MultiHeadAttention:
 
     def _set_heads(self, weights: list[Array], num_heads: int, num_kv_heads: int | None) -> None:
         query, key, value, out = weights
-        self.num_heads = checked_integer("num_heads", num_heads, 1)
-        self.head_dim = per_head("query_weight", len(query), "num_heads", self.num_heads)
-        self.num_kv_heads = per_head("key_weight", len(key), "head_dim", self.head_dim)
+        self.num_heads: int = checked_integer("num_heads", num_heads, 1)
+        self.head_dim: int = per_head("query_weight", len(query), "num_heads", self.num_heads)
+        self.num_kv_heads: int = per_head("key_weight", len(key), "head_dim", self.head_dim)
         if num_kv_heads not in (None, self.num_kv_heads):
             raise ValueError(f"num_kv_heads is {num_kv_heads!r}, but key_weight has {len(key)} rows: "
                              f"{self.num_kv_heads} heads of {self.head_dim}")  # fmt: skip
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads is {self.num_heads}; accepted are multiples of num_kv_heads, "
                              f"{self.num_kv_heads}")  # fmt: skip
-        self.head_dim_v = per_head("value_weight", len(value), "num_kv_heads", self.num_kv_heads)
+        self.head_dim_v: int = per_head("value_weight", len(value), "num_kv_heads", self.num_kv_heads)
         if out.shape[1] != self.num_heads * self.head_dim_v:
             raise ValueError(f"out_weight has {out.shape[1]} columns; accepted is num_heads * head_dim_v, "
                              f"{self.num_heads * self.head_dim_v}")  # fmt: skip
@@ -666,6 +667,16 @@ class MultiHeadAttention:
         return_weights: Literal[True],
         **options: Unpack[Options],
     ) -> tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        return_weights: bool = False,
+        **options: Unpack[Options],
+    ) -> Array | tuple[Array, Array]: ...
     @closed
     def __call__(
         self,

@@ -94,7 +94,7 @@ class FastAttn(Contender):
     """This library."""
 
     name = "fastattn"
-    packages = ("fastattn",)
+    packages: tuple[str, ...] = ("fastattn",)
 
     def __init__(self, num_threads: int) -> None:
         super().__init__(num_threads)
@@ -176,7 +176,7 @@ class NumPy(Contender):
     """
 
     name = "numpy"
-    packages = ("numpy",)
+    packages: tuple[str, ...] = ("numpy",)
 
     def __init__(self, num_threads: int) -> None:
         super().__init__(num_threads)
@@ -229,7 +229,7 @@ class Torch(Contender):
     """PyTorch's ``scaled_dot_product_attention`` in inference mode."""
 
     name = "torch"
-    packages = ("torch",)
+    packages: tuple[str, ...] = ("torch",)
 
     def __init__(self, num_threads: int) -> None:
         super().__init__(num_threads)
@@ -338,7 +338,7 @@ class OnnxRuntime(Contender):
     """
 
     name = "onnxruntime"
-    packages = ("onnxruntime", "onnx")
+    packages: tuple[str, ...] = ("onnxruntime", "onnx")
 
     def refuses(self, case: Case, dtype: str) -> str | None:
         if dtype == "bfloat16":
@@ -451,7 +451,7 @@ class OpenVINO(Contender):
     """OpenVINO's ScaledDotProductAttention on its CPU plugin, compiled with and without fixed shapes."""
 
     name = "openvino"
-    packages = ("openvino",)
+    packages: tuple[str, ...] = ("openvino",)
 
     def refuses(self, case: Case, dtype: str) -> str | None:
         if dtype == "float64":
