@@ -2,6 +2,9 @@
 # use, with the library built in place, so that Python finds it within this folder, too. Needed beforehand: python3 (3.11 or later, with venv) and gcc.
 
 PYTHON ?= python3
+# Some tests compare with it. On the public index this is the build for GPUs, of gigabytes: there give
+# TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu', or TORCH= to skip these tests.
+TORCH ?= torch==2.13.0
 VENV = .venv
 test lint sanitize: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
@@ -21,7 +24,7 @@ demo:
 	$(BIN)/python -m fastattn bench --shapes small
 
 test:
-	$(fresh) '.[test,demo]'
+	$(fresh) '.[test,demo]' $(TORCH)
 	$(model)
 	$(MAKE) check RUNNER=$(BIN)/python
 

@@ -6,7 +6,9 @@ commit. For ratios between them use ``python -m fastattn bench``, which times th
 """
 
 import functools
+import time
 
+import numpy as np
 import pytest
 
 import fastattn
@@ -55,3 +57,14 @@ def test_attention(benchmark, case, dtype, name):
     benchmark.extra_info.update(way=entry.way.name, error=entry.error, flops=problem(case, dtype).flops)
     with us_or_them.context():
         benchmark(entry.way.run)
+
+
+def test_read_bandwidth_is_not_less_than_what_numpy_reads():
+    """Here and not in tests/: it holds on a machine that does nothing else."""
+    data = np.ones(1 << 18, np.float32)  # within L2, where a loop that is itself the limit shows
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        data.max()
+        times.append(time.perf_counter() - start)
+    assert fastattn.measure_bandwidth(data.nbytes, num_threads=1) > 0.8 * data.nbytes / min(times)

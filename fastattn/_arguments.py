@@ -6,7 +6,6 @@ catches the interpreter's TypeError would cost every right call more. `closed` h
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple, TypeVar, cast
@@ -139,6 +138,8 @@ def misfit(function: Callable[..., Any], others: Sized, unknown: Iterable[str]) 
 def hint(name: str, accepted: list[str]) -> str:
     listed = f"accepted are {', '.join(accepted)}"
     if name not in SPELLINGS:
+        import difflib  # here, where a millisecond does not matter
+
         similar = difflib.get_close_matches(name, accepted, 1)
         return f"did you mean {similar[0]!r}? {listed}" if similar else listed
     ours, meaning = SPELLINGS[name]

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 
 import pytest
-from oracle import python
+from oracle import HANG_SECONDS, python
 
 import fastattn
 from fastattn import bench
@@ -18,7 +18,9 @@ COMMANDS = {"module": [sys.executable, "-P", "-m", "fastattn"], "script": [SCRIP
 
 
 def run(*arguments, by="module"):
-    return subprocess.run([*COMMANDS[by], *arguments], capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        [*COMMANDS[by], *arguments], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
 
 
 @pytest.mark.parametrize("by", COMMANDS)

@@ -16,7 +16,7 @@ needs_model = pytest.mark.skipif(not MODEL, reason=f"the model is not installed:
 
 
 def explain(*arguments):
-    return python("-m", "fastattn", "explain", *map(str, arguments), timeout=120)
+    return python("-m", "fastattn", "explain", *map(str, arguments))
 
 
 @needs_model

@@ -24,7 +24,6 @@ def test_representative_tests(isa, threads):
     done = python(
         *("-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(here.parent / "pyproject.toml")),
         *("--hypothesis-profile", "each-isa", str(here)),
-        timeout=300,
         FASTATTN_ISA=isa,
         FASTATTN_NUM_THREADS=str(threads),
     )

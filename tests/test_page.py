@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from oracle import make_rng
+from oracle import HANG_SECONDS, make_rng
 
 from fastattn import AttentionView
 
@@ -43,7 +43,7 @@ def open_page(browser, tmp_path):
         view.save(tmp_path / "page.html", **(choice or {"word": 3, "layer": 1, "head": 2}))
         contexts.append(browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **context}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(3000)
+        page.set_default_timeout(1e3 * HANG_SECONDS)
         page.on("console", lambda message: noise.append(message.text))
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
@@ -206,7 +206,7 @@ def test_contrast_in_light_and_dark(scheme, open_page):
     ground = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert ground > 0.8 if scheme == "light" else ground < 0.1
     # A colour that is changing is not yet the one that is meant.
-    page.wait_for_timeout(200)
+    page.evaluate("Promise.all(document.getAnimations().map(animation => animation.finished))")
     for part in ("h1", ".lead", "#status", "caption", "th", ".word.faded", ".word.shown .text", ".note", ".grid span"):
         text = luminance(page.evaluate("part => getComputedStyle(document.querySelector(part)).color", part))
         assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5, part
@@ -251,7 +251,7 @@ def test_notebook_frame(open_page):
     notebook = open_page().context.new_page()
     notebook.set_content(AttentionView(WEIGHTS, TOKENS)._repr_html_())
     frame = notebook.frame_locator("iframe")
-    frame.locator("tbody tr >> nth=0").wait_for(timeout=3000)
+    frame.locator("tbody tr >> nth=0").wait_for(timeout=1e3 * HANG_SECONDS)
     assert frame.locator("#queries .text").all_text_contents() == TOKENS
 
 
