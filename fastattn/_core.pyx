@@ -865,6 +865,11 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
     queries in the lanes of vector registers.
 
+    The result is the same to the last bit for any number of threads, whatever else is in the batch, and however
+    the batch or the heads are cut into calls. It need not be for another number of query rows: few rows are
+    computed in another way than many, so a row decoded alone can differ by rounding errors from the same row of
+    a prefill. Nor need it be on another instruction set.
+
     References
     ----------
     .. [1] Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.

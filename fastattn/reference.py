@@ -2,6 +2,35 @@
 
 Everything is computed in float64, one head at a time, with the whole score matrix in memory, and rounded
 once at the end. Input is assumed to be valid: the messages about bad input belong to `fastattn.attention`.
+
+Notes
+-----
+The scores before the softmax, which `fastattn.attention` never holds, are these steps; ONNX's Attention returns them by
+its ``qk_matmul_output_mode``, of which 3 is ``return_weights=True``. For fewer heads of keys than of queries give
+``np.repeat(key, group_size, axis=-3)``.
+
+>>> import numpy as np
+>>> import fastattn
+>>> from fastattn import reference
+>>> rng = np.random.default_rng(0)
+>>> query, key, value = rng.standard_normal((3, 2, 4, 5, 8))
+>>> bias = rng.standard_normal((4, 5, 5))
+>>> mask = np.tri(5, dtype=bool)
+>>> mode_0 = reference.scaled_scores(query, key, 8**-0.5)
+>>> mode_1 = reference.soft_capped(mode_0, 20.0)
+>>> mode_2 = np.where(mask, mode_1 + bias, -np.inf)
+
+From the last the softmax makes the weights, so that it can also be had from what `fastattn.attention` returns, at the
+weights' precision:
+
+>>> out, lse, weights = fastattn.attention(
+...     query, key, value, softcap=20.0, bias=bias, mask=mask, return_lse=True, return_weights=True
+... )
+>>> bool(np.allclose(weights, np.exp(mode_2 - lse[..., None])))
+True
+>>> with np.errstate(divide="ignore"):
+...     bool(np.allclose(mode_2, np.log(weights) + lse[..., None]))
+True
 """
 
 from __future__ import annotations
@@ -25,8 +54,9 @@ Array = NDArray[Any]
 
 
 def scaled_scores(query: Array, key: Array, scale: float) -> Array:
-    """Return q·k · scale for every pair of a query row and a key."""
-    return (query @ key.T) * scale
+    """Return q·k · scale for every pair of a query row and a key: (..., Sq, D) and (..., Sk, D) to (..., Sq, Sk)."""
+    scores: Array = (query @ key.swapaxes(-1, -2)) * scale
+    return scores
 
 
 def soft_capped(scores: Array, softcap: float | None) -> Array:

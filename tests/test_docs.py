@@ -34,6 +34,16 @@ def test_examples_in_docstrings(name):
         assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
 
 
+def test_examples_of_the_scores_before_the_softmax():
+    (test,) = doctest.DocTestFinder(recurse=False).find(reference, "reference", globs={})
+    assert [f"mode_{mode}" for mode in range(3) if f"mode_{mode} = " in test.docstring] == [
+        "mode_0",
+        "mode_1",
+        "mode_2",
+    ]
+    assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_follow_numpydoc(name):
     documented = inspect.getdoc(FUNCTIONS[name])
@@ -105,3 +115,19 @@ def test_attention_says_the_order_of_its_axes_first():
     _summary, first, *_ = inspect.getdoc(fastattn.attention).split("\n\n")
     assert first.startswith("The order of the axes is (batch, heads, seqlen, head_dim).")
     assert "``x.swapaxes(1, 2)``" in first
+
+
+@pytest.mark.parametrize("where", ["docstring", "README"])
+def test_what_the_same_to_the_last_bit_means_is_said(where):
+    if where == "README" and not README.exists():
+        pytest.skip("the README is not beside the tests")
+    words = " ".join((inspect.getdoc(fastattn.attention) if where == "docstring" else README.read_text()).split())
+    assert "the same to the last bit for any number of threads, whatever else is in the batch" in words
+    assert "It need not be for another number of query rows" in words
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_the_legend_quotes_a_figure_of_a_table():
+    text = README.read_text()
+    (quoted,) = re.findall(r'^"(\d+% / [\d.]+ / [\d.]+)"', text, re.MULTILINE)
+    assert re.search(rf"^\|.*\| {re.escape(quoted)} \|", text, re.MULTILINE)
