@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import IO, Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -17,6 +19,9 @@ from fastattn import _core
 from fastattn._arguments import closed, misfit
 from fastattn._checks import as_array, how_to_convert, refuse_masked
 from fastattn._files import whole_file
+
+if TYPE_CHECKING:
+    from zipfile import ZipFile
 
 __all__ = ["KVCache"]
 
@@ -49,6 +54,14 @@ class Options(TypedDict, total=False):
     sinks: ArrayLike | None
     out: Array | None
     num_threads: int | None
+
+
+class Geometry(TypedDict):
+    """Keywords of `KVCache` that say what a page is."""
+
+    head_dim_v: int
+    dtype: str
+    page_size: int
 
 
 class Entry(NamedTuple):
@@ -223,32 +236,70 @@ def read_fields(file: File) -> dict[str, Array]:
     """Return what `KVCache.save` wrote."""
     if isinstance(file, (str, os.PathLike)):
         name = archive_name(file)
-        # Opened here: np.load leaves a file open that it finds to be no archive.
         with open(name if os.path.exists(name) else file, "rb") as stream:
             fields = read_archive(stream)
-    else:
+    elif hasattr(file, "read") and hasattr(file, "seek"):
         fields = read_archive(file)
-    missing = [name for name in FIELDS if name not in fields]
-    if missing:
-        raise ValueError(f"the file is not a saved KVCache: it lacks {', '.join(missing)}")
+    else:
+        raise TypeError(f"file must be a str, a path or a binary file, not {type(file).__name__}")
     for name, shape in (("geometry", (5,)), ("next_id", ())):
         found = fields[name]
         if found.dtype != np.int64 or found.shape != shape or found.min() < 0:
             raise ValueError(f"the file is damaged: its {name} is {found}")
+    if str(fields["dtype"]) not in DTYPES:
+        raise ValueError(f"the file is damaged: its dtype is {fields['dtype']}")
     return fields
+
+
+@contextlib.contextmanager
+def damage_as_value_error(*honest: type[Exception]) -> Iterator[None]:
+    """Make a ValueError of whatever is raised by reading a file that is damaged, but for what is honest.
+
+    zipfile, NumPy and the parser of its headers raise nearly anything. What the system says of the file is an OSError;
+    only to seek to a place that there cannot be is the file's fault.
+    """
+    try:
+        yield
+    except honest:
+        raise
+    except Exception as failure:
+        if isinstance(failure, OSError) and failure.errno not in (None, errno.EINVAL):
+            raise
+        raise ValueError(f"the file is not a saved KVCache, or is damaged: {failure}") from failure
 
 
 def read_archive(stream: IO[bytes]) -> dict[str, Array]:
     import zipfile  # here, because it takes longer to import than the rest of this package
 
-    try:
-        saved = np.load(stream, allow_pickle=False)
-        if not isinstance(saved, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array")
-        with saved:
-            return {name: saved[name] for name in saved.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as failure:
-        raise ValueError(f"the file is not a saved KVCache: {failure}") from failure
+    with damage_as_value_error(MemoryError):
+        stream.seek(0, os.SEEK_END)
+        size = stream.tell()
+        with zipfile.ZipFile(stream) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            missing = [name for name in FIELDS if name not in names]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}")
+            unknown = set(names) - {*FIELDS, "pages"}
+            if unknown:
+                raise ValueError(f"it has {', '.join(sorted(unknown))}, which save does not write")
+            return {name: read_member(archive, f"{name}.npy", size) for name in names}
+
+
+def read_member(archive: ZipFile, name: str, size: int) -> Array:
+    """Return an array of an archive that has so many bytes."""
+    with damage_as_value_error(), archive.open(name) as member:
+        # Before memory is taken for it. A header never truly lacks memory, and can be such that its parser says so.
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0) or archive.getinfo(name).compress_type:
+            raise ValueError(f"{name} is not as save writes it")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        if math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"{name} cannot have shape {shape}, in a file of {size} bytes")
+    with archive.open(name) as member:
+        array: Array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # at the end, and not before, the checksum is looked at
+            raise ValueError(f"{name} has more bytes than its shape {shape} says")
+        return array
 
 
 def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> None:
@@ -264,6 +315,13 @@ def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> Non
         raise ValueError("the file is damaged: a page has a negative number")
     if table.max(initial=-1) >= num_pages:
         raise ValueError(f"the sequences lie in pages up to {table.max()}, but the cache has only {num_pages} pages")
+
+
+def check_saved_pages(pages: Array, page_bytes: int) -> None:
+    """Raise unless they are such pages: before memory is taken for as many as the file says."""
+    if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != page_bytes:
+        raise ValueError(f"the file is damaged: its pages are {pages.dtype} of shape {pages.shape}, and a page has "
+                         f"{page_bytes} bytes")  # fmt: skip
 
 
 # --- fork -----------------------------------------------------------------------------------------
@@ -827,7 +885,7 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
-            As for `save`.
+            As for `save`. A file must be one that can seek.
         store : ndarray, optional
             As for `KVCache`. With pages in the file they are written to it; else it must hold them already,
             where they were.
@@ -844,18 +902,22 @@ class KVCache:
         OSError
             The file cannot be read.
         ValueError
-            Not a file of `save`, or not one that goes with the store or with `num_pages`.
+            Not a file of `save`, a damaged one, or not one that goes with the store or with `num_pages`.
+        TypeError
+            As for the class; and of bfloat16, if ml_dtypes has not been imported.
+        MemoryError
+            No memory for the pages: with `num_pages` there are as many as are needed.
         """
         fields = read_fields(file)
         if "pages" not in fields and store is None:
             raise ValueError("the file was saved with pages=False: store must be given, and hold the pages")
         heads, head_dim, head_dim_v, page_size, pages_then = fields["geometry"].tolist()
+        geometry: Geometry = {"head_dim_v": head_dim_v, "dtype": str(fields["dtype"]), "page_size": page_size}
+        if "pages" in fields:
+            check_saved_pages(fields["pages"], cls.bytes_per_page(heads, head_dim, **geometry))
         if store is None and num_pages is None:
             num_pages = pages_then
-        cache = cls(
-            heads, head_dim, head_dim_v=head_dim_v, dtype=str(fields["dtype"]), page_size=page_size,
-            num_pages=num_pages, store=store,
-        )  # fmt: skip
+        cache = cls(heads, head_dim, **geometry, num_pages=num_pages, store=store)
         cache._restore(fields)
         return cache
 
@@ -1072,8 +1134,9 @@ class KVCache:
         self._first_unused = int(table.max(initial=-1)) + 1
         if "pages" in fields:
             pages = fields["pages"]
-            if pages.dtype != np.uint8 or pages.shape != (self._first_unused, self.page_bytes):
-                raise ValueError(f"the file is damaged: its pages are {pages.dtype} of shape {pages.shape}")
+            if len(pages) != self._first_unused:
+                raise ValueError(f"the file is damaged: it holds {len(pages)} pages, but its tables name "
+                                 f"{self._first_unused}")  # fmt: skip
             self._pages[: len(pages)] = pages
         ends = np.cumsum([self._pages_for(length) for length in lengths]).tolist()
         for sequence, length, end in zip(fields["ids"].tolist(), lengths, ends, strict=True):

@@ -3,17 +3,20 @@
 import copy
 import doctest
 import inspect
+import io
 import os
 import pickle
 import re
 import sys
+import tempfile
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from oracle import BF16, F16, F32, F64, assert_close, assert_same_bits, make_rng, normal, run_script, tolerances
@@ -968,7 +971,14 @@ LOAD_ERRORS = {
     "page negative": ({"page_table": np.array([0, 1, -1, 2])}, {}, ["damaged", "negative"]),
     "page too high": ({"page_table": np.array([0, 1, 10, 2])}, {}, ["pages up to 10", "only 10"]),
     "pages shape": ({"pages": np.zeros((3, 100), np.uint8)}, {}, ["damaged", "(3, 100)"]),
-    "pages too few": ({"page_table": np.array([0, 1, 0, 5])}, {}, ["damaged", "(3, 7168)"]),
+    "heads none": ({"geometry": np.array([0, 8, 6, 64, 10])}, {}, ["num_kv_heads", "0"]),
+    "heads huge": ({"geometry": np.array([2**62, 8, 6, 64, 10])}, {}, ["damaged", "(3, 7168)"]),
+    "num_pages huge": ({"geometry": np.array([2, 8, 6, 64, 2**62])}, {}, []),
+    "dtype": ({"dtype": np.array("float64")}, {}, ["damaged", "float64"]),
+    "dtype no name": ({"dtype": np.zeros(3)}, {}, ["damaged", "dtype"]),
+    "pages axes": ({"pages": np.zeros((3, 1, 7168), np.uint8)}, {}, ["damaged", "(3, 1, 7168)"]),
+    "pages no array": ({"pages": np.array(5, np.uint8)}, {}, ["damaged", "shape ()"]),
+    "pages too few": ({"page_table": np.array([0, 1, 0, 5])}, {}, ["damaged", "3 pages", "name 6"]),
 }
 
 
@@ -986,12 +996,135 @@ def test_load_of_what_save_did_not_write(tmp_path):
     np.savez(path, geometry=np.zeros(5))
     assert_raises(ValueError, ["not a saved KVCache", "lacks dtype, next_id"], lambda: KVCache.load(path))
     np.save(tmp_path / "array.npy", np.zeros(5))
-    assert_raises(ValueError, ["not a saved KVCache", "one array"], lambda: KVCache.load(tmp_path / "array.npy"))
+    assert_raises(ValueError, ["not a saved KVCache", "not a zip"], lambda: KVCache.load(tmp_path / "array.npy"))
     for content in (b"", b"no archive at all", b"PK\x03\x04 cut off"):
         path.write_bytes(content)
         assert_raises(ValueError, ["not a saved KVCache"], lambda: KVCache.load(path))
     with pytest.raises(FileNotFoundError):
         KVCache.load(tmp_path / "nothing.npz")
+
+
+def bytes_of_family(dtype):
+    file = io.BytesIO()
+    family(dtype).save(file)
+    return file.getvalue()
+
+
+def load_bytes(content, **keywords):
+    """Load what lies in a true file, of which the system has its own opinion."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        return KVCache.load(file, **keywords)
+
+
+def places_in(content):
+    """Where something begins in an archive: the headers of its members, its directory and its end."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return [0, *(member.header_offset for member in archive.infolist()), archive.start_dir, len(content) - 22]
+
+
+DAMAGED = {dtype.name: bytes_of_family(dtype) for dtype in (F32, I8)}
+
+
+@st.composite
+def damages(draw):
+    """Return the bytes of a saved cache, damaged in up to four places."""
+    content = bytearray(DAMAGED[draw(st.sampled_from(sorted(DAMAGED)))])
+    last = len(content) - 1
+    near = st.builds(
+        lambda begin, more: min(begin + more, last), st.sampled_from(places_in(content)), st.integers(0, 250)
+    )
+    for _ in range(draw(st.integers(1, 4))):
+        place, kind = draw(near | st.integers(0, last)), draw(st.sampled_from(["flip", "cut", "write", "insert"]))
+        if kind == "flip" and place < len(content):
+            content[place] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "cut":
+            del content[place : draw(st.sampled_from([place + 1, place + 60, len(content)]))]
+        else:
+            written = draw(st.binary(min_size=1, max_size=8))
+            content[place : place + (len(written) if kind == "write" else 0)] = written
+    return bytes(content)
+
+
+@settings(max_examples=1500)
+@given(content=damages())
+def test_load_of_a_damaged_file_is_a_value_error_or_the_same_cache(content):
+    """The same, for what is damaged may be a date."""
+    try:
+        loaded = load_bytes(content)
+    except ValueError:
+        return
+    assert_same_caches(loaded, family(loaded.dtype))
+
+
+DESCRIPTION = {"descr": "<i8", "fortran_order": False, "shape": (3,)}
+
+# The header of an array of the file, which is followed by 24 bytes of data, and words of the ValueError.
+HEADERS = {
+    "shape huge": (str({**DESCRIPTION, "shape": (1 << 50,)}), "cannot have shape"),
+    "shape beyond all": (str({**DESCRIPTION, "shape": (1 << 40, 1 << 40)}), "cannot have shape"),
+    "shape negative": (str({**DESCRIPTION, "shape": (-1,)}), "damaged"),
+    "shape less": (str({**DESCRIPTION, "shape": (1,)}), "more bytes"),
+    "shape more": (str({**DESCRIPTION, "shape": (4,)}), "damaged"),
+    "item huge": (str({**DESCRIPTION, "descr": f"|V{(1 << 31) - 1}"}), "cannot have shape"),
+    "item of nothing": (str({**DESCRIPTION, "descr": "|V0", "shape": (1 << 50,)}), "damaged"),
+    "objects": (str({**DESCRIPTION, "descr": "|O"}), "damaged"),
+    "no dtype": (str({**DESCRIPTION, "descr": "what"}), "damaged"),
+    "no dict": ("[1, 2]", "damaged"),
+    "other keys": ("{'descr': '<i8'}", "damaged"),
+    "open bracket": ("{'descr': (", "damaged"),
+    "open quotes": ("{'descr': " + "'" * 3, "damaged"),
+    "no Python": ("{'descr' $", "damaged"),
+    "nested brackets": ("(" * 4000 + ")" * 4000, "damaged"),
+    "nested signs": ("-" * 9000 + "1", "damaged"),
+    "long": ("{" + " " * 20000 + "}", "damaged"),
+    "empty": ("", "damaged"),
+    "not ASCII": ("{'descr': 'é'}", "damaged"),
+}
+
+
+def rewritten(content, change, compression=zipfile.ZIP_STORED, **more):
+    """The archive with each member, and more of them, made anew by change(name, bytes)."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as whole, zipfile.ZipFile(file, "w", compression) as archive:
+        for member in whole.namelist():
+            archive.writestr(member, change(member, whole.read(member)))
+        for member, data in more.items():
+            archive.writestr(f"{member}.npy", data)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("case", HEADERS)
+@pytest.mark.parametrize("name", ["lengths.npy", "pages.npy"])
+def test_load_of_a_replaced_header(case, name):
+    header, words = HEADERS[case]
+    text = header.encode("latin1")
+    start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    content = rewritten(DAMAGED["float32"], lambda member, data: start + data[-24:] if member == name else data)
+    with pytest.raises(ValueError, match=words):
+        load_bytes(content)
+
+
+# How an archive is rewritten.
+NEVER_WRITTEN = {
+    "compressed": {"change": lambda _, data: data, "compression": zipfile.ZIP_DEFLATED},
+    "version": {"change": lambda _, data: data[:6] + b"\x02" + data[7:]},
+    "unknown": {"change": lambda _, data: data, "sinks": b""},
+}
+
+
+@pytest.mark.parametrize("case", NEVER_WRITTEN)
+def test_load_of_an_archive_that_save_never_writes(case):
+    with pytest.raises(ValueError, match=r"save (does not write|writes)"):
+        load_bytes(rewritten(DAMAGED["float32"], **NEVER_WRITTEN[case]))
+
+
+def test_load_of_no_file():
+    with pytest.raises(TypeError, match="file must be a str, a path or a binary file, not list"):
+        KVCache.load([])
+    with pytest.raises(IsADirectoryError):
+        KVCache.load(os.curdir)
 
 
 def test_load_without_pages_needs_the_store(tmp_path):
