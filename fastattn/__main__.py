@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NoReturn
 
 import fastattn
 from fastattn import bench, explain
+from fastattn._files import atomic_write
 
 
 def print_info(arguments: argparse.Namespace) -> None:
@@ -40,7 +40,11 @@ def print_bench(arguments: argparse.Namespace) -> None:
     as_json = json.dumps(run.as_dict(), indent=1)
     print(as_json if arguments.json == "-" else bench.report(run))
     if arguments.json not in (None, "-"):
-        Path(arguments.json).write_text(as_json + "\n")
+        try:
+            with atomic_write(arguments.json) as file:
+                file.write(f"{as_json}\n".encode())
+        except OSError as complaint:
+            refuse(str(complaint))
 
 
 def print_explanation(arguments: argparse.Namespace) -> None:

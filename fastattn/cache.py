@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastattn import _core
 from fastattn._arguments import closed, misfit
 from fastattn._checks import as_array, how_to_convert, refuse_masked
-from fastattn._files import whole_file
+from fastattn._files import atomic_write, is_special
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
@@ -228,8 +228,8 @@ def part_views(store: NDArray[np.uint8], parts: list[tuple[np.dtype[Any], tuple[
 
 
 def archive_name(file: str | os.PathLike[str]) -> str:
-    name = os.fspath(file)
-    return name if name.endswith(".npz") else f"{name}.npz"
+    name = os.fsdecode(file)
+    return name if name.endswith(".npz") or is_special(name) else f"{name}.npz"
 
 
 def read_fields(file: File) -> dict[str, Array]:
@@ -854,8 +854,8 @@ class KVCache:
         Parameters
         ----------
         file : str, path or binary file
-            A name that does not end with .npz has it added. A file that exists is replaced once the new one
-            is complete.
+            A name that does not end with .npz has it added, unless it is that of a FIFO or a device. A file that
+            exists is replaced once the new one is complete, and its mode is kept; links are followed.
         pages : bool
             Whether to write the pages in use, each once. They are gathered in memory first. Without them
             `load` must be given the store itself; flush it, if it is a ``np.memmap``.
@@ -873,7 +873,7 @@ class KVCache:
                 used, fields["page_table"] = np.unique(fields["page_table"], return_inverse=True)
                 fields["pages"] = self._pages[used]
         if isinstance(file, (str, os.PathLike)):
-            with whole_file(archive_name(file)) as stream:
+            with atomic_write(archive_name(file)) as stream:
                 np.savez(stream, **fields)
         else:
             np.savez(file, **fields)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._checks import as_array, how_to_convert
-from fastattn._files import File, whole_file
+from fastattn._files import File, atomic_write
 from fastattn.cache import checked_integer
 
 if TYPE_CHECKING:
@@ -625,7 +625,8 @@ class AttentionView:
         Parameters
         ----------
         path : str or path
-            A file that exists is replaced once the page is complete.
+            A file that exists is replaced once the page is complete, and its mode is kept; links are followed. To
+            a FIFO or a device the page is written straight.
         title : str, optional
             Default "Attention".
         word, layer, head
@@ -664,7 +665,7 @@ class AttentionView:
         ['page.html']
         """
         content = self._page(title, word, layer, head)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
 
     def _repr_html_(self) -> str:
