@@ -8,6 +8,7 @@ except ImportError as _failure:
     raise ImportError(why_absent(_failure), name=_failure.name, path=_failure.path) from _failure
 
 from fastattn import _threadpoolctl as _threadpoolctl
+from fastattn import _visible as _visible  # for programs that freeze others: only the compiled module uses it
 from fastattn import reference
 from fastattn._core import measure_bandwidth, measure_peak
 from fastattn.api import (

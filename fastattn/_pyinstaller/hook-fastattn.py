@@ -1,0 +1,5 @@
+"""The page that AttentionView saves is data, which no import leads to."""
+
+from PyInstaller.utils.hooks import collect_data_files
+
+datas = collect_data_files("fastattn", includes=["page/*"])
