@@ -92,8 +92,12 @@ def checked_floats(weights: ArrayLike) -> Array:
         accepted = ", ".join(EPSILON) + how_to_convert("weights", array.dtype)
         raise TypeError(f"weights has dtype {array.dtype}; accepted are {accepted}")
     if not 2 <= array.ndim <= 4:
+        batch = (
+            "; if its second axis is the batch, give one item, as weights[:, 0], or as [layer[0] for layer in weights]"
+        )
         raise ValueError(
             f"weights has shape {array.shape}; accepted are (Sq, Sk), (heads, Sq, Sk) and (layers, heads, Sq, Sk)"
+            f"{batch if array.ndim == 5 else ''}"
         )
     if 0 in array.shape:
         raise ValueError(f"weights has shape {array.shape}; at least one of everything is needed")
@@ -105,18 +109,32 @@ def place(shape: tuple[int, ...], flat: np.intp) -> str:
     return f"weights[{', '.join(str(int(i)) for i in np.unravel_index(flat, shape))}]"
 
 
+def precision_of(weights: Array) -> float:
+    """Return the epsilon of the weights: that of their dtype or, where they were cast from a half type, of that one.
+
+    It is found from the last bit that any of them uses, and is at most bfloat16's.
+    """
+    wide = weights.astype(np.float64 if weights.dtype == np.float64 else np.float32)
+    unsigned, epsilon = (np.uint64, EPSILON["float64"]) if wide.itemsize == 8 else (np.uint32, EPSILON["float32"])
+    bits = int(np.bitwise_or.reduce(wide.view(unsigned), axis=None))
+    last = bits & -bits
+    return max(EPSILON[weights.dtype.name], min(last * epsilon, EPSILON["bfloat16"]))
+
+
 def check_distributions(weights: Array, num_keys: int, complete: bool | Array) -> None:
     """Raise unless each row is 0 or sums to 1; to at most 1 where it may lack keys, which is not complete.
 
-    Rounding each weight moves a row's sum by at most the dtype's epsilon. Sums over keys and logarithms of sums,
-    which are up to 2**10, are rounded in float32, or float64 for float64.
+    Rounding each weight moves a row's sum by at most half the epsilon of what they were rounded to; so does a sum of
+    exponentials that was itself rounded before they were divided by it. Sums over keys and logarithms of sums, which
+    are up to 2**10, are rounded in float32, or float64 for float64; that also bounds what is lost of weights below
+    float16's normal range, at most 2**-25 each.
     """
     # Written so that NaN is found, too.
     wrong = ~(weights >= 0)
     if wrong.any():
         first = np.argmax(wrong)
         raise ValueError(f"{place(weights.shape, first)} is {weights.flat[first]}; weights must be 0 or more")
-    epsilon = EPSILON[weights.dtype.name]
+    epsilon = precision_of(weights)
     tolerance = epsilon + (num_keys + 2**10) * min(epsilon, EPSILON["float32"])
     sums = weights.sum(axis=-1, dtype=np.float64)
     wrong = ~(sums <= 1 + tolerance) | (complete & (sums != 0) & (sums < 1 - tolerance))
@@ -210,10 +228,11 @@ class AttentionView:
     Parameters
     ----------
     weights : array_like, shape (Sq, Sk), (heads, Sq, Sk) or (layers, heads, Sq, Sk)
-        As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16. They are copied. Each row is
-        0 or more and sums to 1, or is all 0 where a query sees no key. A head with a sink sums to less: give it the
-        sink's share as one more key. The first of four axes is layers: of a batch, (B, heads, Sq, Sk), give one
-        item, as its items would be taken for layers.
+        As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16, or cast from one of these to
+        a wider one. They are copied. Each row is 0 or more and sums to 1, or is all 0 where a query sees no key. A
+        head with a sink sums to less: give it the sink's share as one more key. The first of four axes is layers:
+        of a batch, (B, heads, Sq, Sk), give one item, as its items would be taken for layers; of the attentions
+        that a model of Hugging Face returns, one batch for each layer, ``[layer[0] for layer in attentions]``.
     tokens : sequence of str, of length Sq
         The words of the queries, as the tokenizer splits them.
     key_tokens : sequence of str, of length Sk, optional

@@ -228,7 +228,9 @@ def test_tokens_must_be_str():
         (np.eye(2), "Sk is 2, but tokens are 4"),
         (np.eye(4)[:3], "Sq is 3, but tokens are 4"),
         (np.ones(4), r"shape \(4,\); accepted are \(Sq, Sk\)"),
-        (np.zeros((1, 1, 1, 4, 4)), "accepted are"),
+        (np.zeros((1, 1, 1, 1, 4, 4)), r"shape \(1, 1, 1, 1, 4, 4\); accepted are [^;]*$"),
+        (np.zeros((6, 1, 2, 4, 4)), r"batch, give one item, as weights\[:, 0\], or as \[layer\[0\] for layer in w"),
+        ([np.zeros((1, 2, 4, 4))] * 6, r"shape \(6, 1, 2, 4, 4\); .*batch, give one item"),
         (np.zeros((0, 4, 4)), "at least one of everything"),
         (WEIGHTS * 0.5, r"weights\[0, 0, 0\] sums to 0.5; a row must sum to 1, or 0 where no key is seen"),
         (WEIGHTS * [[1], [1.1], [1], [1]], r"weights\[0, 0, 1\] sums to 1.1;"),
@@ -244,6 +246,50 @@ def test_weights_that_are_not_accepted(weights, words):
 def test_dtypes_that_are_not_accepted():
     with pytest.raises(TypeError, match="weights has dtype int64; accepted are float16, bfloat16, float32, float64"):
         view_of(np.eye(4, dtype=np.int64))
+
+
+HALF = ["float16", "bfloat16"]
+
+
+def rounded_softmax(half, num_keys, seed=0):
+    """Rows of few and of many keys that count, rounded to a half type."""
+    scores = make_rng(seed).standard_normal((200, num_keys)) * np.geomspace(0.1, 8, 200)[:, None]
+    return softmax(scores).astype(half)
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("to", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("num_keys", [2, 7, 64, 1000, 20000])
+def test_half_weights_may_be_cast(half, to, num_keys):
+    half = pytest.importorskip("ml_dtypes").bfloat16 if half == "bfloat16" else np.dtype(half)
+    weights = rounded_softmax(half, num_keys).astype(to)
+    view_of(weights, ["a"] * 200, key_tokens=["b"] * num_keys)
+
+
+@pytest.mark.parametrize("half", HALF)
+def test_a_softmax_whose_steps_are_all_rounded(half):
+    half = pytest.importorskip("ml_dtypes").bfloat16 if half == "bfloat16" else np.dtype(half)
+    scores = make_rng().standard_normal((200, 300)).astype(half)
+    powers = np.exp(scores.astype(np.float32)).astype(half).astype(np.float32)
+    weights = (powers / powers.sum(axis=-1, keepdims=True).astype(half).astype(np.float32)).astype(half)
+    view_of(weights.astype(np.float32), ["a"] * 200, key_tokens=["b"] * 300)
+
+
+@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("factor", [0.98, 1.02])
+def test_half_weights_that_are_no_distribution(half, factor):
+    half = pytest.importorskip("ml_dtypes").bfloat16 if half == "bfloat16" else np.dtype(half)
+    weights = (softmax(make_rng().standard_normal((50, 64))) * factor).astype(half).astype(np.float32)
+    with pytest.raises(ValueError, match="a row must sum to 1"):
+        view_of(weights, ["a"] * 50, key_tokens=["b"] * 64)
+
+
+@pytest.mark.parametrize("factor", [0.9995, 1.0005])
+def test_weights_of_full_precision_are_held_to_it(factor):
+    """What half weights may do is not granted to all."""
+    weights = (softmax(make_rng(1).standard_normal((50, 64))) * factor).astype(np.float32)
+    with pytest.raises(ValueError, match=r"weights\[0\] sums to (0\.999|1\.000).*a row must sum to 1"):
+        view_of(weights, ["a"] * 50, key_tokens=["b"] * 64)
 
 
 def test_tolerance_follows_the_dtype():
