@@ -374,17 +374,36 @@ def input_projections(
 class Scheme(NamedTuple):
     """What a family of checkpoints calls the weights of a layer, and how it stores them."""
 
-    inputs: tuple[str, ...]  # of query, key and value; or one, if they are one packed matrix
+    inputs: tuple[str, ...]  # of query, key and value
     output: str
+    fused: str | None = None  # of query, key and value in one
     transposed: bool = False  # (in_features, out_features)
     rotary: RotaryOptions | None = None
-    refused: tuple[str, ...] = ()  # what some members of the family have, and the layer has no place for
+    ignored: tuple[str, ...] = ()  # what is of no other use, or is not of the layer
 
 
+NORM = tuple(f"output.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta"))
 SCHEMES = {
-    "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense"),
-    "gpt2": Scheme(("c_attn",), "c_proj", transposed=True),
-    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", rotary={}, refused=("q_norm", "k_norm")),
+    "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense", ignored=NORM),
+    # bias and masked_bias are the causal mask.
+    "gpt2": Scheme((), "c_proj", "c_attn", transposed=True, ignored=("bias", "masked_bias")),
+    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", "qkv_proj", rotary={}, ignored=("rotary_emb.inv_freq",)),
+}
+NORMALISED = "accepted are layers that do not normalise queries and keys"
+MORE_KEYS = "accepted are layers without add_bias_kv"
+HINTS = {
+    "sinks": "leave them out of the mapping, and give them to each call as sinks=",
+    "q_norm.weight": NORMALISED,
+    "k_norm.weight": NORMALISED,
+    "bias_k": MORE_KEYS,
+    "bias_v": MORE_KEYS,
+}
+
+# What the configuration of a checkpoint calls the sizes of a layer.
+CONFIGURED = {
+    "num_heads": ("num_attention_heads", "n_head"),
+    "num_kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
 }
 
 
@@ -400,13 +419,76 @@ def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
     return found(mapping, name) if name in mapping else None
 
 
-def thirds(name: str, array: Array | None) -> list[Any]:
-    """Return query's, key's and value's part of a packed weight or bias."""
+def check_all_read(mapping: Mapping[str, ArrayLike], prefix: str, names: Sequence[str]) -> None:
+    """Raise if there is more under the prefix than these names, for the layer would give other results without it."""
+    more = [name for name in mapping if name.startswith(prefix) and name.removeprefix(prefix) not in names]
+    if more:
+        shown = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
+        hint = HINTS.get(more[0].removeprefix(prefix), "accepted is a layer of projections and their biases alone")
+        raise ValueError(f"the mapping has {shown}, for which there is no place in the layer; {hint}")
+
+
+def split_qkv(name: str, array: Array | None, query_rows: int | None = None) -> list[Any]:
+    """Return query's, key's and value's part of a fused weight or bias: thirds, unless query has its own number."""
     if array is None:
         return [None] * 3
-    if array.ndim == 0 or len(array) % 3:
-        raise ValueError(f"{name} has shape {array.shape}; accepted is three times the out_features, packed")
-    return np.split(array, 3)
+    if query_rows is None:
+        if array.ndim == 0 or len(array) % 3:
+            raise ValueError(f"{name} has shape {array.shape}; accepted is three times the out_features, packed")
+        return np.split(array, 3)
+    if array.ndim == 0 or len(array) < query_rows or (len(array) - query_rows) % 2:
+        raise ValueError(f"{name} has shape {array.shape}; accepted are {query_rows} rows for the query, as the output "
+                         "has columns, and as many for the key as for the value")  # fmt: skip
+    return np.split(array, [query_rows, (len(array) + query_rows) // 2])
+
+
+def check_configured(config: Mapping[str, Any], layer: MultiHeadAttention) -> None:
+    """Raise if the configuration of a checkpoint says something else of heads than the layer is."""
+    if not any(name in config for name in CONFIGURED["num_heads"]):
+        raise ValueError(f"config has no {' or '.join(CONFIGURED['num_heads'])}; accepted is the part of config.json "
+                         "that describes these layers")  # fmt: skip
+    for ours, theirs in CONFIGURED.items():
+        for name in theirs:
+            told, is_ = config.get(name), getattr(layer, ours)
+            if told is not None and told != is_:
+                raise ValueError(f"{ours} is {is_}, but the config's {name} is {told}")
+
+
+def configured_rotary(config: Mapping[str, Any], rotary: RotaryOptions | None, head_dim: int) -> RotaryOptions:
+    """Return the rotary positions that the configuration of a checkpoint says; those given must be the same."""
+    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(
+            f"the config has rope_parameters {rope}; accepted are those of one kind of layers, in its place"
+        )
+    parameters = {**config, **rope}
+    scaling = config.get("rope_scaling") or {"rope_type": parameters.get("rope_type", "default")}
+    if scaling.get("rope_type", scaling.get("type")) != "default":
+        raise ValueError(f"the config has rope_scaling {scaling}; accepted are rotary positions without scaling")
+    told = {
+        "base": parameters.get("rope_theta", 10000.0),
+        "dim": int(head_dim * parameters.get("partial_rotary_factor", 1)),
+    }
+    if rotary is None:
+        return {"base": told["base"], "dim": told["dim"]}
+    used = {"base": rotary.get("base", 10000.0), "dim": rotary.get("dim") or head_dim}
+    if used != told:
+        raise ValueError(f"rotary has {used}, but the config says {told}")
+    return rotary
+
+
+def check_frequencies(name: str, frequencies: Array, layer: MultiHeadAttention) -> None:
+    """Raise unless the frequencies that a checkpoint holds are those of the layer's rotary positions."""
+    turned = layer.rotary or {}
+    dim = turned.get("dim") or layer.head_dim
+    if frequencies.shape != (dim // 2,):
+        raise ValueError(f"{name} has shape {frequencies.shape}; with num_heads {layer.num_heads}, head_dim is "
+                         f"{layer.head_dim}, and accepted are ({dim // 2},) frequencies")  # fmt: skip
+    expected = turned.get("base", 10000.0) ** (np.arange(0, dim, 2) / -dim)
+    # They may have been rounded to a half type.
+    if not np.allclose(frequencies.astype(np.float64), expected, rtol=2**-7, atol=2**-14):
+        raise ValueError(f"{name} begins {frequencies[:4]}, but rotary makes {expected[:4]}: give the checkpoint's "
+                         "rope_theta as rotary's base")  # fmt: skip
 
 
 # --- the layer ------------------------------------------------------------------------------------
@@ -548,7 +630,7 @@ class MultiHeadAttention:
             A name that is missing.
         TypeError, ValueError
             As for the class, tensors that NumPy does not take (bfloat16, or that require gradients), and
-            ``bias_k`` and ``bias_v``, which have no place in it.
+            whatever else begins with the prefix, such as ``bias_k`` and ``bias_v``, which have no place in it.
 
         Examples
         --------
@@ -557,14 +639,15 @@ class MultiHeadAttention:
         >>> MultiHeadAttention.from_torch(state, 4).head_dim
         16
         """
-        if f"{prefix}bias_k" in state or f"{prefix}bias_v" in state:
-            raise ValueError(f"state holds {prefix}bias_k or {prefix}bias_v; accepted are layers without add_bias_kv")
+        inputs = [f"{part}_proj_weight" for part in "qkv"]
         if f"{prefix}q_proj_weight" in state:
-            weights: list[Any] = [found(state, f"{prefix}{part}_proj_weight") for part in "qkv"]
+            weights: list[Any] = [found(state, prefix + name) for name in inputs]
         else:
-            weights = thirds(f"{prefix}in_proj_weight", found(state, f"{prefix}in_proj_weight"))
+            inputs = ["in_proj_weight"]
+            weights = split_qkv(f"{prefix}in_proj_weight", found(state, f"{prefix}in_proj_weight"))
         weights.append(found(state, f"{prefix}out_proj.weight"))
-        biases = thirds(f"{prefix}in_proj_bias", found_bias(state, f"{prefix}in_proj_bias"))
+        biases = split_qkv(f"{prefix}in_proj_bias", found_bias(state, f"{prefix}in_proj_bias"))
+        check_all_read(state, prefix, [*inputs, "in_proj_bias", "out_proj.weight", "out_proj.bias"])
         return cls(
             *weights, num_heads=num_heads, query_bias=biases[0], key_bias=biases[1], value_bias=biases[2],
             out_bias=found_bias(state, f"{prefix}out_proj.bias"),
@@ -580,6 +663,7 @@ class MultiHeadAttention:
         scheme: Literal["bert", "gpt2", "llama"],
         num_kv_heads: int | None = None,
         rotary: RotaryOptions | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> MultiHeadAttention:
         """Make the layer from the weights of a checkpoint, by their names.
 
@@ -593,13 +677,17 @@ class MultiHeadAttention:
         num_heads : int
         scheme : {"bert", "gpt2", "llama"}
             How it goes on: ``self.query.weight`` and ``output.dense.weight``; ``c_attn.weight``, one
-            (in_features, 3 * out_features) matrix, and ``c_proj.weight``; ``q_proj.weight`` and
-            ``o_proj.weight``. A bias is taken where there is one.
+            (in_features, 3 * out_features) matrix, and ``c_proj.weight``; ``q_proj.weight``, or
+            ``qkv_proj.weight`` (Phi-3), and ``o_proj.weight``. A bias is taken where there is one.
         num_kv_heads : int, optional
         rotary : dict, optional
-            As for the class. Default for "llama": that of `fastattn.rotary`, whose ``base`` a checkpoint
-            calls ``rope_theta``. There is no scaling of frequencies: a checkpoint whose configuration has
-            ``rope_scaling`` (Llama 3.1 and later) gives other results.
+            As for the class. Default for "llama": what `config` says or, without it, that of `fastattn.rotary`,
+            whose ``base`` a checkpoint calls ``rope_theta``.
+        config : mapping, optional
+            The checkpoint's ``config.json``, whose numbers of heads and rotary positions must then be those of
+            the layer. Shapes alone do not tell one number of heads from another: without it, ``num_heads`` that
+            is not the checkpoint's gives other results, and so does a checkpoint with ``rope_scaling`` (Llama 3.1
+            and later), for there is no scaling of frequencies here.
 
         Returns
         -------
@@ -610,7 +698,8 @@ class MultiHeadAttention:
         KeyError
             A name that is missing.
         TypeError, ValueError
-            As for the class, another scheme, and ``q_norm`` and ``k_norm`` (Qwen 3), which have no place in it.
+            As for the class, another scheme, a `config` that contradicts, and whatever else begins with the
+            prefix, for which there is no place in the layer: ``q_norm`` and ``k_norm`` (Qwen 3), ``sinks``, LoRA.
 
         Examples
         --------
@@ -622,22 +711,31 @@ class MultiHeadAttention:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, but is {scheme!r}")
         chosen = SCHEMES[scheme]
-        for name in chosen.refused:
-            if f"{prefix}{name}.weight" in mapping:
-                raise ValueError(f"the mapping has {prefix}{name}.weight; accepted are layers that do not normalise "
-                                 "queries and keys")  # fmt: skip
-        names = [prefix + name for name in (*chosen.inputs, chosen.output)]
-        weights: list[Any] = [found(mapping, f"{name}.weight") for name in names]
-        biases: list[Any] = [found_bias(mapping, f"{name}.bias") for name in names]
+        is_fused = f"{prefix}{chosen.fused}.weight" in mapping or not chosen.inputs
+        names = [*((chosen.fused,) if is_fused else chosen.inputs), chosen.output]
+        weights: list[Any] = [found(mapping, f"{prefix}{name}.weight") for name in names]
+        biases: list[Any] = [found_bias(mapping, f"{prefix}{name}.bias") for name in names]
+        read = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+        check_all_read(mapping, prefix, [*read, *chosen.ignored])
         if chosen.transposed:
             weights = [weight.T for weight in weights]
-        if len(chosen.inputs) == 1:
-            weights = [*thirds(f"{names[0]}.weight", weights[0]), weights[1]]
-            biases = [*thirds(f"{names[0]}.bias", biases[0]), biases[1]]
-        return cls(
+        if is_fused:
+            # Queries may have more heads than keys, and then the output, which has one column for each of their rows.
+            rows = weights[1].shape[-1] if chosen.inputs and weights[1].ndim else None
+            weights = [*split_qkv(f"{prefix}{names[0]}.weight", weights[0], rows), weights[1]]
+            biases = [*split_qkv(f"{prefix}{names[0]}.bias", biases[0], rows), biases[1]]
+        if chosen.rotary is not None and config is not None:
+            rotary = configured_rotary(config, rotary, len(weights[0]) // checked_integer("num_heads", num_heads, 1))
+        layer = cls(
             *weights, num_heads=num_heads, num_kv_heads=num_kv_heads, query_bias=biases[0], key_bias=biases[1],
             value_bias=biases[2], out_bias=biases[3], rotary=chosen.rotary if rotary is None else rotary,
         )  # fmt: skip
+        if config is not None:
+            check_configured(config, layer)
+        frequencies = f"{prefix}rotary_emb.inv_freq"
+        if chosen.rotary is not None and frequencies in mapping:
+            check_frequencies(frequencies, found(mapping, frequencies), layer)
+        return layer
 
     def __repr__(self) -> str:
         head_dim_v = f", head_dim_v={self.head_dim_v}" if self.head_dim_v != self.head_dim else ""

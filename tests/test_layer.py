@@ -482,6 +482,10 @@ class Unconvertible:
 
 EYE = np.eye(EMBED)
 STATE = {"in_proj_weight": np.concatenate([EYE] * 3), "out_proj.weight": EYE}
+BERT = {f"a.{name}.weight": EYE for name in ("self.query", "self.key", "self.value", "output.dense")}
+GPT2 = {"a.c_attn.weight": np.concatenate([EYE] * 3, axis=1), "a.c_proj.weight": EYE}
+LLAMA = {f"a.{part}_proj.weight": EYE for part in "qkvo"}
+MANY = [f"a.x{i}" for i in range(9)]
 LOADING_ERRORS = {
     "scheme": (lambda: from_names({}, "t5"), ValueError, ["scheme must be one of bert, gpt2, llama, but is 't5'"]),
     "no weight": (lambda: from_names({}, "bert"), KeyError, ["the mapping has no 'a.self.query.weight'"]),
@@ -499,9 +503,53 @@ LOADING_ERRORS = {
         ["out_proj.weight", "Got unsupported ScalarType BFloat16", "tensor.detach().float()"],
     ),
     "q_norm": (
-        lambda: from_names({"a.q_norm.weight": np.ones(12)}, "llama"),
+        lambda: from_names(LLAMA | {"a.q_norm.weight": 0}, "llama"),
         ValueError,
         ["a.q_norm.weight", "not norm"],
+    ),
+    "sinks": (lambda: from_names(LLAMA | {"a.sinks": 0}, "llama"), ValueError, ["a.sinks", "sinks="]),
+    "LoRA": (
+        lambda: from_names(LLAMA | {"a.q_proj.lora_A.weight": 0, "a.q_proj.lora_B.weight": 0}, "llama"),
+        ValueError,
+        ["a.q_proj.lora_A.weight, a.q_proj.lora_B.weight", "no place in the layer"],
+    ),
+    "many": (lambda: from_names(LLAMA | dict.fromkeys(MANY, 0), "llama"), ValueError, ["a.x4, ..., for"]),
+    "distances": (
+        lambda: from_names(BERT | {"a.self.distance_embedding.weight": 0}, "bert"),
+        ValueError,
+        ["a.self.distance_embedding.weight", "no place"],
+    ),
+    "scales": (lambda: from_names(GPT2 | {"a.c_attn.scales": 0}, "gpt2"), ValueError, ["a.c_attn.scales", "no place"]),
+    "fused and not": (
+        lambda: from_names(LLAMA | {"a.qkv_proj.weight": np.zeros((3 * EMBED, EMBED))}, "llama"),
+        ValueError,
+        ["a.q_proj.weight, a.k_proj.weight", "no place"],
+    ),
+    "fused rows": (
+        lambda: from_names({"a.qkv_proj.weight": np.zeros((EMBED + 3, EMBED)), "a.o_proj.weight": EYE}, "llama"),
+        ValueError,
+        ["a.qkv_proj.weight has shape (51, 48)", "48 rows for the query"],
+    ),
+    "fused heads": (
+        lambda: from_names({"a.qkv_proj.weight": np.zeros((EMBED + 14, EMBED)), "a.o_proj.weight": EYE}, "llama"),
+        ValueError,
+        ["key_weight has 7 rows", "head_dim, 12"],
+    ),
+    "frequencies of other heads": (
+        lambda: from_names(LLAMA | {"a.rotary_emb.inv_freq": 10000.0 ** (np.arange(12) / -12)}, "llama"),
+        ValueError,
+        ["a.rotary_emb.inv_freq has shape (12,)", "num_heads 4", "(6,) frequencies"],
+    ),
+    "frequencies of another base": (
+        lambda: from_names(LLAMA | {"a.rotary_emb.inv_freq": 5e5 ** (np.arange(6) / -6)}, "llama"),
+        ValueError,
+        ["a.rotary_emb.inv_freq", "rope_theta"],
+    ),
+    "torch: more": (lambda: from_state("linear1.weight", EYE), ValueError, ["linear1.weight", "no place"]),
+    "torch: fused and not": (
+        lambda: MultiHeadAttention.from_torch(STATE | {f"{part}_proj_weight": EYE for part in "qkv"}, HEADS),
+        ValueError,
+        ["in_proj_weight", "no place"],
     ),
     "torch: thirds": (lambda: from_state("in_proj_bias", np.zeros(100)), ValueError, ["in_proj_bias", "(100,)"]),
     "torch: bias": (lambda: from_state("in_proj_bias", np.zeros(99)), ValueError, ["query_bias", "(33,)", "(48)"]),
@@ -523,6 +571,89 @@ def test_errors_of_loading(load, error, words):
         load()
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "scheme", "more"),
+    [
+        (BERT, "bert", {"a.output.LayerNorm.weight": 0, "a.output.LayerNorm.bias": 0}),
+        (GPT2, "gpt2", {"a.bias": np.tri(9, dtype=bool), "a.masked_bias": -1e4}),
+        (LLAMA, "llama", {"a.rotary_emb.inv_freq": (10000.0 ** (np.arange(6) / -6)).astype(np.float16)}),
+        (LLAMA, "llama", {"b.sinks": 0, "lm_head.weight": 0, "a": 0}),
+    ],
+    ids=["bert", "gpt2", "llama", "others"],
+)
+def test_entries_that_the_layer_does_without(mapping, scheme, more):
+    assert from_names(mapping | more, scheme).num_heads == HEADS
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize("biases", [True, False])
+def test_fused_llama_names(kv_heads, biases):
+    """Phi-3's: rows of all query heads, then those of the key's and the value's."""
+    rng = make_rng(24)
+    weights = drawn(rng, kv_heads=kv_heads, biases=biases)
+    kinds = ("weight", "bias") if biases else ("weight",)
+    mapping = {f"l.o_proj.{kind}": weights[f"out_{kind}"] for kind in kinds}
+    for kind in kinds:
+        mapping[f"l.qkv_proj.{kind}"] = np.concatenate([weights[f"{n}_{kind}"] for n in ("query", "key", "value")])
+    attend = MultiHeadAttention.from_mapping(mapping, "l.", HEADS, scheme="llama")
+    assert attend.num_kv_heads == kv_heads
+    x = normal(rng, (6, EMBED), F64)
+    assert_close(attend(x, causal=True), plain(weights, x, kv_heads=kv_heads, turn={}, causal=True)[0], TOLERANCE)
+
+
+def configured(config, scheme="llama", **keywords):
+    mapping = {"bert": BERT, "gpt2": GPT2, "llama": LLAMA}[scheme]
+    return MultiHeadAttention.from_mapping(mapping, "a.", HEADS, scheme=scheme, config=config, **keywords)
+
+
+NUMBERS = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": EMBED // HEADS, "hidden_size": EMBED}
+
+
+# The config, more keywords, and the layer's rotary.
+@pytest.mark.parametrize(
+    ("config", "keywords", "rotary"),
+    [
+        (NUMBERS, {}, {"base": 10000.0, "dim": 12}),
+        ({"num_attention_heads": HEADS}, {}, {"base": 10000.0, "dim": 12}),
+        ({**NUMBERS, "head_dim": None}, {}, {"base": 10000.0, "dim": 12}),
+        ({**NUMBERS, "rope_theta": 5e5, "rope_scaling": None}, {}, {"base": 5e5, "dim": 12}),
+        ({**NUMBERS, "rope_theta": 5e5}, {"rotary": {"base": 500000}}, {"base": 500000}),
+        ({**NUMBERS, "partial_rotary_factor": 0.5}, {}, {"base": 10000.0, "dim": 6}),
+        ({**NUMBERS, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, {}, {"base": 1e6, "dim": 12}),
+        ({"n_head": HEADS}, {"scheme": "gpt2"}, None),
+        (NUMBERS, {"scheme": "bert"}, None),
+    ],
+)
+def test_the_config_of_a_checkpoint(config, keywords, rotary):
+    assert configured(config, **keywords).rotary == rotary
+
+
+@pytest.mark.parametrize(
+    ("config", "keywords", "words"),
+    [
+        ({"num_attention_heads": 8}, {}, "num_heads is 4, but the config's num_attention_heads is 8"),
+        ({"num_attention_heads": 8}, {"scheme": "bert"}, "num_heads is 4, but the config's num_attention_heads is 8"),
+        ({"n_head": 12}, {"scheme": "gpt2"}, "num_heads is 4, but the config's n_head is 12"),
+        ({**NUMBERS, "num_key_value_heads": 2}, {}, "num_kv_heads is 4, but the config's num_key_value_heads is 2"),
+        ({**NUMBERS, "head_dim": 24}, {}, "head_dim is 12, but the config's head_dim is 24"),
+        ({"vision_config": {}}, {}, "config has no num_attention_heads or n_head"),
+        ({**NUMBERS, "rope_scaling": {"rope_type": "llama3"}}, {}, "rope_scaling.*llama3.*without scaling"),
+        ({**NUMBERS, "rope_scaling": {"type": "linear", "factor": 2}}, {}, "rope_scaling.*linear"),
+        ({**NUMBERS, "rope_parameters": {"rope_type": "yarn"}}, {}, "rope_scaling.*yarn"),
+        ({**NUMBERS, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, {}, "of one kind of layers"),
+        ({**NUMBERS, "rope_theta": 5e5}, {"rotary": {}}, r"rotary has .*10000.*, but the config says .*500000"),
+        (
+            {**NUMBERS, "partial_rotary_factor": 0.5},
+            {"rotary": {"dim": 12}},
+            "rotary has .*12.*, but the config says .*6",
+        ),
+    ],
+)
+def test_a_config_that_contradicts(config, keywords, words):
+    with pytest.raises(ValueError, match=words):
+        configured(config, **keywords)
 
 
 # --- against PyTorch ------------------------------------------------------------------------------
