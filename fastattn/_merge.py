@@ -15,6 +15,13 @@ Array = NDArray[Any]
 ACCEPTED = ("float32", "float64", "float16", "bfloat16")
 
 
+def refuse_plus_infinity(lses: Sequence[Array]) -> None:
+    for i, lse in enumerate(lses):
+        if (lse == np.inf).any():
+            raise ValueError(f"lses[{i}] holds +inf, by which FlashAttention marks a query without keys; here that is "
+                             "-inf: give np.where(lse == np.inf, -np.inf, lse)")  # fmt: skip
+
+
 def check_parts(outs: list[Array], lses: list[Array]) -> None:
     if not outs:
         raise ValueError("outs is empty; at least one result is needed")
@@ -34,6 +41,7 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
         if out.shape[-1] != outs[0].shape[-1]:
             raise ValueError(f"outs must share their last axis, but outs[0] has shape {outs[0].shape} and outs[{i}] "
                              f"{out.shape}")  # fmt: skip
+    refuse_plus_infinity(lses)
 
 
 def arrays_of(name: str, x: Sequence[ArrayLike]) -> list[Array]:

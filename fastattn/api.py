@@ -356,7 +356,8 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     outs : sequence of array_like, shape (..., H, Sq, Dv)
         One for each set, of one dtype. Leading axes broadcast.
     lses : sequence of array_like, shape (..., H, Sq)
-        One for each of `outs`. Where it is -inf the set has no key for the query, and adds nothing.
+        One for each of `outs`. Where it is -inf the set has no key for the query, and adds nothing. +inf, by which
+        FlashAttention says that, is refused.
 
     Returns
     -------
@@ -371,7 +372,7 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     TypeError
         Dtypes that differ or are not accepted.
     ValueError
-        No sets, not as many lses as outs, or shapes that do not match or broadcast.
+        No sets, not as many lses as outs, shapes that do not match or broadcast, or an lse of +inf.
 
     Notes
     -----

@@ -43,6 +43,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastattn._arguments import check_keywords, closed, misfit, typed_like
 from fastattn._checks import as_array, refuse_masked
+from fastattn._merge import refuse_plus_infinity
 from fastattn.api import attention as fast_attention
 from fastattn.api import attention_varlen as fast_varlen
 from fastattn.api import merge as fast_merge
@@ -361,6 +362,7 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     """
     outs = [as_array(f"outs[{i}]", out) for i, out in enumerate(outs)]
     lses = [as_array(f"lses[{i}]", lse) for i, lse in enumerate(lses)]
+    refuse_plus_infinity(lses)
     dtypes = outs[0].dtype, np.result_type(*lses)
     logs = np.stack(np.broadcast_arrays(*lses)).astype(np.float64)
     parts = np.stack(np.broadcast_arrays(*outs)).astype(np.float64)
