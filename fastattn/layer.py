@@ -27,6 +27,9 @@ DTYPES = ("float32", "float64", *HALF)
 # Elements of x that are turned at a time: what is computed on the way then stays in a core's cache.
 ROTARY_BLOCK = 2**16
 
+# Beyond it float64, in which angles are computed, does not tell neighbours apart.
+MAX_POSITION = 2**53
+
 
 class RotaryOptions(TypedDict, total=False):
     """Keywords of `rotary` that belong to a model."""
@@ -90,7 +93,7 @@ def rotary(
         float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. 2-D arrays are one head.
     positions : int or array_like of int, optional
         The position of the first row, or those of all rows, broadcastable to (..., seq): batch axes, then
-        rows, the same for all heads. Default 0.
+        rows, the same for all heads. From -2**53 to 2**53; default 0.
     base : float
         Greater than 0.
     dim : int, optional
@@ -208,8 +211,12 @@ def checked_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> Ar
     """Return the positions of the rows of x, (seq,) or (..., seq)."""
     seq = shape[-2]
     array = as_array("positions", 0 if positions is None else positions)
-    if array.dtype.kind not in "iu":
+    large = array.dtype.kind == "O" and array.size > 0 and all(type(each) is int for each in array.flat)
+    if array.dtype.kind not in "iu" and not large:
         raise TypeError(f"positions must be an int or an array of ints, but has dtype {array.dtype}")
+    # Arrays of int64 would take microseconds to look through; at worst, beyond 2**53, their angles are not exact.
+    if large or array.ndim == 0 or array.dtype == np.uint64:
+        check_positions(array)
     if array.ndim == 0:
         return np.arange(int(array), int(array) + seq)
     rows = (*shape[:-3], seq)
@@ -219,6 +226,15 @@ def checked_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> Ar
         raise ValueError(f"positions has shape {array.shape}; accepted is one that broadcasts to {rows}") from None
     # Batch axes that it lacks stay away, so that angles are not computed again for each item.
     return np.broadcast_to(array, (*array.shape[:-1], seq))
+
+
+def check_positions(array: Array) -> None:
+    lowest, highest = (
+        (int(array), int(array)) if array.ndim == 0 else (int(array.min(initial=0)), int(array.max(initial=0)))
+    )
+    if lowest < -MAX_POSITION or highest > MAX_POSITION:
+        raise ValueError(f"positions must be from -2**53 to 2**53, which float64 tells apart, but holds {lowest} to "
+                         f"{highest}")  # fmt: skip
 
 
 def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -300,6 +316,14 @@ def check_axes(query: Array, cu_seqlens: object, sequences: int | SequenceIds | 
     elif cu_seqlens is None:
         return
     check_shape("query", query, (*batch, "rows", query.shape[-1]))
+
+
+def check_batch_axes(inputs: Mapping[str, Array]) -> None:
+    """Raise if some are 2-D and some are not, which rather is a mistake than one sequence for a whole batch."""
+    if len({array.ndim == 2 for array in inputs.values()}) > 1:
+        shapes = ", ".join(f"{NAMES[parts[0]]} {array.shape}" for parts, array in inputs.items())
+        raise ValueError(f"query, key and value must be all 2-D, (rows, features), or none, but have shapes {shapes}; "
+                         "one sequence for all of a batch is given as key[None]")  # fmt: skip
 
 
 def broadcast_batches(parts: Sequence[Array]) -> tuple[int, ...]:
@@ -807,8 +831,8 @@ class MultiHeadAttention:
         query : array_like, shape (..., Sq, embed_dim)
             Of the layer's dtype, or float16 or bfloat16, which are widened to it.
         key : array_like, shape (..., Sk, key_features), optional
-            Default: self-attention, of `query` to itself. The same object as `query`, as in PyTorch's
-            ``layer(x, x, x)``, is self-attention, too.
+            2-D if `query` is. Default: self-attention, of `query` to itself. The same object as `query`, as in
+            PyTorch's ``layer(x, x, x)``, is self-attention, too.
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
         scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
@@ -837,7 +861,7 @@ class MultiHeadAttention:
         Returns
         -------
         out : ndarray, shape (..., Sq, out_features)
-            In the layer's dtype.
+            In the layer's dtype. A row that sees no key is the output projection of 0 (PyTorch's layer gives NaN).
         weights : ndarray, shape (..., num_heads, Sq, Sk)
             Returned with ``return_weights``. With `cache`, Sk is the length of the longest of the sequences.
 
@@ -933,6 +957,7 @@ class MultiHeadAttention:
         if self.rotary is None and positions is not None:
             raise ValueError("positions is given, but the layer has no rotary positions")
         inputs = {parts: self._checked_input(parts, x) for parts, x in sources.items()}
+        check_batch_axes(inputs)
         heads = {part: split for parts, x in inputs.items() for part, split in self._split(parts, x)}
         if self.rotary is not None:
             for part in "qk":

@@ -95,7 +95,7 @@ def test_cross_attention(features):
 def test_keys_of_one_batch_serve_many_queries():
     rng = make_rng(3)
     weights = drawn(rng)
-    query, key = normal(rng, (3, 5, EMBED), F64), normal(rng, (7, EMBED), F64)
+    query, key = normal(rng, (3, 5, EMBED), F64), normal(rng, (1, 7, EMBED), F64)
     expected = plain(weights, query, np.broadcast_to(key, (3, 7, EMBED)))[0]
     assert_close(MultiHeadAttention(**weights, num_heads=HEADS)(query, key), expected, TOLERANCE)
 
@@ -771,6 +771,18 @@ CALL_ERRORS = {
     "value features": ({"key": zeros(2, 5, 48), "value": zeros(2, 5, 7)}, ValueError, ["value has shape (2, 5, 7)"]),
     "value rows": ({"key": zeros(2, 5, 48), "value": zeros(2, 6, 48)}, ValueError, ["value", "5", "6"]),
     "batches": ({"key": zeros(3, 5, 48)}, ValueError, ["batch axes of query, key and value", "(2,), (3,)"]),
+    "key 2-D": ({"key": zeros(5, 48)}, ValueError, ["all 2-D", "query (2, 5, 48), key (5, 48)", "key[None]"]),
+    "query 2-D": ({"query": zeros(5, 48), "key": zeros(2, 5, 48)}, ValueError, ["query (5, 48), key (2, 5, 48)"]),
+    "value 2-D": (
+        {"key": zeros(2, 5, 48), "value": zeros(5, 48)},
+        ValueError,
+        ["query (2, 5, 48), key (2, 5, 48), value (5, 48)"],
+    ),
+    "value 3-D": (
+        {"query": zeros(5, 48), "key": zeros(5, 48), "value": zeros(2, 5, 48)},
+        ValueError,
+        ["query (5, 48), key (5, 48), value (2, 5, 48)"],
+    ),
     "value alone": ({"value": zeros(2, 5, 48)}, ValueError, ["value is given without key"]),
     "mask": ({"mask": zeros(5, 4, dtype=bool)}, ValueError, ["mask", "(5, 4)"]),
     "mask of floats": ({"mask": zeros(5, 5)}, TypeError, ["mask", "bias="]),
