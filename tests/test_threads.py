@@ -496,6 +496,12 @@ QUOTAS = {
         },
         5,
     ),
+    "escapes cut off": (
+        "0::/a",
+        [("/", "/c\\0", *V2[2:]), ("/", "/c\\", *V2[2:]), ("/", "/c\\9x", *V2[2:])],
+        {"c\\9x/a/cpu.max": "200000 100000"},
+        2,
+    ),
     "nonsense": ("::\n:\n0::", [V2], {"sys/fs/cgroup/cpu.max": "many few"}, 0),
     "path too long": ("0::" + "/a" * 5000, [V2], {"sys/fs/cgroup/cpu.max": "300000 100000"}, 0),
 }
