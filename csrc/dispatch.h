@@ -48,6 +48,9 @@ typedef struct {
     int lanes; /* query rows in a vector */
     int max_vectors;
     bool flushes_subnormals; /* runs where they are taken for 0; see float_mode.h */
+    int max_tiles;           /* of an item; they share every key block, and what is packed of it */
+    int items_per_thread;    /* at least, where there is so much work: some threads wait for the last ones */
+    bool splits_many_rows;   /* keys of a group of many rows, too, to keep sums short */
     int decode_rows;         /* a group of at most so many rows is worked on with lanes along its keys */
     /* Bytes of scratch for an item of `tiles` tiles, and of the partial result of a tile of `rows` rows. */
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);

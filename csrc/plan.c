@@ -7,12 +7,8 @@
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)
 
-/* Tiles of an item share every key block: fewer reads of K and V beyond L2, and packing, where it is
- * needed, is paid once for all: of half types, eight take 3 % less time than four. */
-#define MAX_TILES_PER_ITEM 8
-
-/* Enough items that the last ones, which some threads wait for, are a small share. */
-#define ITEMS_PER_THREAD 24
+/* So small a share of all work is not worth cutting further. */
+#define MIN_WORK_SHARE (1.0 / 24)
 
 /* A region costs some microseconds to start on another thread; this much work takes about that long. */
 #define MULTIPLY_ADDS_PER_THREAD 200000.0
@@ -127,7 +123,8 @@ static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, c
         return group_plan;
     }
     /* Items of whole vectors, as even as they can be. */
-    split_keys(s, p->top_count > 0 ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
+    const bool whole = p->top_count > 0 || !group_plan.kernel->splits_many_rows;
+    split_keys(s, whole ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
     const int64_t vectors = ceil_div(rows, lanes);
     const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * group_plan.kernel->max_vectors);
     group_plan.rows_per_item = ceil_div(vectors, items) * lanes;
@@ -200,7 +197,7 @@ static void choose_threads(const fa_problem *p, double work, fa_partition *part)
     part->num_threads = fa_runnable_threads(useful < p->num_threads ? (int)useful : p->num_threads);
     if (part->num_threads < 1)
         part->num_threads = 1;
-    part->work_per_item = work / (ITEMS_PER_THREAD * (double)part->num_threads);
+    part->work_per_item = work * MIN_WORK_SHARE / (double)part->num_threads;
 }
 
 static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partition *part)
@@ -208,9 +205,10 @@ static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partitio
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
     const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
-    part->tiles_per_item = (int)clamp(most_tiles, 1, MAX_TILES_PER_ITEM);
-    while (part->tiles_per_item > 1 && (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
-                                        count_items(p, part, uniform) < ITEMS_PER_THREAD * part->num_threads))
+    part->tiles_per_item = (int)clamp(most_tiles, 1, kernel->max_tiles);
+    while (part->tiles_per_item > 1 &&
+           (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
+            count_items(p, part, uniform) < (int64_t)kernel->items_per_thread * part->num_threads))
         part->tiles_per_item--;
 }
 

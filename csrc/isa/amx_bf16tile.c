@@ -3,7 +3,7 @@
 #define FA_ISA "amx"
 
 #include "../kernel/element_float32.h"
-#include "avx512bf16.h"
+#include "amx.h"
 #include "../kernel/operand_amx.h"
 #include "../kernel/product_amx.h"
 #include "../kernel/forward.h"

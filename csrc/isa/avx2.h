@@ -7,6 +7,8 @@
 #include <immintrin.h>
 
 #define FA_VECTOR_BYTES 32
+#define MAX_VECTORS 3
+#define MIN_VECTORS 1
 #define MICRO_ROWS(vectors) ((vectors) == 3 ? 4 : (vectors) == 2 ? 6 : 8)
 
 #include "../kernel/vec_types.h"

@@ -10,6 +10,11 @@
 #define FA_VECTOR_BYTES 64
 #define MICRO_ROWS(vectors) 8
 
+#ifndef MAX_VECTORS /* of query rows in a tile */
+#define MAX_VECTORS 3
+#define MIN_VECTORS 1
+#endif
+
 #include "../kernel/vec_types.h"
 
 #if FA_REAL_BYTES == 4

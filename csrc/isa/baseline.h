@@ -5,6 +5,8 @@
 #define FA_ISA_BASELINE_H
 
 #define FA_VECTOR_BYTES 16
+#define MAX_VECTORS 3
+#define MIN_VECTORS 1
 #define MICRO_ROWS(vectors) 4
 
 #include "../kernel/vec_types.h"

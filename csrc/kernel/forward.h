@@ -3,21 +3,13 @@
 #ifndef FA_KERNEL_FORWARD_H
 #define FA_KERNEL_FORWARD_H
 
-#include "item.h"
 #include "partial.h"
+#include "state.h"
 #include "top.h"
 
-/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
-FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
-{
-    const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
-    key_range range;
-    range.key_lo = max_i64(begin, t->key_lo);
-    range.key_hi = min_i64(end, t->key_hi);
-    range.first = range.key_lo & ~mask;
-    range.last = (range.key_hi + mask) & ~mask;
-    return range;
-}
+#if IS_PIPELINED
+#include "pipeline.h"
+#endif
 
 /* Makes room in the running softmax for scores up to `largest`. */
 FA_INLINE void rescale_accumulators(const fa_problem *p, tile *t, vec block_max[MAX_VECTORS], real to_log2,
@@ -117,18 +109,19 @@ static void attend_block_any(const fa_problem *p, tile *t, const key_range *rang
                              const operand_block *value, const prefetch_plan *plan, bool nan_safe,
                              vec *scores)
 {
-    if (nan_safe && t->vectors == 1)
+    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
+    if (nan_safe && vectors == 1)
         attend_block(p, t, range, key, value, plan, 1, true, scores);
-    else if (nan_safe && t->vectors == 2)
+    else if (nan_safe && vectors == 2)
         attend_block(p, t, range, key, value, plan, 2, true, scores);
     else if (nan_safe)
-        attend_block(p, t, range, key, value, plan, 3, true, scores);
-    else if (t->vectors == 1)
+        attend_block(p, t, range, key, value, plan, MAX_VECTORS, true, scores);
+    else if (vectors == 1)
         attend_block(p, t, range, key, value, plan, 1, false, scores);
-    else if (t->vectors == 2)
+    else if (vectors == 2)
         attend_block(p, t, range, key, value, plan, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, plan, 3, false, scores);
+        attend_block(p, t, range, key, value, plan, MAX_VECTORS, false, scores);
 }
 
 static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
@@ -136,83 +129,12 @@ static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *r
 {
     if (is_decode(t))
         return compute_weights(p, t, range, key, 1, true, weights);
-    if (t->vectors == 1)
+    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
+    if (vectors == 1)
         return compute_weights(p, t, range, key, 1, false, weights);
-    if (t->vectors == 2)
+    if (vectors == 2)
         return compute_weights(p, t, range, key, 2, false, weights);
-    return compute_weights(p, t, range, key, 3, false, weights);
-}
-
-/* Rows as they lie, as operands. */
-FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_t step)
-{
-    return (operand_block){src->data,         begin,      src->array->row, step,
-                           src->array->dtype, src->scale, src->scale_step};
-}
-
-/* Keys [begin, end) and their values as operands: where they lie, or packed. */
-static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                    bool decode, const workspace *w)
-{
-    char *packed = w->packed_key;
-    fa_array gathered;
-    source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
-    if (decode ? is_vector_aligned(&p->key, p->head_dim) : key_is_operand(&p->key, p->head_dim))
-        return in_place(&src, begin, operand_step(&p->key));
-    if (is_scattered(&p->key))
-        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim, &gathered, w->gathered);
-    int lead = decode ? 0 : (int)(begin % KEY_STEP);
-    pack_key(&src, lead, (int)(end - begin), (int)p->head_dim, packed);
-    return (operand_block){.data = packed,
-                           .first = begin - lead,
-                           .row = packed_row_bytes(p->head_dim),
-                           .col = sizeof(operand),
-                           .dtype = FA_REAL_DTYPE};
-}
-
-static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                      bool decode, const workspace *w)
-{
-    char *packed = w->packed_value;
-    fa_array gathered;
-    source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
-    if (decode ? is_vector_aligned(&p->value, p->head_dim_v) : value_is_operand(&p->value))
-        return in_place(&src, begin, operand_step(&p->value));
-    if (is_scattered(&p->value))
-        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim_v, &gathered, w->gathered);
-    if (decode) { /* in rows, like keys */
-        pack_key(&src, 0, (int)(end - begin), (int)p->head_dim_v, packed);
-        return (operand_block){.data = packed,
-                               .first = begin,
-                               .row = packed_row_bytes(p->head_dim_v),
-                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
-    }
-    int lead = (int)(begin % TILE_K);
-    pack_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, packed);
-    return (operand_block){.data = packed,
-                           .first = begin / TILE_K,
-                           .row = packed_value_bytes(p->head_dim_v),
-                           .col = PACKED_VALUE_COL,
-                           .dtype = FA_REAL_DTYPE};
-}
-
-typedef struct {
-    const fa_problem *problem;
-    const fa_work_item *item, *next;
-    item_arrays arrays, next_arrays;
-    workspace w;
-    int num_tiles;
-    int block_keys;         /* in one piece, whose scores are computed at once */
-    int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
-    fa_run *run;
-    bool is_caller;
-} item_state; /* at the front of the scratch */
-
-/* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever
- * else its tile and its item see. */
-static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
-{
-    return min_i64((begin / keys + 1) * keys, key_hi);
+    return compute_weights(p, t, range, key, MAX_VECTORS, false, weights);
 }
 
 static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
@@ -262,8 +184,8 @@ static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
 static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_safe)
 {
     const fa_problem *p = s->problem;
-    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w);
-    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w);
+    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_key);
+    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value);
     bool keys_prefetched = false; /* by one of the tiles */
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
@@ -340,7 +262,8 @@ static bool compute_decode_scores(item_state *s, decode_step *step, vec block_ma
             plan_key_prefetch(s, range->key_hi, &plan);
         if (range->key_hi == s->key_hi)
             plan_query_prefetch(s, 1, &plan);
-        operand_block key = load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
+        operand_block key =
+            load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_key);
         step->seen[i] = compute_scores(p, t, range, &key, &plan, 1, true, panel, block_max_);
         any |= step->seen[i];
         if (!step->seen[i]) {
@@ -378,7 +301,8 @@ static void attend_decode(item_state *s, int64_t begin, int64_t end, bool nan_sa
         const key_range *range = &step.blocks[i];
         if (!step.seen[i])
             continue;
-        operand_block value = load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w);
+        operand_block value =
+            load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_value);
         multiply_decode_value(p, t, range, &value, block_panel(s, &step, i),
                               step.streams + step.num_blocks + i, nan_safe);
         t->empty = false;
@@ -393,6 +317,12 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
         reset_tile(s->problem, &s->arrays, with_sinks, &s->w.tiles[i]);
         reset_top(s->problem, &s->w.tiles[i]);
     }
+#if IS_PIPELINED
+    if (!decode) {
+        attend_pipeline(s, key_lo, key_hi, nan_safe);
+        return;
+    }
+#endif
     for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
         if (fa_should_stop(s->run, s->is_caller))
             return;
@@ -404,6 +334,8 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
             attend_tiles(s, begin, end, nan_safe);
     }
     gather_row_sum(&s->w.tiles[0]);
+    for (int i = 0; i < s->num_tiles; i++)
+        memcpy(s->w.tiles[i].exact_sum, s->w.tiles[i].row_sum, sizeof s->w.tiles[i].exact_sum);
 }
 
 /* False if some result may not be finite. */
@@ -499,7 +431,8 @@ static void attend_weights(item_state *s)
             return;
         begin_products();
         end = block_end(begin, KEY_BLOCK, s->key_hi);
-        operand_block key = load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w);
+        operand_block key =
+            load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w, s->w.packed_key);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range = tile_range(t, begin, end);
@@ -547,9 +480,11 @@ static void locate_tiles(item_state *s, const fa_work_item *item)
     int64_t row = item->row_begin;
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
-        t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
-        t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
         set_decode_rows(s->arrays.group_size * item->sequence.num_queries, t);
+        t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
+        if (t->vectors < MIN_VECTORS && !is_decode(t))
+            t->vectors = MIN_VECTORS;
+        t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
         locate_rows(s->problem, &s->arrays, row, t);
         s->key_lo = min_i64(s->key_lo, t->key_lo);
         s->key_hi = max_i64(s->key_hi, t->key_hi);
@@ -649,6 +584,9 @@ const fa_kernel FA_KERNEL = {
     .lanes = LANES,
     .max_vectors = MAX_VECTORS,
     .flushes_subnormals = FA_REAL_BYTES == 4,
+    .max_tiles = MAX_TILES,
+    .items_per_thread = ITEMS_PER_THREAD,
+    .splits_many_rows = SPLITS_MANY_ROWS,
     .decode_rows = DECODE_ROWS,
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,

@@ -217,6 +217,7 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, bool with_sink
             t->row_sum[j / LANES][j % LANES] = counts ? (real)(1 + (sink - sink)) : 0;
         }
     }
+    memcpy(t->exact_sum, t->row_sum, sizeof t->exact_sum);
     t->empty = true;
 }
 
@@ -318,7 +319,7 @@ static bool finish_tile(const fa_problem *p, tile *t)
 static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
 {
     for (int j = 0; j < t->rows; j++) {
-        double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->row_sum[j / LANES][j % LANES];
+        double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->exact_sum[j / LANES][j % LANES];
         char *lse = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
         store_element(lse, p->lse.dtype, (real)(row_max * deferred_scale(p) + log(row_sum)));
     }

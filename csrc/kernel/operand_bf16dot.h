@@ -9,6 +9,7 @@
 /* Bytes from a column of packed values to the next. */
 #define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
 #define KEY_STEP 1
+#define VALUE_STEP 2
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {
@@ -29,7 +30,30 @@ FA_INLINE bool value_is_operand(const fa_array *value)
 
 FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
 {
-    pack_pairs(key, lead, num_keys, head_dim, packed);
+    (void)lead;
+    pack_decode_rows(key, num_keys, head_dim, packed);
+}
+
+/* Keys and values that are packed at once. */
+FA_INLINE int64_t packed_keys(const fa_problem *p)
+{
+    (void)p;
+    return FA_KEY_BLOCK;
+}
+
+FA_INLINE int64_t packed_values(const fa_problem *p)
+{
+    return packed_keys(p);
+}
+
+FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
+{
+    return packed_decode_row_bytes(head_dim);
+}
+
+FA_INLINE ptrdiff_t packed_key_step(void)
+{
+    return sizeof(operand);
 }
 
 FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)

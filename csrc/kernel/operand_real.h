@@ -12,6 +12,7 @@ typedef vec packed_vec;
 /* Bytes from a column of packed values to the next. */
 #define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
 #define KEY_STEP 1
+#define VALUE_STEP 1
 #define PRODUCTS_IN_BFLOAT16 0
 
 FA_INLINE int64_t query_panel_rows(int64_t head_dim)
@@ -177,6 +178,38 @@ FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head
 {
     (void)lead;
     pack_rows(key, num_keys, head_dim, packed);
+}
+
+/* Keys and values that are packed at once. */
+FA_INLINE int64_t packed_keys(const fa_problem *p)
+{
+    (void)p;
+    return FA_KEY_BLOCK;
+}
+
+FA_INLINE int64_t packed_values(const fa_problem *p)
+{
+    return packed_keys(p);
+}
+
+FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
+{
+    return packed_row_bytes(head_dim);
+}
+
+FA_INLINE ptrdiff_t packed_key_step(void)
+{
+    return sizeof(operand);
+}
+
+FA_INLINE ptrdiff_t packed_decode_row_bytes(int64_t head_dim)
+{
+    return packed_row_bytes(head_dim);
+}
+
+FA_INLINE void pack_decode_rows(const source_rows *src, int num_keys, int head_dim, char *packed)
+{
+    pack_rows(src, num_keys, head_dim, packed);
 }
 
 FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)

@@ -225,8 +225,34 @@ FA_INLINE packed_vec mask_values(operand probabilities, packed_vec v)
     return v & (low | high);
 }
 
-/* pack_pairs by squares, which are transposed. */
-FA_INLINE void pack_pairs_transposed(const source_rows *src, int num_keys, int head_dim, char *packed)
+/* Where pairs of keys are packed: 2 * LANES elements from d on of row n at data + n * row + d / (2 * LANES) *
+ * step. */
+typedef struct {
+    char *data;
+    ptrdiff_t row, step;
+} packed_pairs;
+
+FA_INLINE char *pairs_at(const packed_pairs *to, int n, int d)
+{
+    return to->data + n * to->row + d / (2 * LANES) * to->step;
+}
+
+/* Vectors of a row one after another. */
+FA_INLINE packed_pairs pairs_in_rows(char *packed, int64_t head_dim)
+{
+    return (packed_pairs){packed, key_vectors(head_dim) * FA_VECTOR_BYTES, FA_VECTOR_BYTES};
+}
+
+FA_INLINE void clear_pairs(const packed_pairs *to, int begin, int end, int head_dim)
+{
+    for (int n = begin; n < end; n++)
+        for (int d = 0; d < head_dim; d += 2 * LANES)
+            vec_store(pairs_at(to, n, d), vec_splat(0));
+}
+
+/* pack_pairs of rows that lie side by side: blocks of them are transposed. */
+FA_INLINE void pack_pairs_transposed(const source_rows *src, int first, int num_keys, int head_dim,
+                                     const packed_pairs *to)
 {
     const fa_array *key = src->array;
     for (int n = 0; n < num_keys; n += LANES) {
@@ -237,27 +263,36 @@ FA_INLINE void pack_pairs_transposed(const source_rows *src, int num_keys, int h
                               x);
             vec_transpose(x);
             for (int i = 0; i < keys; i++)
-                vec_store(packed + (n + i) * packed_row_bytes(head_dim) + 2 * d, x[i]);
+                vec_store(pairs_at(to, first + n + i, d), x[i]);
         }
     }
 }
 
-/* Keys as they are, in rows that end in zeros, behind `lead` rows of zeros. */
-FA_INLINE void pack_pairs(const source_rows *src, int lead, int num_keys, int head_dim, char *packed)
+/* Keys as rows [first, first + num_keys), which end in zeros. */
+FA_INLINE void pack_pairs(const source_rows *src, int first, int num_keys, int head_dim,
+                          const packed_pairs *to)
 {
     const fa_array *key = src->array;
-    memset(packed, 0, (size_t)(lead * packed_row_bytes(head_dim)));
-    packed += lead * packed_row_bytes(head_dim);
     if (is_transposed(key)) {
-        pack_pairs_transposed(src, num_keys, head_dim, packed);
+        pack_pairs_transposed(src, first, num_keys, head_dim, to);
         return;
     }
-    for (int n = 0; n < num_keys; n++) {
-        const char *row = src->data + n * key->row;
-        char *dst = packed + n * packed_row_bytes(head_dim);
+    for (int n = 0; n < num_keys; n++)
         for (int d = 0; d < head_dim; d += 2 * LANES)
-            vec_store(dst + 2 * d, (vec)load_pairs(row + d * key->col, key->col, head_dim - d));
-    }
+            vec_store(pairs_at(to, first + n, d),
+                      (vec)load_pairs(src->data + n * key->row + d * key->col, key->col, head_dim - d));
+}
+
+/* For a decode tile. */
+FA_INLINE void pack_decode_rows(const source_rows *src, int num_keys, int head_dim, char *packed)
+{
+    const packed_pairs to = pairs_in_rows(packed, head_dim);
+    pack_pairs(src, 0, num_keys, head_dim, &to);
+}
+
+FA_INLINE ptrdiff_t packed_decode_row_bytes(int64_t head_dim)
+{
+    return key_vectors(head_dim) * FA_VECTOR_BYTES;
 }
 
 #endif

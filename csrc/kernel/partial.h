@@ -8,6 +8,7 @@ static void save_partial(const fa_problem *p, const tile *t, partial *to)
 {
     memcpy(to->row_max, t->row_max, sizeof t->row_max);
     memcpy(to->row_sum, t->row_sum, sizeof t->row_sum);
+    memcpy(to->exact_sum, t->exact_sum, sizeof t->exact_sum);
     memcpy(to->out, t->out, (size_t)out_vectors(t, p->head_dim_v) * sizeof(vec));
 }
 
@@ -15,6 +16,7 @@ static void load_partial(const fa_problem *p, const partial *from, tile *t)
 {
     memcpy(t->row_max, from->row_max, sizeof t->row_max);
     memcpy(t->row_sum, from->row_sum, sizeof t->row_sum);
+    memcpy(t->exact_sum, from->exact_sum, sizeof t->exact_sum);
     memcpy(t->out, from->out, (size_t)out_vectors(t, p->head_dim_v) * sizeof(vec));
     t->empty = false;
 }
@@ -30,6 +32,7 @@ static void merge_partial(const fa_problem *p, const tile *t, real to_log2, part
         keep[m] = vec_exp2((total->row_max[m] - reference) * to_log2);
         add[m] = vec_exp2((later->row_max[m] - reference) * to_log2);
         total->row_sum[m] = total->row_sum[m] * keep[m] + later->row_sum[m] * add[m];
+        total->exact_sum[m] = total->exact_sum[m] * keep[m] + later->exact_sum[m] * add[m];
         total->row_max[m] = row_max;
     }
     rescale_out(t, p->head_dim_v, t->vectors, keep, total->out);

@@ -11,7 +11,6 @@
 #ifndef FA_KERNEL_PRODUCT_H
 #define FA_KERNEL_PRODUCT_H
 
-#define MAX_VECTORS 3
 #define MAX_MICRO_ROWS 8
 
 /* Rows that a product may write beyond the last. */

@@ -6,6 +6,14 @@
 
 #define PRODUCT_ROWS(vectors) MICRO_ROWS(vectors)
 
+/* Whether wide tiles are attended by pipeline.h. */
+#define IS_PIPELINED 0
+
+/* Of half types, whose packing tiles share, eight tiles take 3 % less time than four (Zen 5). */
+#define MAX_TILES 8
+#define ITEMS_PER_THREAD 24
+#define SPLITS_MANY_ROWS true
+
 /* The CPU needs to be in no state of its own. */
 FA_INLINE void begin_products(void) {}
 

@@ -22,13 +22,15 @@
 
 /* The running softmax of a tile over some of its keys. */
 typedef struct {
-    vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS];
+    vec row_max[MAX_VECTORS], row_sum[MAX_VECTORS], exact_sum[MAX_VECTORS];
     vec out[];
 } partial;
 
 typedef struct {
     vec row_max[MAX_VECTORS]; /* reference of the exponentials, in units of the scores; see softmax.h */
     vec row_sum[MAX_VECTORS];
+    vec exact_sum[MAX_VECTORS]; /* for lse: of exponentials to the precision of `real`, where row_sum is of
+                                   coarse ones */
     vec slope[MAX_VECTORS];
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int64_t row_begin;
@@ -94,9 +96,12 @@ typedef struct {
     tile *tiles;
     vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Decode: DECODE_KEYS keys of `rows_pow2`
                   * rows each */
+    vec *scores_again, *nowhere; /* of the pipeline */
+    packed_vec *probabilities;
     char *packed_key, *packed_value;
-    char *gathered; /* rows of one block of scattered keys, and then of values */
-    partial *split; /* of a tile, over the last split */
+    char *finite_values; /* a packed block of the pipeline */
+    char *gathered;      /* rows of one block of scattered keys, and then of values */
+    partial *split;      /* of a tile, over the last split */
 } workspace;
 
 _Static_assert(DECODE_KEYS *DECODE_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
@@ -161,7 +166,8 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     for (int t = 0; t < num_tiles; t++) {
         void *query = take(base, &offset, query_bytes(p));
         void *out = take(base, &offset, out_bytes(p, TILE_ROWS));
-        void *total = take(base, &offset, partial_bytes(p, TILE_ROWS));
+        const bool is_split = t == 0 || SPLITS_MANY_ROWS;
+        void *total = take(base, &offset, is_split ? partial_bytes(p, TILE_ROWS) : 0);
         void *top_keys = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(int64_t));
         void *top_scores = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(real));
         if (base) {
@@ -173,11 +179,24 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
         }
     }
     w->scores = take(base, &offset, (KEY_BLOCK + MAX_SPARE_ROWS) * vector_row);
-    bool packs_key = !key_is_operand(&p->key, p->head_dim) || !is_vector_aligned(&p->key, p->head_dim);
+    if (IS_PIPELINED) {
+        const size_t panel_bytes = KEY_BLOCK * vector_row;
+        w->scores_again = take(base, &offset, panel_bytes);
+        w->probabilities = take(base, &offset, panel_bytes / 2);
+        w->nowhere = take(base, &offset, panel_bytes / 4);
+        w->finite_values =
+            take(base, &offset, (size_t)(KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim_v)));
+    }
+    bool packs_key =
+        KEY_STEP > 1 || !key_is_operand(&p->key, p->head_dim) || !is_vector_aligned(&p->key, p->head_dim);
     bool packs_value = !value_is_operand(&p->value) || !is_vector_aligned(&p->value, p->head_dim_v);
-    w->packed_key = take(base, &offset, packs_key ? KEY_BLOCK * (size_t)packed_row_bytes(p->head_dim) : 0);
-    w->packed_value =
-        take(base, &offset, packs_value ? KEY_BLOCK * (size_t)packed_row_bytes(p->head_dim_v) : 0);
+    /* Of a decode tile, both are rows. */
+    const size_t key_bytes = (size_t)(packed_keys(p) * packed_decode_row_bytes(p->head_dim));
+    const size_t value_rows = (size_t)(KEY_BLOCK * packed_decode_row_bytes(p->head_dim_v));
+    const size_t value_bytes =
+        larger(value_rows, (size_t)(packed_values(p) / TILE_K * packed_value_bytes(p->head_dim_v)));
+    w->packed_key = take(base, &offset, packs_key ? key_bytes : 0);
+    w->packed_value = take(base, &offset, packs_value ? value_bytes : 0);
     w->gathered = take(base, &offset, packs_key || packs_value ? gathered_bytes(p) : 0);
     w->split = take(base, &offset, partial_bytes(p, TILE_ROWS));
     return offset;

@@ -1,0 +1,36 @@
+/* The tile unit (AMX) beside AVX512-BF16: 16 × 16 sums of 32 bfloat16 products an instruction, in 16 cycles.
+ * Tiles are of 2 vectors of query rows.
+ *
+ * Beside a tile product, multiply-adds, conversions, reductions and scalings go through one port, one a
+ * cycle; additions, logic and blends through another. */
+#ifndef FA_ISA_AMX_H
+#define FA_ISA_AMX_H
+
+#define MAX_VECTORS 2
+#define MIN_VECTORS 2
+
+#include "avx512bf16.h"
+
+/* 2^x to 8.6e-5 of it, in 6 operations: q(x - floor x) · 2^floor x, with q of degree 3, minimax on [0, 1) but
+ * for q(0) = 1, so that 2^0 is exact. 0 for x = -inf. Enough for what is then rounded to 8 bits. */
+FA_INLINE vec vec_exp2_coarse(vec x)
+{
+    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vec q = r * 0.0770670526f + 0.227644985f;
+    q = q * r + 0.695116783f;
+    q = q * r + 1;
+    return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
+}
+
+/* Lanes (low, high) of numbers that are not negative, rounded to bfloat16: by additions, which leave the
+ * multiply-adds' port alone, and one masked shuffle of bytes. */
+FA_INLINE uvec round_pairs_fast(vec low, vec high)
+{
+    const __m512i upper_halves =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 0, 0, 6, 7, 0, 0, 10, 11, 0, 0, 14, 15, 0, 0));
+    const uvec half = (uvec)ivec_splat(0x8000);
+    return (uvec)_mm512_mask_shuffle_epi8((__m512i)((uvec)high + half), 0x3333333333333333,
+                                          (__m512i)((uvec)low + half), upper_halves);
+}
+
+#endif

@@ -1,0 +1,442 @@
+/* Attention of wide tiles on the tile unit, as a pipeline. The unit of work is a tile of 32 query rows over a
+ * block of 64 keys; unit u goes through three stages, of which those of three units run at a time:
+ *
+ *     tile unit:  P V of u - 1, then K Qᵀ of u + 1
+ *     vectors:    softmax of u, in pieces between these products
+ *
+ * P V comes first and takes all of P into registers, and K Qᵀ stores scores behind the softmax: one panel of
+ * scores and one of probabilities are enough. Values (and keys that need it) are packed once for all tiles of
+ * the item, a superblock of keys at a time; then a tile goes over all blocks of it, so that its sums stay in
+ * L1 (16 KiB for 64 columns with scores, probabilities and queries).
+ *
+ * There is no pass for the maximum: a row takes it from the first block it sees. Scores of later blocks may
+ * exceed it by MAX_EXCESS_LOG2; a block in which a row's sum goes beyond is computed again, with that row's
+ * reference raised. Each row decides for itself, so it does not depend on its company.
+ *
+ * Requires product_amx.h; provides attend_pipeline. */
+#ifndef FA_KERNEL_PIPELINE_H
+#define FA_KERNEL_PIPELINE_H
+
+#include "partial.h"
+#include "state.h"
+#include "top.h"
+
+#define MAX_EXCESS_LOG2 30
+
+/* Units between two looks at whether to stop; the tile unit is set up anew after each. */
+#define UNITS_PER_POLL 32
+
+typedef struct {
+    tile *t;
+    int block; /* of the superblock */
+    key_range range;
+    score_mods mods;
+} unit;
+
+typedef struct {
+    item_state *s;
+    int64_t first; /* key of block 0; a multiple of KEY_BLOCK */
+    int64_t key_lo, key_hi;
+    int num_blocks;
+    int tile, block; /* what the next unit begins its search with */
+    operand_block keys[MAX_SUPERBLOCK_KEYS / KEY_BLOCK];
+    const char *values; /* packed: [block][2][head_dim_v][32] */
+    ptrdiff_t value_bytes;
+} superblock;
+
+FA_INLINE key_range block_range(const superblock *b, const tile *t, int block)
+{
+    const int64_t first = b->first + (int64_t)block * KEY_BLOCK;
+    return (key_range){first, first + KEY_BLOCK, max_i64(max_i64(first, b->key_lo), t->key_lo),
+                       min_i64(min_i64(first + KEY_BLOCK, b->key_hi), t->key_hi)};
+}
+
+/* False if no row of the tile sees any key. Reads the block's mask into the tile. */
+static bool find_unit(const superblock *b, tile *t, int block, unit *u)
+{
+    const fa_problem *p = b->s->problem;
+    *u = (unit){t, block, block_range(b, t, block), {0}};
+    if (u->range.key_lo >= u->range.key_hi)
+        return false;
+    const mask_state seen = p->mask.data ? load_mask(p, t, &u->range) : MASK_FULL;
+    u->mods = find_score_mods(p, t, &u->range, seen == MASK_PARTIAL);
+    return seen != MASK_EMPTY;
+}
+
+/* All blocks of a tile, then the next tile's. */
+static bool next_unit(superblock *b, unit *u)
+{
+    for (; b->tile < b->s->num_tiles; b->tile++, b->block = 0)
+        while (b->block < b->num_blocks)
+            if (find_unit(b, &b->s->w.tiles[b->tile], b->block++, u))
+                return true;
+    return false;
+}
+
+/* --- packing ------------------------------------------------------------------------------------ */
+
+static void pack_superblock(superblock *b)
+{
+    item_state *s = b->s;
+    const fa_problem *p = s->problem;
+    char *packed_key = s->w.packed_key;
+    for (int i = 0; i < b->num_blocks; i++) {
+        const int64_t first = b->first + (int64_t)i * KEY_BLOCK;
+        const int64_t begin = max_i64(first, b->key_lo), end = min_i64(first + KEY_BLOCK, b->key_hi);
+        b->keys[i] = load_key_block(p, &s->arrays, begin, end, false, &s->w, packed_key);
+        if (b->keys[i].data == packed_key)
+            packed_key += packed_key_bytes(p->head_dim);
+        else
+            prefetch_rows(b->keys[i].data, b->keys[i].row, 2 * p->head_dim, KEY_BLOCK);
+        load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value + i * b->value_bytes);
+    }
+}
+
+/* --- stages ------------------------------------------------------------------------------------- */
+
+static panel_product scores_product(const superblock *b, const unit *u, vec *scores)
+{
+    const fa_problem *p = b->s->problem;
+    const operand_block *key = &b->keys[u->block];
+    if (!u->t->packed)
+        pack_tile(p, u->t);
+    return (panel_product){.a = key->data,
+                           .a_row = key->row,
+                           .a_step = key->col,
+                           .b = u->t->query,
+                           .c = scores,
+                           .blocks = KEY_BLOCK / TMM_ROWS,
+                           .steps = (int)((p->head_dim + TILE_K - 1) / TILE_K),
+                           .empty = true};
+}
+
+static panel_product value_product_of(const superblock *b, const unit *u)
+{
+    const int64_t head_dim_v = b->s->problem->head_dim_v;
+    return (panel_product){.a = b->values + u->block * b->value_bytes,
+                           .a_row = FA_VECTOR_BYTES,
+                           .a_step = packed_value_bytes(head_dim_v),
+                           .b = b->s->w.probabilities,
+                           .c = u->t->out,
+                           .blocks = (int)((head_dim_v + TMM_ROWS - 1) / TMM_ROWS),
+                           .steps = KEY_BLOCK / TILE_K,
+                           .empty = u->t->empty};
+}
+
+/* Scores that are there: scaled, changed and masked. */
+static void finish_scores(const superblock *b, const unit *u, vec *scores)
+{
+    const fa_problem *p = b->s->problem;
+    vec block_max[MAX_VECTORS];
+    const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
+    for (int i = 0; i < KEY_BLOCK * MAX_VECTORS && scale != 1; i++)
+        scores[i] *= scale;
+    mask_rows_behind(u->t, &u->range, scores);
+    if (count_score_mods(u->mods) > 0)
+        modify_scores(p, u->t, &u->range, u->mods, scores, block_max);
+}
+
+FA_INLINE bool changes_scores(const superblock *b, const unit *u)
+{
+    const fa_problem *p = b->s->problem;
+    return count_score_mods(u->mods) > 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) ||
+           p->top_count > 0;
+}
+
+FA_INLINE vmask without_reference(const tile *t, int m)
+{
+    return vec_equal(t->row_max[m], vec_splat(-(real)INFINITY));
+}
+
+/* Rows that have seen no key take their reference from these scores. */
+static void find_references(tile *t, const vec *scores)
+{
+    vec block_max[MAX_VECTORS];
+    find_block_max(scores, KEY_BLOCK, MAX_VECTORS, block_max);
+    for (int m = 0; m < MAX_VECTORS; m++)
+        t->row_max[m] = vec_select(without_reference(t, m), block_max[m], t->row_max[m]);
+}
+
+FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const vec *scores)
+{
+    const fa_problem *p = b->s->problem;
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
+    softmax_stream f = {.scores = scores,
+                        .probabilities = b->s->w.probabilities,
+                        .rows = KEY_BLOCK,
+                        .to_log2 = vec_splat(to_log2)};
+#pragma GCC unroll 2
+    for (int m = 0; m < MAX_VECTORS; m++) {
+        f.row_max[m] = finite_row_max(u->t, m);
+        f.reference[m] = f.row_max[m] * to_log2;
+    }
+    return f;
+}
+
+typedef struct {
+    vec sum[MAX_VECTORS], exact[MAX_VECTORS];
+} block_sums;
+
+FA_INLINE block_sums sums_of(const softmax_stream *f)
+{
+    block_sums sums;
+#pragma GCC unroll 2
+    for (int m = 0; m < MAX_VECTORS; m++) {
+        sums.sum[m] = f->sum[m];
+        sums.exact[m] = f->exact_sum[m];
+    }
+    return sums;
+}
+
+FA_INLINE void add_sums(tile *t, const block_sums *sums)
+{
+    for (int m = 0; m < MAX_VECTORS; m++) {
+        t->row_sum[m] += sums->sum[m];
+        t->exact_sum[m] += sums->exact[m];
+    }
+}
+
+/* Rows whose sum over the block went too far, and were not NaN already. */
+FA_INLINE vmask exceeds(const tile *t, int m, vec sum)
+{
+    const vec most = vec_splat((real)((int64_t)1 << MAX_EXCESS_LOG2));
+    const vmask fits = vec_equal(vec_max(sum, most), most); /* NaN does not: vec_max gives its second */
+    const vmask is_number = vec_equal(sum, sum), was_number = vec_equal(t->row_sum[m], t->row_sum[m]);
+    return (vmask)(~(fits & is_number) & was_number);
+}
+
+/* The block again, from its products on, with the references of such rows raised. Not inlined, nor given the
+ * address of the pipeline's own softmax: that would then live in memory. */
+static __attribute__((noinline)) void attend_again(const superblock *b, const unit *u, bool exact_sums,
+                                                   const vmask exceeding[MAX_VECTORS], block_sums *sums)
+{
+    const fa_problem *p = b->s->problem;
+    tile *t = u->t;
+    vec *scores = b->s->w.scores_again, block_max[MAX_VECTORS], rescale[MAX_VECTORS];
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
+    unit again;
+    find_unit(b, t, u->block, &again);
+    const panel_product product = scores_product(b, &again, scores);
+    multiply_panel_alone(&product);
+    finish_scores(b, &again, scores);
+    find_block_max(scores, KEY_BLOCK, MAX_VECTORS, block_max);
+    for (int m = 0; m < MAX_VECTORS; m++) {
+        const vmask raised = exceeding[m] & vec_greater(block_max[m], t->row_max[m]);
+        rescale[m] = vec_select(raised, vec_exp2((t->row_max[m] - block_max[m]) * to_log2), vec_splat(1));
+        t->row_max[m] = vec_select(raised, block_max[m], t->row_max[m]);
+        t->row_sum[m] *= rescale[m];
+        t->exact_sum[m] *= rescale[m];
+    }
+    if (!t->empty)
+        rescale_out(t, p->head_dim_v, MAX_VECTORS, rescale, t->out);
+    softmax_stream f = begin_softmax(b, u, scores);
+    soften_down_to(&f, exact_sums, 0);
+    *sums = sums_of(&f);
+}
+
+/* --- the pipeline ------------------------------------------------------------------------------- */
+
+/* Softmax of a unit beside P V of the one before and K Qᵀ of the one behind; either may be missing (no
+ * blocks). */
+FA_INLINE void run_stages(const panel_product *before, const panel_product *behind, pending_store *pending,
+                          softmax_stream *f, bool exact_sums, softmax_pace pace)
+{
+    const int value_products = before->blocks * 2 * MAX_VECTORS;
+    const int score_products = KEY_BLOCK / TMM_ROWS * MAX_VECTORS * behind->steps;
+    f->cost = value_products + score_products;
+    if (before->blocks > 0 && behind->blocks > 0 && behind->steps > 0) {
+        multiply_two_steps(before, pending, f, exact_sums, pace);
+        multiply_panel(behind, pending, f, exact_sums, pace);
+    } else { /* the first unit, the last, or no dims */
+        if (before->blocks > 0)
+            multiply_two_steps(before, pending, f, exact_sums, PACE_NONE);
+        soften_down_to(f, exact_sums, 0);
+        if (behind->blocks > 0)
+            multiply_panel(behind, pending, f, exact_sums, PACE_NONE);
+    }
+    soften_down_to(f, exact_sums, 0);
+}
+
+/* Shapes whose pace is known have copies of their own: nothing is then counted beside the products. */
+FA_INLINE void run_unit(const panel_product *before, const panel_product *behind, pending_store *pending,
+                        softmax_stream *f, bool exact_sums)
+{
+    if (before->blocks == 4 && behind->blocks == 4 && behind->steps == 2)
+        run_stages(before, behind, pending, f, exact_sums, PACE_ROWS);
+    else if (before->blocks == 8 && behind->blocks == 4 && behind->steps == 4)
+        run_stages(before, behind, pending, f, exact_sums, PACE_VECTOR);
+    else
+        run_stages(before, behind, pending, f, exact_sums, PACE_CREDIT);
+}
+
+/* False: told to stop. */
+FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
+{
+    item_state *s = b->s;
+    const fa_problem *p = s->problem;
+    pending_store pending = {s->w.nowhere, s->w.nowhere};
+    unit before = {0}, now, behind;
+    if (!next_unit(b, &now))
+        return true;
+    const panel_product first = scores_product(b, &now, s->w.scores);
+    multiply_panel_alone(&first);
+    for (unsigned count = 1;; count++) {
+        tile *t = now.t;
+        bool begins = false;
+        for (int m = 0; m < MAX_VECTORS; m++)
+            begins |= vmask_any(without_reference(t, m));
+        if (begins || changes_scores(b, &now)) {
+            finish_pending(&pending);
+            finish_scores(b, &now, s->w.scores);
+            if (p->top_count > 0)
+                update_top(p, t, &now.range, s->w.scores, MAX_VECTORS, false);
+            if (begins)
+                find_references(t, s->w.scores);
+        }
+        if (count % UNITS_PER_POLL == 0) {
+            finish_pending(&pending);
+            if (fa_should_stop(s->run, s->is_caller))
+                return false;
+            begin_products();
+        }
+        const bool more = next_unit(b, &behind);
+        panel_product values = {0}, scores = {0};
+        if (before.t)
+            values = value_product_of(b, &before);
+        if (more)
+            scores = scores_product(b, &behind, s->w.scores);
+        softmax_stream f = begin_softmax(b, &now, s->w.scores);
+        run_unit(&values, &scores, &pending, &f, exact_sums);
+        if (before.t)
+            before.t->empty = false;
+        vmask exceeding[MAX_VECTORS];
+        block_sums sums = sums_of(&f);
+#pragma GCC unroll 2
+        for (int m = 0; m < MAX_VECTORS; m++)
+            exceeding[m] = exceeds(t, m, sums.sum[m]);
+        if (__builtin_expect(exceeding[0] | exceeding[1], 0)) {
+            finish_pending(&pending);
+            attend_again(b, &now, exact_sums, exceeding, &sums);
+            if (more)
+                find_unit(b, behind.t, behind.block, &behind); /* its mask, where the other's is now */
+        }
+        add_sums(t, &sums);
+        before = now;
+        if (!more)
+            break;
+        now = behind;
+    }
+    finish_pending(&pending);
+    const panel_product last = value_product_of(b, &before);
+    multiply_panel_alone(&last);
+    before.t->empty = false;
+    return true;
+}
+
+/* --- values that are not finite ------------------------------------------------------------------ */
+
+FA_INLINE float packed_value(const char *values, ptrdiff_t half_block, int n, int e)
+{
+    uint16_t bits;
+    memcpy(&bits, values + n / TILE_K * half_block + e * FA_VECTOR_BYTES + n % TILE_K * 2, sizeof bits);
+    return float_from_bfloat16(bits);
+}
+
+/* A packed block with 0 for what is not finite; whether there is such. */
+static bool copy_finite(const char *values, ptrdiff_t bytes, char *finite)
+{
+    uvec any = {0};
+    for (ptrdiff_t i = 0; i < bytes; i += FA_VECTOR_BYTES) {
+        typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
+        const halves x = (halves)vec_load(values + i), wrong = (halves)((x & 0x7f80) == 0x7f80);
+        any |= (uvec)wrong;
+        vec_store(finite + i, (vec)(x & ~wrong));
+    }
+    return vmask_any(ivec_test((ivec)any, (ivec)any));
+}
+
+/* Adds to the rows that see them, and to no others, the products with values that are not finite. */
+static void add_not_finite(const superblock *b, const unit *u, const char *values)
+{
+    const item_state *s = b->s;
+    const ptrdiff_t half_block = packed_value_bytes(s->problem->head_dim_v);
+    for (int n = 0; n < KEY_BLOCK; n++) {
+        for (int e = 0; e < s->problem->head_dim_v; e++) {
+            const float value = packed_value(values, half_block, n, e);
+            if (isfinite(value))
+                continue;
+            for (int m = 0; m < MAX_VECTORS; m++) {
+                const uvec pair = s->w.probabilities[n / 2 * MAX_VECTORS + m];
+                const vec p = n % 2 == 0 ? (vec)(pair << 16) : (vec)(pair & 0xffff0000);
+                const vmask hidden = vec_equal(s->w.scores[n * MAX_VECTORS + m], vec_splat(-(real)INFINITY));
+                u->t->out[e * MAX_VECTORS + m] += vec_select(hidden, vec_splat(0), p * value);
+            }
+        }
+    }
+}
+
+/* The stages of each unit one after the other, to the same bits, with such values kept from rows that do not
+ * see them. */
+static bool attend_superblock_nan_safe(superblock *b)
+{
+    item_state *s = b->s;
+    unit u;
+    for (unsigned count = 1; next_unit(b, &u); count++) {
+        if (count % UNITS_PER_POLL == 0) {
+            if (fa_should_stop(s->run, s->is_caller))
+                return false;
+            begin_products();
+        }
+        const panel_product scores = scores_product(b, &u, s->w.scores);
+        multiply_panel_alone(&scores);
+        finish_scores(b, &u, s->w.scores);
+        if (s->problem->top_count > 0)
+            update_top(s->problem, u.t, &u.range, s->w.scores, MAX_VECTORS, false);
+        find_references(u.t, s->w.scores);
+        softmax_stream f = begin_softmax(b, &u, s->w.scores);
+        soften_down_to(&f, true, 0);
+        block_sums sums = sums_of(&f);
+        vmask exceeding[MAX_VECTORS];
+        for (int m = 0; m < MAX_VECTORS; m++)
+            exceeding[m] = exceeds(u.t, m, sums.sum[m]);
+        if (exceeding[0] | exceeding[1])
+            attend_again(b, &u, true, exceeding, &sums);
+        panel_product values = value_product_of(b, &u);
+        const char *packed = values.a;
+        values.a = s->w.finite_values;
+        const bool all_finite = !copy_finite(packed, b->value_bytes, s->w.finite_values);
+        multiply_panel_alone(&values);
+        u.t->empty = false;
+        if (!all_finite)
+            add_not_finite(b, &u, packed);
+        add_sums(u.t, &sums);
+    }
+    return true;
+}
+
+/* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
+static void attend_pipeline(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
+{
+    const fa_problem *p = s->problem;
+    const int64_t keys = superblock_keys(p);
+    superblock b = {.s = s,
+                    .values = s->w.packed_value,
+                    .value_bytes = KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim_v)};
+    for (b.key_lo = key_lo; b.key_lo < key_hi; b.key_lo = b.key_hi) {
+        b.first = b.key_lo & -(int64_t)KEY_BLOCK;
+        b.key_hi = min_i64(key_hi, b.first + keys);
+        b.num_blocks = (int)((b.key_hi - b.first + KEY_BLOCK - 1) / KEY_BLOCK);
+        b.tile = b.block = 0;
+        if (fa_should_stop(s->run, s->is_caller))
+            return;
+        pack_superblock(&b);
+        begin_products();
+        const bool goes_on = nan_safe      ? attend_superblock_nan_safe(&b)
+                             : p->lse.data ? attend_superblock(&b, true)
+                                           : attend_superblock(&b, false);
+        if (!goes_on)
+            return;
+    }
+}
+
+#endif

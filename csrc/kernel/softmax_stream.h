@@ -1,0 +1,78 @@
+/* The softmax of a block of scores in pieces, which run beside the products of the tile unit: exponentials,
+ * their sums, and the packing of probabilities to pairs, two rows of the score panel at a time.
+ *
+ * Requires the tile unit's instruction set (isa/amx.h). */
+#ifndef FA_KERNEL_SOFTMAX_STREAM_H
+#define FA_KERNEL_SOFTMAX_STREAM_H
+
+#include "math.h"
+#include "pairs.h"
+#include "product.h"
+
+typedef struct {
+    const vec *scores;         /* the next two rows */
+    packed_vec *probabilities; /* of theirs */
+    int rows;                  /* left to do */
+    vec reference[MAX_VECTORS], sum[MAX_VECTORS];
+    vec row_max[MAX_VECTORS], exact_sum[MAX_VECTORS];
+    vec to_log2;
+    int credit,
+        cost; /* a product earns a credit of FA_KEY_BLOCK / 2; two rows cost as many as there are products */
+} softmax_stream;
+
+/* How much of the softmax follows each product. */
+typedef enum {
+    PACE_NONE,
+    PACE_VECTOR, /* two rows of one vector: of the first and the second in turn */
+    PACE_ROWS,   /* two rows */
+    PACE_CREDIT  /* as the credit allows */
+} softmax_pace;
+
+/* Two rows of vector m. Sums are of what was not rounded. exact_sums: for lse, to float32's precision, too;
+ * what is divided by remains the sum of the same exponentials as meet the values. */
+FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
+{
+    const vec a = f->scores[m], b = f->scores[MAX_VECTORS + m];
+    const vec p = vec_exp2_coarse(a * f->to_log2 - f->reference[m]);
+    const vec q = vec_exp2_coarse(b * f->to_log2 - f->reference[m]);
+    if (exact_sums) {
+        f->exact_sum[m] += vec_exp2((a - f->row_max[m]) * f->to_log2);
+        f->exact_sum[m] += vec_exp2((b - f->row_max[m]) * f->to_log2);
+    }
+    f->sum[m] += p;
+    f->sum[m] += q;
+    f->probabilities[m] = round_pairs_fast(p, q);
+    if (m + 1 == MAX_VECTORS) {
+        f->scores += 2 * MAX_VECTORS;
+        f->probabilities += MAX_VECTORS;
+        f->rows -= 2;
+    }
+}
+
+FA_INLINE void soften_rows(softmax_stream *f, bool exact_sums)
+{
+#pragma GCC unroll 2
+    for (int m = 0; m < MAX_VECTORS; m++)
+        soften_vector(f, exact_sums, m);
+}
+
+/* What follows product i. */
+FA_INLINE void soften_beside(softmax_stream *f, bool exact_sums, softmax_pace pace, int i)
+{
+    if (pace == PACE_VECTOR)
+        soften_vector(f, exact_sums, i % MAX_VECTORS);
+    if (pace == PACE_ROWS)
+        soften_rows(f, exact_sums);
+    if (pace == PACE_CREDIT)
+        for (f->credit += FA_KEY_BLOCK / 2; f->credit >= f->cost && f->rows > 0; f->credit -= f->cost)
+            soften_rows(f, exact_sums);
+}
+
+/* All but the last `rows` rows. */
+FA_INLINE void soften_down_to(softmax_stream *f, bool exact_sums, int rows)
+{
+    while (f->rows > rows)
+        soften_rows(f, exact_sums);
+}
+
+#endif

@@ -1,0 +1,99 @@
+/* The state of a work item: its tiles, its arrays, and how its blocks of keys and values become operands.
+ *
+ * Requires item.h; provides item_state, load_key_block and load_value_block. */
+#ifndef FA_KERNEL_STATE_H
+#define FA_KERNEL_STATE_H
+
+#include "item.h"
+
+/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
+FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
+{
+    const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
+    key_range range;
+    range.key_lo = max_i64(begin, t->key_lo);
+    range.key_hi = min_i64(end, t->key_hi);
+    range.first = range.key_lo & ~mask;
+    range.last = (range.key_hi + mask) & ~mask;
+    return range;
+}
+
+/* Rows as operands, in place. */
+FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_t step)
+{
+    return (operand_block){src->data,         begin,      src->array->row, step,
+                           src->array->dtype, src->scale, src->scale_step};
+}
+
+/* Keys [begin, end) and their values as operands: in place, or packed at `packed`. */
+static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
+                                    bool decode, const workspace *w, char *packed)
+{
+    const bool is_whole = begin % KEY_STEP == 0 && end % KEY_STEP == 0;
+    fa_array gathered;
+    source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
+    if (decode ? is_vector_aligned(&p->key, p->head_dim) : is_whole && key_is_operand(&p->key, p->head_dim))
+        return in_place(&src, begin, operand_step(&p->key));
+    if (is_scattered(&p->key))
+        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim, &gathered, w->gathered);
+    if (decode) {
+        pack_decode_rows(&src, (int)(end - begin), (int)p->head_dim, packed);
+        return (operand_block){.data = packed,
+                               .first = begin,
+                               .row = packed_decode_row_bytes(p->head_dim),
+                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
+    }
+    int lead = (int)(begin % KEY_STEP);
+    pack_key(&src, lead, (int)(end - begin), (int)p->head_dim, packed);
+    return (operand_block){.data = packed,
+                           .first = begin - lead,
+                           .row = packed_key_row(p->head_dim),
+                           .col = packed_key_step(),
+                           .dtype = FA_REAL_DTYPE};
+}
+
+static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
+                                      bool decode, const workspace *w, char *packed)
+{
+    fa_array gathered;
+    source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
+    if (decode ? is_vector_aligned(&p->value, p->head_dim_v) : value_is_operand(&p->value))
+        return in_place(&src, begin, operand_step(&p->value));
+    if (is_scattered(&p->value))
+        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim_v, &gathered, w->gathered);
+    if (decode) { /* in rows, like keys */
+        pack_decode_rows(&src, (int)(end - begin), (int)p->head_dim_v, packed);
+        return (operand_block){.data = packed,
+                               .first = begin,
+                               .row = packed_decode_row_bytes(p->head_dim_v),
+                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
+    }
+    int lead = (int)(begin % VALUE_STEP);
+    pack_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, packed);
+    return (operand_block){.data = packed,
+                           .first = (begin - lead) / TILE_K,
+                           .row = packed_value_bytes(p->head_dim_v),
+                           .col = PACKED_VALUE_COL,
+                           .dtype = FA_REAL_DTYPE};
+}
+
+typedef struct {
+    const fa_problem *problem;
+    const fa_work_item *item, *next;
+    item_arrays arrays, next_arrays;
+    workspace w;
+    int num_tiles;
+    int block_keys;         /* in one piece, whose scores are computed at once */
+    int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
+    fa_run *run;
+    bool is_caller;
+} item_state; /* at the front of the scratch */
+
+/* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever
+ * else its tile and its item see. */
+static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
+{
+    return min_i64((begin / keys + 1) * keys, key_hi);
+}
+
+#endif

@@ -1,0 +1,128 @@
+/* The tile unit (AMX): eight registers of 16 rows of 64 bytes, and the operations on them that the kernel
+ * uses. With FA_EMULATE_TILES they are plain C, to the same bits, so that tests of the kernel run on CPUs
+ * without it.
+ *
+ * Requires vec_types.h. */
+#ifndef FA_KERNEL_TILE_UNIT_H
+#define FA_KERNEL_TILE_UNIT_H
+
+#include <string.h>
+
+#include "vec_types.h"
+
+/* Rows of a register, of 16 floats or 32 bfloat16. */
+#define TMM_ROWS 16
+
+#ifdef FA_EMULATE_TILES
+
+typedef union {
+    float f[16];
+    uint32_t pair[16];
+} tmm_row;
+
+static _Thread_local tmm_row tmm_registers[8][TMM_ROWS];
+
+FA_INLINE void tmm_configure(void) {}
+
+FA_INLINE void tmm_release(void) {}
+
+FA_INLINE void tmm_zero(int t)
+{
+    memset(tmm_registers[t], 0, sizeof tmm_registers[t]);
+}
+
+FA_INLINE void tmm_load(int t, const void *src, ptrdiff_t stride)
+{
+    for (int r = 0; r < TMM_ROWS; r++)
+        memcpy(&tmm_registers[t][r], (const char *)src + r * stride, sizeof(tmm_row));
+}
+
+FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
+{
+    tmm_load(t, src, stride);
+}
+
+FA_INLINE void tmm_store(int t, void *dst, ptrdiff_t stride)
+{
+    for (int r = 0; r < TMM_ROWS; r++)
+        memcpy((char *)dst + r * stride, &tmm_registers[t][r], sizeof(tmm_row));
+}
+
+/* bfloat16 in the upper (lower) half of a pair; a subnormal one is 0 to the unit. */
+FA_INLINE float tmm_half(uint32_t pair, bool upper)
+{
+    const uint32_t bits = upper ? pair & 0xffff0000 : pair << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return (bits & 0x7f800000) == 0 ? 0 : x;
+}
+
+/* The even and the odd elements are summed apart, by fused multiply-adds that flush subnormal results, as the
+ * float mode of the kernel's threads does; then both are added to c. */
+static __attribute__((noinline)) void tmm_dot(int c, int a, int b)
+{
+    for (int i = 0; i < TMM_ROWS; i++)
+        for (int j = 0; j < 16; j++) {
+            float even = 0, odd = 0;
+            for (int k = 0; k < 16; k++) {
+                const uint32_t x = tmm_registers[a][i].pair[k], y = tmm_registers[b][k].pair[j];
+                even = __builtin_fmaf(tmm_half(x, false), tmm_half(y, false), even);
+                odd = __builtin_fmaf(tmm_half(x, true), tmm_half(y, true), odd);
+            }
+            tmm_registers[c][i].f[j] += even + odd;
+        }
+}
+
+#else
+
+/* Eight registers of 16 × 64 bytes. */
+FA_INLINE void tmm_configure(void)
+{
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } shapes = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shapes.row_bytes[i] = 64;
+        shapes.rows[i] = TMM_ROWS;
+    }
+    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+}
+
+FA_INLINE void tmm_release(void)
+{
+    __asm__ volatile("tilerelease");
+}
+
+FA_INLINE void tmm_zero(int t)
+{
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(t));
+}
+
+/* Not the compiler's intrinsics, which do not tell it that they touch memory. */
+FA_INLINE void tmm_load(int t, const void *src, ptrdiff_t stride)
+{
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(src), "r"(stride), "i"(t) : "memory");
+}
+
+/* Of what is read once before it is pushed out of L1. */
+FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
+{
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(src), "r"(stride), "i"(t) : "memory");
+}
+
+FA_INLINE void tmm_store(int t, void *dst, ptrdiff_t stride)
+{
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(dst), "r"(stride), "i"(t) : "memory");
+}
+
+/* c[i][j] += Σ_k a[i][k] · b[k][j] over 16 pairs k */
+FA_INLINE void tmm_dot(int c, int a, int b)
+{
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+
+#endif
+
+#endif
