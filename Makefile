@@ -55,8 +55,8 @@ sanitize:
 	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
 	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
 	mkdir -p build
-	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c csrc/cpu.c -pthread \
-	    -lm -o build/pool_test
+	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c csrc/cpu.c \
+	    csrc/platform_posix.c -pthread -lm -o build/pool_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test
 
 clean:

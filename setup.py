@@ -121,7 +121,8 @@ if not FREE_THREADED:
     macros += [("Py_LIMITED_API", "0x030B0000")]
 
 # The linker resolves symbols from left to right: the framework needs the kernels.
-framework = library("framework", ["driver.c", "measure.c", "plan.c", "dispatch.c", "threads.c", "cpu.c"], [])
+FRAMEWORK = ["forward", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]
+framework = library("framework", [f"{name}.c" for name in FRAMEWORK], [])
 
 setup(
     libraries=[framework, *kernel_libraries()],

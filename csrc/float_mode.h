@@ -10,13 +10,12 @@
 
 #if defined(__x86_64__)
 
-/* Returns the mode until now, for fa_restore_float_mode. */
-static inline uint64_t fa_flush_subnormals(void)
+enum { FA_FLUSH_SUBNORMALS = 1 << 6 | 1 << 15 }; /* denormals are zero, flush to zero */
+
+/* For fa_restore_float_mode. */
+static inline uint64_t fa_float_mode(void)
 {
-    enum { DENORMALS_ARE_ZERO = 1 << 6, FLUSH_TO_ZERO = 1 << 15 };
-    const uint32_t mode = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(mode | DENORMALS_ARE_ZERO | FLUSH_TO_ZERO);
-    return mode;
+    return __builtin_ia32_stmxcsr();
 }
 
 static inline void fa_restore_float_mode(uint64_t mode)
@@ -26,23 +25,25 @@ static inline void fa_restore_float_mode(uint64_t mode)
 
 #elif defined(__aarch64__)
 
+enum { FA_FLUSH_SUBNORMALS = 1 << 24 };
+
+static inline uint64_t fa_float_mode(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
+    return mode;
+}
+
 static inline void fa_restore_float_mode(uint64_t mode)
 {
     __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory");
 }
 
-static inline uint64_t fa_flush_subnormals(void)
-{
-    const uint64_t flush_to_zero = 1 << 24;
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
-    fa_restore_float_mode(mode | flush_to_zero);
-    return mode;
-}
-
 #else
 
-static inline uint64_t fa_flush_subnormals(void)
+enum { FA_FLUSH_SUBNORMALS = 0 };
+
+static inline uint64_t fa_float_mode(void)
 {
     return 0;
 }
@@ -53,5 +54,13 @@ static inline void fa_restore_float_mode(uint64_t mode)
 }
 
 #endif
+
+/* Returns the mode until now. */
+static inline uint64_t fa_flush_subnormals(void)
+{
+    const uint64_t mode = fa_float_mode();
+    fa_restore_float_mode(mode | FA_FLUSH_SUBNORMALS);
+    return mode;
+}
 
 #endif

@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "platform.h"
 #include "threads.h"
 
 static double seconds(void)
@@ -57,7 +58,7 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 typedef struct {
     const fa_kernel *kernel;
     const char *data;
-    size_t bytes, queue; /* of all; of a member */
+    size_t bytes, share; /* of all threads; of each */
     bool prefetches;
     _Atomic size_t read;
     _Atomic uint64_t sum;
@@ -70,10 +71,10 @@ typedef struct {
 static void run_read(void *argument, int thread_index)
 {
     read_job *job = argument;
-    const size_t begin = (size_t)thread_index * job->queue;
+    const size_t begin = (size_t)thread_index * job->share;
     if (begin >= job->bytes)
         return;
-    const size_t bytes = job->bytes - begin < job->queue ? job->bytes - begin : job->queue;
+    const size_t bytes = job->bytes - begin < job->share ? job->bytes - begin : job->share;
     atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->prefetches));
     atomic_fetch_add(&job->read, bytes);
 }
@@ -81,11 +82,11 @@ static void run_read(void *argument, int thread_index)
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
 {
     num_threads = fa_runnable_threads(num_threads);
-    const size_t members = num_threads > 1 ? (size_t)num_threads : 1;
+    const size_t threads = num_threads > 1 ? (size_t)num_threads : 1;
     double best = 0;
     for (int pass = 0; pass < READ_PASSES; pass++) {
         read_job job = {.kernel = fa_kernel_for_dtype(FA_FLOAT32), .data = data, .bytes = bytes};
-        job.queue = (bytes / members + 64) / 64 * 64;
+        job.share = (bytes / threads + 64) / 64 * 64;
         job.prefetches = pass % 2 == 1;
         double start = seconds();
         fa_parallel(num_threads, run_read, NULL, &job);

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "cpu.h"
+#include "dispatch.h"
 
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)

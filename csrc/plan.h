@@ -2,7 +2,7 @@
 #ifndef FA_PLAN_H
 #define FA_PLAN_H
 
-#include "dispatch.h"
+#include "kernel.h"
 
 /* How the queries and keys of one sequence and kv head, a group, are cut. */
 typedef struct {
