@@ -35,11 +35,6 @@ static int64_t ceil_div(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
-static int64_t clamp(int64_t x, int64_t lowest, int64_t highest)
-{
-    return x < lowest ? lowest : x > highest ? highest : x;
-}
-
 static int64_t count_sequences(const fa_problem *p)
 {
     int64_t count = 1;
@@ -79,11 +74,11 @@ static fa_sequence sequence_at(const fa_problem *p, const int64_t *batch_index)
         s.num_keys = read_integer(&p->key_lengths, p, batch_index);
     s.query_offset =
         p->query_offset.data ? read_integer(&p->query_offset, p, batch_index) : s.num_keys - s.num_queries;
-    if (p->left != FA_UNBOUNDED)
-        s.key_lo = clamp(s.query_offset - p->left, 0, s.num_keys);
-    s.key_hi = s.num_keys;
-    if (p->right != FA_UNBOUNDED)
-        s.key_hi = clamp(s.query_offset + s.num_queries + p->right, s.key_lo, s.num_keys);
+    const int64_t first = s.query_offset, last = s.query_offset + s.num_queries - 1;
+    s.key_lo = fa_row_interval(p, first, s.num_keys).lo;
+    s.key_hi = fa_row_interval(p, last, s.num_keys).hi;
+    if (s.key_hi < s.key_lo) /* no query, or none that sees a key */
+        s.key_hi = s.key_lo;
     return s;
 }
 
@@ -209,7 +204,7 @@ static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partitio
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
     const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
-    part->tiles_per_item = (int)clamp(most_tiles, 1, MAX_TILES_PER_ITEM);
+    part->tiles_per_item = (int)fa_clamp(most_tiles, 1, MAX_TILES_PER_ITEM);
     while (part->tiles_per_item > 1 && (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
                                         count_items(p, part, uniform) < ITEMS_PER_THREAD * part->num_threads))
         part->tiles_per_item--;
