@@ -30,6 +30,9 @@
  * blocks of a split and then the splits. To merge so rarely costs nothing that shows. */
 #define MIN_SPLIT_KEYS_OF_MANY_ROWS 2048
 
+/* Keys of a split that has them all. */
+#define WHOLE_SPLIT_KEYS (INT64_MAX / 2 / FA_KEY_BLOCK * FA_KEY_BLOCK)
+
 static int64_t ceil_div(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
@@ -123,7 +126,7 @@ static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, c
         return group_plan;
     }
     /* Items of whole vectors, as even as they can be. */
-    split_keys(s, p->top_count > 0 ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
+    split_keys(s, p->top_count > 0 ? WHOLE_SPLIT_KEYS : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
     const int64_t vectors = ceil_div(rows, lanes);
     const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * group_plan.kernel->max_vectors);
     group_plan.rows_per_item = ceil_div(vectors, items) * lanes;
