@@ -114,7 +114,7 @@ typedef struct {
     const char *root;        /* where "/" is */
     char group_v1[PATH_MAX]; /* of the process, from the root of the hierarchy; "": none */
     char group_v2[PATH_MAX];
-    int cpus; /* the least so far; 0: no limit */
+    int cpus; /* the smallest limit so far; 0: none */
 } quota;
 
 static FILE *open_below(const char *directory, const char *name)
@@ -170,7 +170,7 @@ static bool list_has(const char *list, const char *word)
     return false;
 }
 
-/* What of a group's path lies below that of a mount; "", the mount itself, if it lies elsewhere. */
+/* A group's path from the root of a mount; "", the mount itself, for a group that is not below it. */
 static const char *path_within(const char *group, const char *mounted)
 {
     const size_t length = strcmp(mounted, "/") == 0 ? 0 : strlen(mounted);
@@ -287,10 +287,10 @@ int fa_quota_cpus(const char *root)
 
 #endif
 
-/* --- what is at hand ------------------------------------------------------------------------------ */
+/* --- what this process may use --------------------------------------------------------------------- */
 
-/* It is read once, which takes some 100 µs. Threads that find it unread at the same time all read it: a lock
- * would be one more that a fork may leave locked. */
+/* The files are read once: that takes longer than a small call. Threads that find it unread at the same time
+ * all read it: a lock would be one more that a fork may leave locked. */
 static int quota_of_process(void)
 {
     static atomic_int known = -1;
@@ -308,8 +308,8 @@ int fa_available_cpus(void)
     return granted > 0 && granted < cpus ? granted : cpus;
 }
 
-/* A thread asks for its CPUs again after a while, so that a change of its affinity is seen; in each call that
- * would show. */
+/* How long a thread relies on the CPUs it has read. To read them in each call would slow small calls; never
+ * to read them again would miss a change of affinity. */
 #define AFFINITY_NANOSECONDS 100000000
 
 static atomic_int assumed_cpus;

@@ -1,8 +1,8 @@
-/* Subnormal numbers taken for 0, as operands and as results, by the calling thread.
+/* The float mode of the calling thread, and one in which subnormal numbers are 0, as operands and as results.
  *
- * A probability far below its row's largest, and all that is made of it, is subnormal in float32, and CPUs
- * compute such numbers in microcode: Intel up to 100 times more slowly. They are below 2^-126, so what is
- * lost of a row is below 2^-126 times its largest value for each key. */
+ * A probability far below its row's largest is subnormal in float32, and so are its products. CPUs compute
+ * such numbers in microcode, many times more slowly. They are below 2^-126, so a row loses less than 2^-126
+ * times its largest value for each key. */
 #ifndef FA_FLOAT_MODE_H
 #define FA_FLOAT_MODE_H
 

@@ -1,4 +1,4 @@
-/* The machine's own limits, against which speed is told. */
+/* The machine's limits: its peak of multiply-adds, and its read bandwidth. */
 #include <stdatomic.h>
 
 #include "cpu.h"
@@ -11,8 +11,8 @@ static double seconds(void)
     return 1e-9 * (double)fa_nanoseconds();
 }
 
-/* Long enough that the start of a region (microseconds) does not count, short enough that the best of
- * some slices falls between two interruptions by others. */
+/* Long enough that the microseconds in which threads start do not count, short enough that the best of some
+ * slices is not interrupted by other processes. */
 #define SLICE_SECONDS 2e-3
 #define NUM_SLICES 8
 
@@ -33,7 +33,7 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 {
     peak_job job = {.kernel = fa_kernel_for_dtype(dtype), .rounds = 1000};
     for (double start = seconds(); seconds() - start < SLICE_SECONDS;)
-        job.kernel->peak(job.rounds); /* out of any low-power state */
+        job.kernel->peak(job.rounds); /* the CPU leaves its low-power states */
     double elapsed = 0;
     while (elapsed < SLICE_SECONDS) {
         double start = seconds();
@@ -64,8 +64,8 @@ typedef struct {
     _Atomic uint64_t sum;
 } read_job;
 
-/* The first passes bring what a cache can hold. By turns they ask ahead or leave that to the CPU: some CPUs
- * wait for few lines at a time, others are slowed by being asked. */
+/* The first passes fill the caches. Every other pass prefetches: some CPUs alone have too few lines under
+ * way, and others are slowed by prefetches. */
 #define READ_PASSES 16
 
 static void run_read(void *argument, int thread_index)

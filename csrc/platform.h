@@ -10,7 +10,7 @@
 /* Threads of the pool, the caller included. */
 #define FA_MAX_THREADS 1024
 
-/* Of a clock that only goes forward. */
+/* The time of a clock that only goes forward. */
 int64_t fa_nanoseconds(void);
 
 /* CPUs that the calling thread may run on; at least 1. */

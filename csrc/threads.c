@@ -9,10 +9,10 @@
 #include "fastattn.h"
 #include "platform.h"
 
-/* How long a thread spins before it sleeps, on both sides. A sleep and a wake cost microseconds; calls in a
- * row come closer together than this: in a step of a KVCache some 15 µs of Python lie between them, and a
- * worker may have ended as much before the caller. (At 30 µs the median of such steps was 4 % longer.) A
- * longer spin would take the CPU from others. */
+/* How long a thread spins before it sleeps, the caller and the workers alike. To sleep and to be woken costs
+ * microseconds. The calls of a decoding loop are closer together than this: a step of a KVCache has some 15
+ * µs of Python between them, and a worker may have ended as much before the caller. A longer spin would take
+ * the CPU from other processes. */
 #define SPIN_NANOSECONDS 50000
 
 /* Time between two calls of `idle` while the caller waits. */
@@ -117,7 +117,7 @@ static void reset_in_child(void)
     pool.num_workers = 0;
 }
 
-/* When the library is loaded: by the first region it would be too late for a fork in the middle of that. */
+/* When the library is loaded: another thread may fork while the first region runs. */
 __attribute__((constructor)) static void watch_forks(void)
 {
     fa_on_fork(reset_in_child);

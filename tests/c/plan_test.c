@@ -324,9 +324,9 @@ static void check_case(const test_case *c)
     check_items(c, &part, groups);
     end_groups(c, groups);
     num_shared += part.shared_bytes > 0;
-    num_split += part.most_splits > 1;
-    num_ragged += part.before != NULL;
-    num_uniform += part.before == NULL && part.num_items > 0;
+    num_split += part.max_splits > 1;
+    num_ragged += part.prefixes != NULL;
+    num_uniform += part.prefixes == NULL && part.num_items > 0;
     fa_free_partition(&part);
 }
 
