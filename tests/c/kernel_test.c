@@ -235,7 +235,7 @@ enum { NUM_STORED = sizeof stored / sizeof *stored, NUM_WRITTEN = 4 }; /* int8 i
 /* A number that the dtype holds exactly. */
 static double random_stored(fa_dtype dtype, char *dst)
 {
-    const double x = dtype == FA_INT8 ? (double)random_int(-128, 127) : (double)random_int(-128, 128) / 32;
+    const double x = dtype == FA_INT8 ? (double)random_int(-128, 127) : (double)random_int(-255, 255) / 64;
     if (dtype == FA_INT8)
         *(int8_t *)dst = (int8_t)x;
     else
@@ -606,6 +606,84 @@ static void check_add(void)
         }
 }
 
+/* A score of a decode tile: a row of queries and a row of keys in place, whose lanes are head dims. */
+static void check_decode_score(void)
+{
+    static char key[MAX_DIM * 8], query[MAX_DIM * 8];
+    static _Alignas(64) packed_vec packed[3 * MAX_DIM];
+    const int head_dim = 2 * LANES * (int)random_int(1, MAX_DIM / (2 * LANES)), step = (int)random_int(1, 3);
+    const fa_dtype dtype = random_key_dtype();
+    const real sign = (real)(random_int(0, 1) ? 1 : -1);
+    fa_problem p = {.head_dim = head_dim};
+    p.key = (fa_array){.dtype = dtype, .col = element_size(dtype)};
+    p.query.dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE;
+    p.query.col = element_size(p.query.dtype);
+    double sum = 0, magnitude = 0, got = 0;
+    for (int d = 0; d < head_dim; d++) {
+        const double product = random_stored(dtype, key + d * p.key.col) *
+                               random_stored(p.query.dtype, query + d * p.query.col) * (double)sign;
+        sum += product;
+        magnitude += fabs(product);
+    }
+    pack_decode_query(query, &p, sign, step, packed);
+    vec lanes = {0};
+    for (int i = 0; i < key_vectors(head_dim); i++)
+        lanes = multiply_lanes(load_key_vector(key, dtype, i), packed[i * step], lanes);
+    for (int j = 0; j < LANES; j++)
+        got += (double)lanes[j];
+    require_sum(got, sum, magnitude, head_dim, "score of a decode tile");
+}
+
+/* Probabilities of a decode tile, key by key for all its rows, times values in place. NaN under a probability
+ * of -0 is masked. */
+static void check_decode_values(void)
+{
+    enum { MAX_WIDTH = 4, MAX_COLUMNS = MAX_WIDTH * LANES };
+    static char values[MAX_KEYS][MAX_COLUMNS * 8];
+    static _Alignas(64) vec panel[MAX_KEYS];
+    double probabilities[MAX_KEYS], columns[MAX_KEYS][MAX_COLUMNS];
+    const fa_dtype dtype = random_key_dtype();
+    const int rows = 1 << random_int(0, __builtin_ctz(DECODE_ROWS)), row = (int)random_int(0, rows - 1);
+    const int num_keys = (int)random_int(1, MAX_KEYS), width = random_int(0, 1) ? 2 : MAX_WIDTH;
+    const int panel_rows = (num_keys * rows + LANES - 1) / LANES;
+    const int poisoned = dtype == FA_INT8 ? -1 : (int)random_int(0, num_keys - 1);
+    real *flat = (real *)panel;
+    for (int v = 0; v < MAX_KEYS; v++)
+        panel[v] = vec_splat((real)-0.0); /* keys behind the last are masked, too */
+    for (int n = 0; n < num_keys; n++) {
+        probabilities[n] = n == poisoned ? 0 : (double)random_int(0, 256) / 256;
+        for (int r = 0; r < rows; r++)
+            flat[n * rows + r] = n == poisoned ? (real)-0.0 : (real)(r == row ? probabilities[n] : 1);
+        for (int e = 0; e < width * LANES; e++) {
+            char *element = values[n] + e * element_size(dtype);
+            columns[n][e] = random_stored(dtype, element);
+            if (n == poisoned)
+                store_element(element, dtype, (real)NAN);
+        }
+    }
+    const operand *p = pack_decode_probabilities(panel, panel_rows, rows);
+    vec out[MAX_WIDTH] = {{0}};
+    for (int n = 0; n < num_keys; n += VALUE_KEYS) {
+        packed_vec v[8];
+        const int second = n + VALUE_KEYS - 1 < num_keys ? n + VALUE_KEYS - 1 : n;
+        const operand probability = p[n / VALUE_KEYS * rows + row];
+        load_values(values[n], values[second], dtype, width, v);
+        for (int i = 0; i < width; i++)
+            out[i] = multiply_add(probability, mask_values(probability, v[i]), out[i]);
+    }
+    const fa_array array = {.dtype = dtype, .col = element_size(dtype)};
+    for (int i = 0; i < width && !PRODUCTS_IN_BFLOAT16 && reads_deinterleaved(&array, width * LANES); i += 2)
+        interleave(out + i);
+    for (int e = 0; e < width * LANES; e++) {
+        double sum = 0, magnitude = 0;
+        for (int n = 0; n < num_keys; n++) {
+            sum += n == poisoned ? 0 : probabilities[n] * columns[n][e];
+            magnitude += n == poisoned ? 0 : fabs(probabilities[n] * columns[n][e]);
+        }
+        require_sum((double)out[e / LANES][e % LANES], sum, magnitude, num_keys, "out of a decode tile");
+    }
+}
+
 int main(void)
 {
     if (!NAME(fa_cpu_has_, TEST_ISA)())
@@ -628,6 +706,8 @@ int main(void)
     for (int i = 0; i < 300; i++) {
         check_scores();
         check_add();
+        check_decode_score();
+        check_decode_values();
     }
     end_products();
     REQUIRE(measure_peak_rounds(10) > 0);
