@@ -26,7 +26,7 @@ bool fa_start_thread(int thread_index, void (*run)(int thread_index));
 void fa_lock_pool(void);
 void fa_unlock_pool(void);
 void fa_wait(int thread_index);
-/* false: so many nanoseconds have passed without a signal. At most a second of them. */
+/* false: so many nanoseconds have passed without a signal. */
 bool fa_wait_for(int thread_index, int64_t nanoseconds);
 void fa_signal(int thread_index);
 
