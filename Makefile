@@ -9,7 +9,7 @@ VENV = .venv
 test lint sanitize: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo test check lint sanitize clean
+.PHONY: demo test check check-c compile-commands lint sanitize clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -24,6 +24,7 @@ demo:
 	$(BIN)/python -m fastattn bench --shapes small
 
 test:
+	$(MAKE) check-c
 	$(fresh) '.[test,demo]' $(TORCH)
 	$(model)
 	$(MAKE) check RUNNER=$(BIN)/python
@@ -33,6 +34,19 @@ check:
 	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
 	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && \
 	FASTATTN_SOURCE=$(CURDIR) $(RUNNER) -m pytest $(TESTS)
+
+# The parts of the C library by themselves, without Python's headers or NumPy: Python only tells the flags of each kernel.
+# For another machine: make check-c CC='zig cc -target aarch64-linux-musl' RUN=qemu-aarch64, with
+# _PYTHON_HOST_PLATFORM=linux-aarch64 in the environment.
+check-c: OUT = build/c$(SANITIZE)
+check-c:
+	mkdir -p $(OUT)
+	$(PYTHON) csrc/flags.py make > $(OUT)/flags.new
+	cmp -s $(OUT)/flags.new $(OUT)/flags.mk || mv $(OUT)/flags.new $(OUT)/flags.mk
+	$(MAKE) -f tests/c/Makefile -j 2 OUT=$(OUT)
+
+compile-commands:
+	$(PYTHON) csrc/flags.py compile-commands > compile_commands.json
 
 lint:
 	$(fresh) '.[lint]'
@@ -54,10 +68,8 @@ sanitize:
 	$(MAKE) check RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
 	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
 	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
-	mkdir -p build
-	gcc -std=gnu11 -g -O1 -Wall -Wextra -fsanitize=thread -Icsrc tests/c/pool_test.c csrc/threads.c csrc/cpu.c -pthread \
-	    -lm -o build/pool_test
-	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 build/pool_test
+	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test
+	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(MAKE) check-c SANITIZE=thread PROGRAMS='pool_test schedule_test'
 
 clean:
-	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c
+	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c compile_commands.json

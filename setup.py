@@ -1,7 +1,7 @@
 """Builds fastattn._core from the C library in csrc.
 
 Kernels are compiled once per instruction set and element type, each with the flags of its instruction
-set, chosen by the platform that is built for; which of them runs is decided at run time.
+set (csrc/flags.py), chosen by the platform that is built for; which of them runs is decided at run time.
 
 FASTATTN_SANITIZE=address,undefined builds with those sanitizers, FASTATTN_WERROR=1 with warnings of the C library
 as errors.
@@ -9,6 +9,7 @@ as errors.
 
 import os
 import shutil
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -20,14 +21,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_clib import build_clib
 from setuptools.errors import PlatformError
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc"))
+import flags
+
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
 
-# These come after Python's own flags, and win. -fno-wrapv: where signed overflow wraps, compilers cannot
-# simplify the index arithmetic of loops. -ffp-contract=fast: fused multiply-adds, GCC's default but not
-# clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
-CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
-CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+CFLAGS = [*flags.CFLAGS]
 MODULE_FLAGS = ["-O2", "-g0", "-fvisibility=hidden"]
 LINK_FLAGS = ["-lm", "-pthread"]
 if SANITIZE:
@@ -38,49 +38,22 @@ if SANITIZE:
 if os.environ.get("FASTATTN_WERROR"):
     CFLAGS += ["-Werror"]
 
-AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-INSTRUCTION_SETS = {
-    "x86_64": {
-        "baseline": [],
-        "avx2": AVX2,
-        "avx512": AVX512,
-        "avx512bf16": [*AVX512, "-mavx512bf16"],
-        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    },
-}
-ELEMENTS = {
-    "baseline": ["float32", "float64"],
-    "avx2": ["float32", "float64"],
-    "avx512": ["float32", "float64"],
-    "avx512bf16": ["bf16dot"],
-    "amx": ["bf16tile"],
-}
-
-
-def target_machine():
-    """The machine that is built for, which in a cross build is not the one that builds."""
-    return sysconfig.get_platform().rsplit("-", 1)[-1]
-
-
 HEADERS = glob("csrc/**/*.h", recursive=True)
 
 
-def library(name, sources, flags):
+def library(name, sources, isa_flags):
     build_info = {
         "sources": [f"csrc/{source}" for source in sources],
         "obj_deps": {"": HEADERS},
-        "cflags": [*CFLAGS, *flags],
+        "cflags": [*CFLAGS, *isa_flags],
     }
     return (f"fastattn_{name}", build_info)
 
 
 def kernel_libraries():
-    instruction_sets = INSTRUCTION_SETS.get(target_machine(), {"baseline": []})
     return [
-        library(f"{element}_{isa}", [f"isa/{isa}_{element}.c"], flags)
-        for isa, flags in instruction_sets.items()
-        for element in ELEMENTS[isa]
+        library(f"{element}_{isa}", [f"isa/{isa}_{element}.c"], isa_flags)
+        for isa, element, isa_flags in flags.kernels()
     ]
 
 
@@ -121,7 +94,7 @@ if not FREE_THREADED:
     macros += [("Py_LIMITED_API", "0x030B0000")]
 
 # The linker resolves symbols from left to right: the framework needs the kernels.
-framework = library("framework", ["driver.c", "measure.c", "plan.c", "dispatch.c", "threads.c", "cpu.c"], [])
+framework = library("framework", [f"{name}.c" for name in flags.FRAMEWORK], [])
 
 setup(
     libraries=[framework, *kernel_libraries()],

@@ -3,27 +3,118 @@
 
 #include <limits.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#ifdef __linux__
-#include <sched.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include "fastattn.h"
-#include "threads.h"
+#include "platform.h"
+
+/* --- what the CPU can do, and prefers ------------------------------------------------------------- */
+
+bool fa_cpu_has_baseline(void)
+{
+    return true;
+}
+
+#if defined(__x86_64__)
+/* CPUID is read here because __builtin_cpu_supports answers 0 with some compilers' run-time libraries;
+ * XGETBV, because the operating system must save the registers, too. */
+static bool os_saves(unsigned long long state)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return false;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return ((low | (unsigned long long)high << 32) & state) == state;
+}
+
+bool fa_cpu_has_avx2(void)
+{
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_FMA) || !(c & bit_F16C))
+        return false;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) && os_saves(0x06);
+}
+
+bool fa_cpu_has_avx512(void)
+{
+    unsigned a, b, c, d;
+    const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    return fa_cpu_has_avx2() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & needed) == needed &&
+           os_saves(0xe6);
+}
+
+bool fa_cpu_has_avx512bf16(void)
+{
+    unsigned a, b, c, d;
+    return fa_cpu_has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+}
+
+/* Linux gives a process the tile registers only when it asks. */
+static bool may_use_tiles(void)
+{
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of asm/prctl.h, in recent kernels */
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+bool fa_cpu_has_amx(void)
+{
+    enum { AMX_BF16 = 1 << 22, AMX_TILE = 1 << 24 };
+    unsigned a, b, c, d;
+    return fa_cpu_has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) &&
+           (d & AMX_TILE) && os_saves(0x600e6) && may_use_tiles();
+}
+#endif
+
+static bool is_zen5(void)
+{
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx ||
+        d != signature_AMD_edx || !__get_cpuid(1, &a, &b, &c, &d))
+        return false;
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff); /* base and, from 15 on, extended */
+    return family == 26;
+#else
+    return false;
+#endif
+}
+
+bool fa_prefetch_to_l1(void)
+{
+    static atomic_int answer = -1; /* CPUID is slow where a hypervisor answers it */
+    int known = atomic_load_explicit(&answer, memory_order_relaxed);
+    if (known < 0) {
+        known = is_zen5();
+        atomic_store_explicit(&answer, known, memory_order_relaxed);
+    }
+    return known;
+}
 
 /* --- the quota of control groups ------------------------------------------------------------------ */
+
+#ifdef __linux__
 
 typedef struct {
     const char *root;        /* where "/" is */
     char group_v1[PATH_MAX]; /* of the process, from the root of the hierarchy; "": none */
     char group_v2[PATH_MAX];
-    int cpus; /* the least so far; 0: no limit */
+    int cpus; /* the smallest limit so far; 0: none */
 } quota;
 
 static FILE *open_below(const char *directory, const char *name)
@@ -79,7 +170,7 @@ static bool list_has(const char *list, const char *word)
     return false;
 }
 
-/* What of a group's path lies below that of a mount; "", the mount itself, if it lies elsewhere. */
+/* A group's path from the root of a mount; "", the mount itself, for a group that is not below it. */
 static const char *path_within(const char *group, const char *mounted)
 {
     const size_t length = strcmp(mounted, "/") == 0 ? 0 : strlen(mounted);
@@ -186,10 +277,20 @@ int fa_quota_cpus(const char *root)
     return q.cpus;
 }
 
-/* --- what is at hand ------------------------------------------------------------------------------ */
+#else
 
-/* It is read once, which takes some 100 µs. Threads that find it unread at the same time all read it: a lock
- * would be one more that a fork may leave locked. */
+int fa_quota_cpus(const char *root)
+{
+    (void)root;
+    return 0;
+}
+
+#endif
+
+/* --- what this process may use --------------------------------------------------------------------- */
+
+/* The files are read once: that takes longer than a small call. Threads that find it unread at the same time
+ * all read it: a lock would be one more that a fork may leave locked. */
 static int quota_of_process(void)
 {
     static atomic_int known = -1;
@@ -201,27 +302,14 @@ static int quota_of_process(void)
     return cpus;
 }
 
-static int allowed_cpus(void)
-{
-#ifdef __linux__
-    cpu_set_t sets[64]; /* the kernel refuses fewer bits than it has CPUs */
-    for (size_t bytes = sizeof sets[0]; bytes <= sizeof sets; bytes *= 8)
-        if (sched_getaffinity(0, bytes, sets) == 0)
-            return CPU_COUNT_S(bytes, sets);
-#endif
-    return (int)sysconf(_SC_NPROCESSORS_ONLN);
-}
-
 int fa_available_cpus(void)
 {
-    int cpus = allowed_cpus(), granted = quota_of_process();
-    if (granted > 0 && granted < cpus)
-        cpus = granted;
-    return cpus > 0 ? cpus : 1;
+    const int cpus = fa_affinity_cpus(), granted = quota_of_process();
+    return granted > 0 && granted < cpus ? granted : cpus;
 }
 
-/* A thread asks for its CPUs again after a while, so that a change of its affinity is seen; in each call that
- * would show. */
+/* How long a thread relies on the CPUs it has read. To read them in each call would slow small calls; never
+ * to read them again would miss a change of affinity. */
 #define AFFINITY_NANOSECONDS 100000000
 
 static atomic_int assumed_cpus;

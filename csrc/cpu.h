@@ -1,17 +1,33 @@
-/* What this process may use of the machine. */
+/* The CPU: what it can do, what it prefers, and how much of it this process may use. */
 #ifndef FA_CPU_H
 #define FA_CPU_H
 
-/* CPUs' worth of time that the control groups of this process grant, rounded up: the least of all groups from
- * its own up to the root, of version 2 and version 1; 0 if none limits. Files are read below `root`, which is
+#include <stdbool.h>
+
+/* Whether the CPU has an instruction set, and the operating system saves its registers. */
+bool fa_cpu_has_baseline(void);
+#if defined(__x86_64__)
+bool fa_cpu_has_avx2(void);       /* with FMA and F16C */
+bool fa_cpu_has_avx512(void);     /* F, BW, DQ, VL */
+bool fa_cpu_has_avx512bf16(void); /* with those of avx512 */
+bool fa_cpu_has_amx(void);        /* AMX-TILE and AMX-BF16, with those of avx512bf16 */
+#endif
+
+/* Whether rows of keys and values that a decode tile reads are prefetched into L1 rather than L2. So on Zen
+ * 5, where a line that L2 has waits a second time for one of L1's fill buffers. Zen 4 reads a quarter to a
+ * half more for four query rows by way of L2. */
+bool fa_prefetch_to_l1(void);
+
+/* CPUs' worth of time that the control groups of this process grant, rounded up: the minimum over all groups
+ * from its own up to the root, of version 2 and version 1; 0 if none limits. Files are read below `root`,
+ * which is
  * "" but for tests. */
 int fa_quota_cpus(const char *root);
 
-/* How many of the threads that are asked for can run at a time. More would wait for each other: a decoding
- * step of 64 threads on one CPU took eight times as long as of one. */
+/* `num_threads`, or as many of them as can run at a time: more would wait for each other. */
 int fa_runnable_threads(int num_threads);
 
-/* For tests: as if so many CPUs were at hand, so that few of them run many threads; 0: those there are. */
+/* For tests: takes `cpus` for the number of CPUs, so that many threads run on few; 0: the actual number. */
 void fa_assume_cpus(int cpus);
 
 #endif

@@ -13,11 +13,11 @@
 #define FA_MAX_HEAD_DIM 512
 #define FA_UNBOUNDED (-1)
 
-/* Keys that are worked on together. A page holds a multiple of them. */
+/* Keys between two updates of the online softmax. A page holds a multiple of them. */
 #define FA_KEY_BLOCK 64
 
-/* Keys between two updates of the softmax of a few query rows. Each block gives few scores, and an update
- * waits for them: by single blocks 4 bfloat16 rows took 8 % longer. */
+/* The same for decode tiles, of a few query rows. A single block gives them few scores, and the update waits
+ * until all are there. */
 #define FA_DECODE_KEYS (4 * FA_KEY_BLOCK)
 
 typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64 } fa_dtype;
@@ -33,25 +33,27 @@ typedef struct {
     ptrdiff_t page; /* of keys and values in pages, instead of the batch strides */
 } fa_array;
 
-/* A batch item is a sequence. Its queries and its keys are rows of (batch..., head, row, col); or, in a
- * packed problem, which has one batch axis, rows cu_seqlens[b] to cu_seqlens[b + 1] of (head, row, col); or
- * its keys lie in pages, row n in page page_table[b][n / page_size] of (page, head, row, col). */
+/* Attention of a batch of sequences. The queries and keys of a sequence are rows of (batch..., head, row,
+ * col). In a packed problem, which has one batch axis, they are rows cu_seqlens[b] to cu_seqlens[b + 1] of
+ * (head, row, col). Where keys are in pages, row n is in page page_table[b][n / page_size] of
+ * (page, head, row, col). */
 typedef struct {
     int batch_ndim;
     int64_t batch_shape[FA_MAX_BATCH_DIMS];
-    int64_t num_heads, num_kv_heads; /* the group of a kv head: num_heads / num_kv_heads */
-    int64_t seqlen_q, seqlen_k;      /* of a sequence, at most */
+    int64_t num_heads, num_kv_heads; /* a kv head's group_size: num_heads / num_kv_heads */
+    int64_t seqlen_q, seqlen_k;      /* of the longest sequence */
     int64_t head_dim, head_dim_v;
 
     fa_array query, key, value;
-    fa_array mask, bias;             /* FA_BOOL; any float dtype */
-    fa_array alibi_slopes, sinks;    /* FA_FLOAT64 (batch..., head) */
-    fa_array key_scale, value_scale; /* FA_FLOAT32 (..., head, row): what FA_INT8 keys and values are times */
+    fa_array mask, bias;                /* FA_BOOL; any float dtype */
+    fa_array alibi_slopes, sinks;       /* FA_FLOAT64 (batch..., head) */
+    fa_array key_scale, value_scale;    /* FA_FLOAT32 (..., head, row): factors of FA_INT8 keys and values */
     fa_array key_lengths, query_offset; /* FA_INT64 (batch...) */
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
 
-    /* The weights' largest and sums, instead of all; top_count 0 and no totals: not asked for. Totals start
-     * as zeros, and are sums over the rows times fixed_point_scale, rounded. */
+    /* In place of all weights, each row's largest ones, and column sums over the rows. top_count is 0, and
+     * column_sums absent, where they are not wanted. Column sums start as zeros; each weight adds itself
+     * times fixed_point_scale, rounded. */
     int64_t top_count;
     fa_array top_indices, top_weights; /* FA_INT64, query's dtype (batch..., head, row, col) */
     fa_array column_sums;              /* FA_INT64 (batch..., head, col) */
@@ -65,22 +67,22 @@ typedef struct {
     double softcap;            /* 0: none */
     int64_t left, right;       /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
     int num_threads;           /* at most this many */
-    bool (*interrupted)(void); /* asked now and then, by the calling thread only; may be NULL */
+    bool (*interrupted)(void); /* called now and then, by the calling thread only; may be NULL */
 } fa_problem;
 
 /* What fa_forward does with a problem. */
 typedef struct {
     const char *isa;
     const char *kernel;
-    bool is_decode;     /* lanes are keys and rows, not rows alone */
+    bool is_decode;     /* the tiles are decode tiles */
     int tile_rows;      /* query rows of a full tile */
-    int key_block;      /* keys between two updates of the running softmax */
+    int key_block;      /* keys between two updates of the online softmax */
     int tiles_per_item; /* tiles that share a key block */
-    int64_t num_splits; /* parts of the keys whose results are merged; of all sequences, the most */
-    int64_t num_items;  /* units of work handed to threads */
+    int64_t num_splits; /* parts of a sequence's keys whose results are merged; the most of any sequence */
+    int64_t num_items;  /* work items, which threads share out */
     int num_threads;
     size_t scratch_bytes; /* per thread */
-    size_t shared_bytes;  /* of results that wait to be merged */
+    size_t shared_bytes;  /* of partial results */
 } fa_plan;
 
 /* What fa_forward would do; FA_OK or FA_NO_MEMORY. */

@@ -1,8 +1,8 @@
-/* Subnormal numbers taken for 0, as operands and as results, by the calling thread.
+/* The float mode of the calling thread, and one in which subnormal numbers are 0, as operands and as results.
  *
- * A probability far below its row's largest, and all that is made of it, is subnormal in float32, and CPUs
- * compute such numbers in microcode: Intel up to 100 times more slowly. They are below 2^-126, so what is
- * lost of a row is below 2^-126 times its largest value for each key. */
+ * A probability far below its row's largest is subnormal in float32, and so are its products. CPUs compute
+ * such numbers in microcode, many times more slowly. They are below 2^-126, so a row loses less than 2^-126
+ * times its largest value for each key. */
 #ifndef FA_FLOAT_MODE_H
 #define FA_FLOAT_MODE_H
 
@@ -10,13 +10,12 @@
 
 #if defined(__x86_64__)
 
-/* Returns the mode until now, for fa_restore_float_mode. */
-static inline uint64_t fa_flush_subnormals(void)
+enum { FA_FLUSH_SUBNORMALS = 1 << 6 | 1 << 15 }; /* denormals are zero, flush to zero */
+
+/* For fa_restore_float_mode. */
+static inline uint64_t fa_float_mode(void)
 {
-    enum { DENORMALS_ARE_ZERO = 1 << 6, FLUSH_TO_ZERO = 1 << 15 };
-    const uint32_t mode = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(mode | DENORMALS_ARE_ZERO | FLUSH_TO_ZERO);
-    return mode;
+    return __builtin_ia32_stmxcsr();
 }
 
 static inline void fa_restore_float_mode(uint64_t mode)
@@ -26,23 +25,25 @@ static inline void fa_restore_float_mode(uint64_t mode)
 
 #elif defined(__aarch64__)
 
+enum { FA_FLUSH_SUBNORMALS = 1 << 24 };
+
+static inline uint64_t fa_float_mode(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
+    return mode;
+}
+
 static inline void fa_restore_float_mode(uint64_t mode)
 {
     __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory");
 }
 
-static inline uint64_t fa_flush_subnormals(void)
-{
-    const uint64_t flush_to_zero = 1 << 24;
-    uint64_t mode;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode) : : "memory");
-    fa_restore_float_mode(mode | flush_to_zero);
-    return mode;
-}
-
 #else
 
-static inline uint64_t fa_flush_subnormals(void)
+enum { FA_FLUSH_SUBNORMALS = 0 };
+
+static inline uint64_t fa_float_mode(void)
 {
     return 0;
 }
@@ -53,5 +54,13 @@ static inline void fa_restore_float_mode(uint64_t mode)
 }
 
 #endif
+
+/* Returns the mode until now. */
+static inline uint64_t fa_flush_subnormals(void)
+{
+    const uint64_t mode = fa_float_mode();
+    fa_restore_float_mode(mode | FA_FLUSH_SUBNORMALS);
+    return mode;
+}
 
 #endif

@@ -1,8 +1,9 @@
-/* The machine's own limits, against which speed is told. */
+/* The machine's limits: its peak of multiply-adds, and its read bandwidth. */
 #include <stdatomic.h>
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "platform.h"
 #include "threads.h"
 
 static double seconds(void)
@@ -10,8 +11,8 @@ static double seconds(void)
     return 1e-9 * (double)fa_nanoseconds();
 }
 
-/* Long enough that the start of a region (microseconds) does not count, short enough that the best of
- * some slices falls between two interruptions by others. */
+/* Long enough that the microseconds in which threads start do not count, short enough that the best of some
+ * slices is not interrupted by other processes. */
 #define SLICE_SECONDS 2e-3
 #define NUM_SLICES 8
 
@@ -32,7 +33,7 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 {
     peak_job job = {.kernel = fa_kernel_for_dtype(dtype), .rounds = 1000};
     for (double start = seconds(); seconds() - start < SLICE_SECONDS;)
-        job.kernel->peak(job.rounds); /* out of any low-power state */
+        job.kernel->peak(job.rounds); /* the CPU leaves its low-power states */
     double elapsed = 0;
     while (elapsed < SLICE_SECONDS) {
         double start = seconds();
@@ -57,23 +58,23 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
 typedef struct {
     const fa_kernel *kernel;
     const char *data;
-    size_t bytes, queue; /* of all; of a member */
+    size_t bytes, share; /* of all threads; of each */
     bool prefetches;
     _Atomic size_t read;
     _Atomic uint64_t sum;
 } read_job;
 
-/* The first passes bring what a cache can hold. By turns they ask ahead or leave that to the CPU: some CPUs
- * wait for few lines at a time, others are slowed by being asked. */
+/* The first passes fill the caches. Every other pass prefetches: some CPUs alone have too few lines under
+ * way, and others are slowed by prefetches. */
 #define READ_PASSES 16
 
 static void run_read(void *argument, int thread_index)
 {
     read_job *job = argument;
-    const size_t begin = (size_t)thread_index * job->queue;
+    const size_t begin = (size_t)thread_index * job->share;
     if (begin >= job->bytes)
         return;
-    const size_t bytes = job->bytes - begin < job->queue ? job->bytes - begin : job->queue;
+    const size_t bytes = job->bytes - begin < job->share ? job->bytes - begin : job->share;
     atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->prefetches));
     atomic_fetch_add(&job->read, bytes);
 }
@@ -81,11 +82,11 @@ static void run_read(void *argument, int thread_index)
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
 {
     num_threads = fa_runnable_threads(num_threads);
-    const size_t members = num_threads > 1 ? (size_t)num_threads : 1;
+    const size_t threads = num_threads > 1 ? (size_t)num_threads : 1;
     double best = 0;
     for (int pass = 0; pass < READ_PASSES; pass++) {
         read_job job = {.kernel = fa_kernel_for_dtype(FA_FLOAT32), .data = data, .bytes = bytes};
-        job.queue = (bytes / members + 64) / 64 * 64;
+        job.share = (bytes / threads + 64) / 64 * 64;
         job.prefetches = pass % 2 == 1;
         double start = seconds();
         fa_parallel(num_threads, run_read, NULL, &job);

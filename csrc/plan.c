@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "cpu.h"
+#include "dispatch.h"
 
 /* Scratch stays within the L2 cache and within what a caller may expect. */
 #define MAX_SCRATCH_BYTES (1 << 20)
@@ -10,29 +11,28 @@
 /* So small a share of all work is not worth cutting further. */
 #define MIN_WORK_SHARE (1.0 / 24)
 
-/* A region costs some microseconds to start on another thread; this much work takes about that long. */
+/* To start another thread's part takes some microseconds; this much work takes about as long. */
 #define MULTIPLY_ADDS_PER_THREAD 200000.0
 
-/* To read a key and its value from memory takes as long as the multiply-adds of some rows. */
+/* To read a key and its value from memory takes about as long as the multiply-adds of so many rows. */
 #define ROWS_PER_KEY_READ 4
 
-/* A split of so many keys is worth a merge, which costs about as much as two keys. More splits than that
- * would balance no better, and their results take memory. */
+/* Keys of a split in a group that is one tile. A merge costs about as much as two keys. More splits than
+ * MAX_SPLITS would balance the threads no better, and their partial results take memory. */
 #define MIN_SPLIT_KEYS 512
 #define MAX_SPLITS 32
 
-/* Of a group of many rows, where a split only keeps sums short: rounding errors grow with their terms, the
- * blocks of a split and then the splits. To merge so rarely costs nothing that shows. */
-#define MIN_SPLIT_KEYS_OF_MANY_ROWS 2048
+/* Keys of a split in a larger group, whose splits are computed by one thread. They keep sums short there:
+ * rounding errors grow with the number of terms, first the blocks of a split and then the splits. Merges are
+ * too rare to show. */
+#define MIN_SPLIT_KEYS_OF_LARGE_GROUPS 2048
+
+/* Keys of a split that has them all. */
+#define WHOLE_SPLIT_KEYS (INT64_MAX / 2 / FA_KEY_BLOCK * FA_KEY_BLOCK)
 
 static int64_t ceil_div(int64_t a, int64_t b)
 {
     return (a + b - 1) / b;
-}
-
-static int64_t clamp(int64_t x, int64_t lowest, int64_t highest)
-{
-    return x < lowest ? lowest : x > highest ? highest : x;
 }
 
 static int64_t count_sequences(const fa_problem *p)
@@ -74,11 +74,11 @@ static fa_sequence sequence_at(const fa_problem *p, const int64_t *batch_index)
         s.num_keys = read_integer(&p->key_lengths, p, batch_index);
     s.query_offset =
         p->query_offset.data ? read_integer(&p->query_offset, p, batch_index) : s.num_keys - s.num_queries;
-    if (p->left != FA_UNBOUNDED)
-        s.key_lo = clamp(s.query_offset - p->left, 0, s.num_keys);
-    s.key_hi = s.num_keys;
-    if (p->right != FA_UNBOUNDED)
-        s.key_hi = clamp(s.query_offset + s.num_queries + p->right, s.key_lo, s.num_keys);
+    const int64_t first = s.query_offset, last = s.query_offset + s.num_queries - 1;
+    s.key_lo = fa_row_interval(p, first, s.num_keys).lo;
+    s.key_hi = fa_row_interval(p, last, s.num_keys).hi;
+    if (s.key_hi < s.key_lo) /* no query, or none that sees a key */
+        s.key_hi = s.key_lo;
     return s;
 }
 
@@ -87,7 +87,7 @@ static int64_t rows_per_group(const fa_problem *p, const fa_sequence *s)
     return s->num_queries * (p->num_heads / p->num_kv_heads);
 }
 
-/* Of all kv heads. */
+/* Multiply-adds of all kv heads, and the reads of their keys in the same unit. */
 static double work_of(const fa_problem *p, const fa_sequence *s)
 {
     double rows = (double)rows_per_group(p, s);
@@ -95,12 +95,12 @@ static double work_of(const fa_problem *p, const fa_sequence *s)
     return row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
 }
 
-static void split_keys(const fa_sequence *s, int64_t least, fa_group_plan *group_plan)
+static void split_keys(const fa_sequence *s, int64_t min_keys, fa_group_plan *group_plan)
 {
     int64_t keys = s->key_hi - s->key_lo;
     group_plan->split_keys = ceil_div(keys, (int64_t)FA_KEY_BLOCK * MAX_SPLITS) * FA_KEY_BLOCK;
-    if (group_plan->split_keys < least)
-        group_plan->split_keys = least;
+    if (group_plan->split_keys < min_keys)
+        group_plan->split_keys = min_keys;
     group_plan->first_split = s->key_lo / group_plan->split_keys;
     group_plan->num_splits =
         keys == 0 ? 1 : ceil_div(s->key_hi, group_plan->split_keys) - group_plan->first_split;
@@ -117,14 +117,14 @@ static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, c
         split_keys(s, MIN_SPLIT_KEYS, &group_plan);
         group_plan.rows_per_item = rows;
         group_plan.num_row_items = 1;
-        /* Weights need a second pass, which one thread makes over all keys. */
+        /* Weights take a second pass, which one thread makes over all keys. */
         group_plan.shares_splits = group_plan.num_splits > 1 && part->num_threads > 1 && !p->weights.data &&
                                    work_of(p, s) > part->work_per_item * (double)p->num_kv_heads;
         return group_plan;
     }
     /* Items of whole vectors, as even as they can be. */
     const bool whole = p->top_count > 0 || !group_plan.kernel->splits_many_rows;
-    split_keys(s, whole ? INT64_MAX / 2 : MIN_SPLIT_KEYS_OF_MANY_ROWS, &group_plan);
+    split_keys(s, whole ? WHOLE_SPLIT_KEYS : MIN_SPLIT_KEYS_OF_LARGE_GROUPS, &group_plan);
     const int64_t vectors = ceil_div(rows, lanes);
     const int64_t items = ceil_div(vectors, (int64_t)part->tiles_per_item * group_plan.kernel->max_vectors);
     group_plan.rows_per_item = ceil_div(vectors, items) * lanes;
@@ -137,7 +137,7 @@ static int64_t items_per_group(const fa_group_plan *group_plan)
     return group_plan->shares_splits ? group_plan->num_splits : group_plan->num_row_items;
 }
 
-/* The partial results of a group, behind a line with the count of those that are there. */
+/* A cache line with the count of finished splits, before the partial results of a group. */
 #define COUNT_BYTES 64
 
 static size_t partial_bytes_per_group(const fa_problem *p, const fa_group_plan *group_plan)
@@ -169,7 +169,7 @@ static fa_sequence nth_sequence(const fa_problem *p, int64_t n)
     return sequence_at(p, batch_index);
 }
 
-/* Sums over all sequences; of sequences that are alike, only the first is looked at. */
+/* Of uniform sequences, the first stands for all. */
 static double total_work(const fa_problem *p, int64_t num_sequences, bool uniform)
 {
     double total = 0;
@@ -205,14 +205,14 @@ static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partitio
     const fa_kernel *kernel = fa_select_kernel(p);
     const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
     const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
-    part->tiles_per_item = (int)clamp(most_tiles, 1, kernel->max_tiles);
+    part->tiles_per_item = (int)fa_clamp(most_tiles, 1, kernel->max_tiles);
     while (part->tiles_per_item > 1 &&
            (kernel->scratch_bytes(p, part->tiles_per_item) > MAX_SCRATCH_BYTES ||
             count_items(p, part, uniform) < (int64_t)kernel->items_per_thread * part->num_threads))
         part->tiles_per_item--;
 }
 
-/* Adds the items and needs of `times` sequences that are cut like this. */
+/* Adds the items and the memory of `times` sequences with this plan. */
 static void add_sequences(const fa_problem *p, const fa_group_plan *group_plan, int64_t times,
                           fa_partition *part)
 {
@@ -224,8 +224,7 @@ static void add_sequences(const fa_problem *p, const fa_group_plan *group_plan, 
     part->num_items += times * p->num_kv_heads * items_per_group(group_plan);
     part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, group_plan);
     part->scratch_bytes = scratch > part->scratch_bytes ? scratch : part->scratch_bytes;
-    part->most_splits =
-        group_plan->num_splits > part->most_splits ? group_plan->num_splits : part->most_splits;
+    part->max_splits = group_plan->num_splits > part->max_splits ? group_plan->num_splits : part->max_splits;
 }
 
 bool fa_partition_problem(const fa_problem *p, fa_partition *part)
@@ -241,16 +240,16 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
         part->group_plan = plan_group(p, part, &part->sequence);
         add_sequences(p, &part->group_plan, part->num_sequences, part);
     } else {
-        part->before = malloc(((size_t)part->num_sequences + 1) * sizeof *part->before);
-        if (!part->before)
+        part->prefixes = malloc(((size_t)part->num_sequences + 1) * sizeof *part->prefixes);
+        if (!part->prefixes)
             return false;
         for (int64_t n = 0; n < part->num_sequences; n++) {
-            part->before[n] = (fa_prefix){part->num_items, part->shared_bytes};
+            part->prefixes[n] = (fa_prefix){part->num_items, part->shared_bytes};
             fa_sequence s = nth_sequence(p, n);
             fa_group_plan group_plan = plan_group(p, part, &s);
             add_sequences(p, &group_plan, 1, part);
         }
-        part->before[part->num_sequences] = (fa_prefix){part->num_items, part->shared_bytes};
+        part->prefixes[part->num_sequences] = (fa_prefix){part->num_items, part->shared_bytes};
     }
     if (part->num_threads > part->num_items)
         part->num_threads = part->num_items > 0 ? (int)part->num_items : 1;
@@ -259,16 +258,16 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
 
 void fa_free_partition(fa_partition *part)
 {
-    free(part->before);
+    free(part->prefixes);
 }
 
-/* The last sequence that begins at or before an item. */
+/* The sequence that an item belongs to. */
 static int64_t find_sequence(const fa_partition *part, int64_t item)
 {
     int64_t lo = 0, hi = part->num_sequences;
     while (hi - lo > 1) {
         int64_t middle = lo + (hi - lo) / 2;
-        if (part->before[middle].items <= item)
+        if (part->prefixes[middle].items <= item)
             lo = middle;
         else
             hi = middle;
@@ -278,27 +277,27 @@ static int64_t find_sequence(const fa_partition *part, int64_t item)
 
 static fa_prefix prefix_of(const fa_partition *part, int64_t sequence)
 {
-    if (part->before)
-        return part->before[sequence];
+    if (part->prefixes)
+        return part->prefixes[sequence];
     return (fa_prefix){sequence * (part->num_items / part->num_sequences),
                        (size_t)sequence * (part->shared_bytes / (size_t)part->num_sequences)};
 }
 
-/* Items of a group follow each other, so that a thread finds its keys in cache; later rows first,
- * because under a causal mask they are the longer ones, and the last items should be short. */
+/* Items of a group follow each other, so that a thread finds its keys in cache. Later rows come first: under
+ * a causal mask they see more keys, and the last items should be short. */
 const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64_t index, char *shared,
                             fa_work_item *item)
 {
     int64_t sequence =
-        part->before ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
-    fa_prefix before = prefix_of(part, sequence);
+        part->prefixes ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
+    const fa_prefix prefix = prefix_of(part, sequence);
     index_sequence(p, sequence, item->batch_index);
-    item->sequence = part->before ? sequence_at(p, item->batch_index) : part->sequence;
+    item->sequence = part->prefixes ? sequence_at(p, item->batch_index) : part->sequence;
 
-    const fa_group_plan group_plan = part->before ? plan_group(p, part, &item->sequence) : part->group_plan;
+    const fa_group_plan group_plan = part->prefixes ? plan_group(p, part, &item->sequence) : part->group_plan;
     const int64_t per_group = items_per_group(&group_plan);
-    item->kv_head = (index - before.items) / per_group;
-    int64_t in_group = (index - before.items) % per_group;
+    item->kv_head = (index - prefix.items) / per_group;
+    int64_t in_group = (index - prefix.items) % per_group;
 
     item->split_keys = group_plan.split_keys;
     item->first_split = item->split_begin = group_plan.first_split;
@@ -308,10 +307,10 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
     item->splits_done = NULL;
     int64_t row_item = group_plan.num_row_items - 1 - in_group;
     if (group_plan.shares_splits) {
-        char *group =
-            shared + before.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &group_plan);
-        item->splits_done = (_Atomic int64_t *)group;
-        item->partials = group + COUNT_BYTES;
+        char *partials =
+            shared + prefix.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &group_plan);
+        item->splits_done = (_Atomic int64_t *)partials;
+        item->partials = partials + COUNT_BYTES;
         item->split_begin = group_plan.first_split + in_group;
         item->split_end = item->split_begin + 1;
         row_item = 0;
@@ -337,8 +336,8 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
     if (!fa_partition_problem(p, &part))
         return FA_NO_MEMORY;
     const fa_kernel *kernel = fa_select_kernel(p);
-    const int64_t group = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
-    const bool is_decode = p->seqlen_q * group <= kernel->decode_rows;
+    const int64_t group_size = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
+    const bool is_decode = p->seqlen_q * group_size <= kernel->decode_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,
@@ -346,7 +345,7 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
         .tile_rows = kernel->lanes * kernel->max_vectors,
         .key_block = is_decode ? FA_DECODE_KEYS : FA_KEY_BLOCK,
         .tiles_per_item = part.tiles_per_item,
-        .num_splits = part.most_splits,
+        .num_splits = part.max_splits,
         .num_items = part.num_items,
         .num_threads = part.num_threads,
         .scratch_bytes = part.scratch_bytes,

@@ -2,9 +2,9 @@
 #ifndef FA_PLAN_H
 #define FA_PLAN_H
 
-#include "dispatch.h"
+#include "kernel.h"
 
-/* How the queries and keys of one sequence and kv head, a group, are cut. */
+/* How one head group, the queries of a sequence that share a kv head, becomes items. */
 typedef struct {
     const fa_kernel *kernel;
     int64_t rows_per_item;
@@ -13,7 +13,7 @@ typedef struct {
     bool shares_splits; /* each split is an item */
 } fa_group_plan;
 
-/* Where a sequence's items and partial results begin, among those of all sequences. */
+/* Items, and bytes of partial results, of all sequences before one. */
 typedef struct {
     int64_t items;
     size_t partial_bytes;
@@ -22,15 +22,15 @@ typedef struct {
 typedef struct {
     int64_t num_sequences;
     int64_t num_items;
-    int64_t most_splits;
+    int64_t max_splits;
     int tiles_per_item;
-    double work_per_item; /* a group of more than that shares its splits out */
+    double work_per_item; /* the splits of a group with more work are items of their own */
     int num_threads;
     size_t scratch_bytes;     /* per thread */
     size_t shared_bytes;      /* for the partial results of split groups */
-    fa_prefix *before;        /* of each sequence and after the last; NULL: they are all alike, */
-    fa_sequence sequence;     /* like this one, */
-    fa_group_plan group_plan; /* and cut like this */
+    fa_prefix *prefixes;      /* of each sequence and after the last; NULL: sequences are uniform, and */
+    fa_sequence sequence;     /* each is this one, */
+    fa_group_plan group_plan; /* with this plan */
 } fa_partition;
 
 /* false: no memory. */
@@ -41,7 +41,7 @@ void fa_free_partition(fa_partition *partition);
 const fa_kernel *fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index,
                             char *shared, fa_work_item *item);
 
-/* Whether two items differ in nothing but where their arrays lie. */
+/* Whether two items differ in nothing but the addresses of their arrays. */
 bool fa_same_geometry(const fa_work_item *a, const fa_work_item *b);
 
 #endif

@@ -1,62 +1,48 @@
-#define _GNU_SOURCE
 #include "threads.h"
 
-#include <errno.h>
 #include <fenv.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "fastattn.h"
+#include "platform.h"
 
-#define MAX_WORKERS 1023
-
-/* How long a thread spins before it sleeps, on both sides. A sleep and a wake cost microseconds; calls in a
- * row come closer together than this: in a step of a KVCache some 15 µs of Python lie between them, and a
- * worker may have ended as much before the caller. (At 30 µs the median of such steps was 4 % longer.) A
- * longer spin would take the CPU from others. */
+/* How long a thread spins before it sleeps, the caller and the workers alike. To sleep and to be woken costs
+ * microseconds. The calls of a decoding loop are closer together than this: a step of a KVCache has some 15
+ * µs of Python between them, and a worker may have ended as much before the caller. A longer spin would take
+ * the CPU from other processes. */
 #define SPIN_NANOSECONDS 50000
 
-/* How often a caller that waits looks around. */
+/* Time between two calls of `idle` while the caller waits. */
 #define IDLE_NANOSECONDS 50000000
 
-/* A region is announced by `ticket`: its number above, its members in the low bits. Only members read
- * task and argument, and the next region is not announced before all of them have finished, so a slow
- * bystander cannot see a region half-written. */
-#define MEMBER_BITS 16
-#define MEMBER_MASK (((uint64_t)1 << MEMBER_BITS) - 1)
+/* A region is one call of fa_parallel. `ticket` publishes it: the region's number above, the number of its
+ * threads in the low bits. Only workers below that number read task and argument, and the next region is not
+ * published before all of them have finished, so a worker that is late never sees a region half-written. */
+#define COUNT_BITS 16
+#define COUNT_MASK (((uint64_t)1 << COUNT_BITS) - 1)
 
 static struct {
-    pthread_mutex_t lock;
-    pthread_cond_t finished;
     atomic_bool busy;
     _Atomic uint64_t ticket;
     atomic_int unfinished;     /* workers still in the task */
-    atomic_bool caller_sleeps; /* the caller waits for `finished` */
+    atomic_bool caller_sleeps; /* until none is left */
     int num_workers;           /* touched only by the thread that holds `busy` */
     void (*task)(void *argument, int thread_index);
     void *argument;
     fenv_t environment;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .finished = PTHREAD_COND_INITIALIZER};
+} pool;
 
-/* By member. Each sleeps by itself: a region wakes those that it has work for, however many there are. */
+/* By thread index. Each worker sleeps on a condition variable of its own: a region wakes those that it has
+ * work for, however many there are. */
 static struct {
-    pthread_cond_t published;
-    atomic_bool sleeps;
-} workers[MAX_WORKERS + 1];
+    uint64_t first_ticket; /* that was current when it was created */
+    atomic_bool sleeps;    /* until a ticket is published */
+} workers[FA_MAX_THREADS];
 
 static _Thread_local bool inside_task;
-
-int64_t fa_nanoseconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 static void relax(void)
 {
@@ -95,104 +81,75 @@ static bool some_unfinished(uint64_t unused)
 static uint64_t wait_for_ticket(uint64_t seen, int thread_index)
 {
     if (!spin_while(no_new_ticket, seen)) {
-        pthread_mutex_lock(&pool.lock);
+        fa_lock_pool();
         atomic_store(&workers[thread_index].sleeps, true);
         while (no_new_ticket(seen))
-            pthread_cond_wait(&workers[thread_index].published, &pool.lock);
+            fa_wait(thread_index);
         atomic_store(&workers[thread_index].sleeps, false);
-        pthread_mutex_unlock(&pool.lock);
+        fa_unlock_pool();
     }
     return atomic_load(&pool.ticket);
 }
 
-/* What a new worker is told: its number, and the ticket that was current when it was created. */
-typedef struct {
-    int thread_index;
-    uint64_t ticket;
-} worker_start;
-
-static void *work(void *argument)
+static void work(int thread_index)
 {
-    worker_start mine = *(worker_start *)argument;
-    free(argument);
     inside_task = true;
-    for (uint64_t ticket = mine.ticket;;) {
-        ticket = wait_for_ticket(ticket, mine.thread_index);
-        if (mine.thread_index >= (int)(ticket & MEMBER_MASK))
+    for (uint64_t ticket = workers[thread_index].first_ticket;;) {
+        ticket = wait_for_ticket(ticket, thread_index);
+        if (thread_index >= (int)(ticket & COUNT_MASK))
             continue;
         fesetenv(&pool.environment);
-        pool.task(pool.argument, mine.thread_index);
+        pool.task(pool.argument, thread_index);
         if (atomic_fetch_sub(&pool.unfinished, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
-            pthread_mutex_lock(&pool.lock);
-            pthread_cond_signal(&pool.finished);
-            pthread_mutex_unlock(&pool.lock);
+            fa_lock_pool();
+            fa_signal(0);
+            fa_unlock_pool();
         }
     }
-    return NULL;
 }
 
 /* After a fork the child has the pool's memory but none of its threads. */
 static void reset_in_child(void)
 {
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.finished, NULL);
     atomic_store(&pool.busy, false);
     atomic_store(&pool.unfinished, 0);
     atomic_store(&pool.caller_sleeps, false);
     pool.num_workers = 0;
 }
 
-/* When the library is loaded: by the first region it would be too late for a fork in the middle of that. */
+/* When the library is loaded: another thread may fork while the first region runs. */
 __attribute__((constructor)) static void watch_forks(void)
 {
-    pthread_atfork(NULL, NULL, reset_in_child);
+    fa_on_fork(reset_in_child);
 }
 
-/* Workers block signals: those are the main thread's, where Python handles them. Faults are their own. */
 static bool create_worker(int thread_index)
 {
-    worker_start *argument = malloc(sizeof *argument);
-    if (!argument)
-        return false;
-    *argument = (worker_start){thread_index, atomic_load(&pool.ticket)};
-    pthread_cond_init(&workers[thread_index].published, NULL);
+    workers[thread_index].first_ticket = atomic_load(&pool.ticket);
     atomic_store(&workers[thread_index].sleeps, false);
-    sigset_t all, previous;
-    sigfillset(&all);
-    const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    for (int i = 0; i < 4; i++)
-        sigdelset(&all, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &all, &previous);
-    pthread_t thread;
-    bool created = pthread_create(&thread, NULL, work, argument) == 0;
-    pthread_sigmask(SIG_SETMASK, &previous, NULL);
-    if (created)
-        pthread_detach(thread);
-    else
-        free(argument);
-    return created;
+    return fa_start_thread(thread_index, work);
 }
 
 static int grow_pool(int wanted)
 {
-    if (wanted > MAX_WORKERS)
-        wanted = MAX_WORKERS;
+    if (wanted > FA_MAX_THREADS - 1)
+        wanted = FA_MAX_THREADS - 1;
     while (pool.num_workers < wanted && create_worker(pool.num_workers + 1))
         pool.num_workers++;
     return pool.num_workers < wanted ? pool.num_workers : wanted;
 }
 
-static void publish(int members)
+static void publish(int num_threads)
 {
-    uint64_t region = (atomic_load(&pool.ticket) >> MEMBER_BITS) + 1;
-    atomic_store(&pool.unfinished, members - 1);
-    atomic_store(&pool.ticket, region << MEMBER_BITS | (uint64_t)members);
-    for (int thread_index = 1; thread_index < members; thread_index++) {
+    uint64_t region = (atomic_load(&pool.ticket) >> COUNT_BITS) + 1;
+    atomic_store(&pool.unfinished, num_threads - 1);
+    atomic_store(&pool.ticket, region << COUNT_BITS | (uint64_t)num_threads);
+    for (int thread_index = 1; thread_index < num_threads; thread_index++) {
         if (!atomic_load(&workers[thread_index].sleeps))
             continue;
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_signal(&workers[thread_index].published);
-        pthread_mutex_unlock(&pool.lock);
+        fa_lock_pool();
+        fa_signal(thread_index);
+        fa_unlock_pool();
     }
 }
 
@@ -200,24 +157,17 @@ static void wait_for_workers(void (*idle)(void *argument), void *argument)
 {
     if (spin_while(some_unfinished, 0))
         return;
-    pthread_mutex_lock(&pool.lock);
+    fa_lock_pool();
     atomic_store(&pool.caller_sleeps, true);
     while (some_unfinished(0)) {
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += IDLE_NANOSECONDS;
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-        if (pthread_cond_timedwait(&pool.finished, &pool.lock, &until) == ETIMEDOUT && idle) {
-            pthread_mutex_unlock(&pool.lock); /* it may call us */
+        if (!fa_wait_for(0, IDLE_NANOSECONDS) && idle) {
+            fa_unlock_pool(); /* `idle` may call this library */
             idle(argument);
-            pthread_mutex_lock(&pool.lock);
+            fa_lock_pool();
         }
     }
     atomic_store(&pool.caller_sleeps, false);
-    pthread_mutex_unlock(&pool.lock);
+    fa_unlock_pool();
 }
 
 void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index),
@@ -243,19 +193,11 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index)
 
 /* --- scratch ------------------------------------------------------------------------------------ */
 
-static pthread_key_t scratch_key; /* its only use is to free the buffer with its thread */
 static _Thread_local struct {
     void *data;
     size_t bytes;
     bool taken;
 } scratch;
-
-static bool has_scratch_key;
-
-__attribute__((constructor)) static void create_scratch_key(void)
-{
-    has_scratch_key = pthread_key_create(&scratch_key, free) == 0;
-}
 
 void *fa_take_scratch(size_t bytes)
 {
@@ -263,13 +205,10 @@ void *fa_take_scratch(size_t bytes)
         scratch.taken = true;
         return scratch.data;
     }
-    void *data;
-    if (posix_memalign(&data, 64, bytes) != 0)
-        return NULL;
-    if (!scratch.taken) {
-        free(scratch.data);
-        if (has_scratch_key)
-            pthread_setspecific(scratch_key, data);
+    void *data = fa_allocate(bytes);
+    if (data && !scratch.taken) {
+        fa_free(scratch.data);
+        fa_free_with_thread(data);
         scratch.data = data;
         scratch.bytes = bytes;
         scratch.taken = true;
@@ -282,7 +221,7 @@ void fa_give_back_scratch(void *data)
     if (data == scratch.data)
         scratch.taken = false;
     else
-        free(data);
+        fa_free(data);
 }
 
 /* --- how many ----------------------------------------------------------------------------------- */
@@ -293,8 +232,8 @@ static int positive_from_environment(const char *name)
 {
     const char *text = getenv(name);
     long value = text ? strtol(text, NULL, 10) : 0;
-    if (value > MAX_WORKERS + 1)
-        value = MAX_WORKERS + 1;
+    if (value > FA_MAX_THREADS)
+        value = FA_MAX_THREADS;
     return value > 0 ? (int)value : 0;
 }
 
@@ -314,5 +253,5 @@ int fa_get_num_threads(void)
 
 void fa_set_num_threads(int num_threads)
 {
-    atomic_store(&default_num_threads, num_threads > MAX_WORKERS + 1 ? MAX_WORKERS + 1 : num_threads);
+    atomic_store(&default_num_threads, num_threads > FA_MAX_THREADS ? FA_MAX_THREADS : num_threads);
 }

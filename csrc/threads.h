@@ -2,19 +2,14 @@
 #ifndef FA_THREADS_H
 #define FA_THREADS_H
 
-#include <stdbool.h>
 #include <stddef.h>
-#include <stdint.h>
 
-/* Of a clock that only goes forward. */
-int64_t fa_nanoseconds(void);
-
-/* Calls task(argument, member) once on each of at most `num_threads` threads, for members 0 (the
- * caller), 1, ...; returns when all calls have returned. There may be fewer members than asked for:
- * inside a task, while another thread uses the pool, or where threads cannot be created, the caller is
- * alone. So the members must share the work out among themselves. While the caller waits for the others it
- * calls idle(argument), if there is one, some times a second. Members compute in the caller's
- * floating-point environment. */
+/* Calls task(argument, thread_index) once on each of at most `num_threads` threads, for the indices 0 (the
+ * caller), 1, ...; returns when all calls have returned. There may be fewer threads than asked for: inside a
+ * task, while another thread uses the pool, or where threads cannot be created, the caller is alone. So the
+ * threads must share the work out among themselves. While the caller waits for the others it calls
+ * idle(argument), if there is one, some times a second. All compute in the caller's floating-point
+ * environment. */
 void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index),
                  void (*idle)(void *argument), void *argument);
 

@@ -1,5 +1,6 @@
 """The build, and a package that is not whole: one line says what is missing."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -30,6 +31,23 @@ def test_a_build_without_a_compiler_says_so(tmp_path):
     assert "no C compiler '/no/such/cc'" in last
     assert "install gcc" in last
     assert not list(tmp_path.iterdir())
+
+
+@needs_source
+def test_every_source_is_compiled_and_known_to_editors(tmp_path):
+    script = SOURCE / "csrc" / "flags.py"
+    done = subprocess.run(
+        [sys.executable, "-I", script, "compile-commands"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    commands = json.loads(done.stdout)
+    known = {command["file"] for command in commands}
+    assert all((SOURCE / file).exists() for file in known)
+    on_disk = [
+        *(SOURCE / "csrc").glob("*.c"),
+        *(SOURCE / "csrc" / "isa").glob("*.c"),
+        *(SOURCE / "tests/c").glob("*.c"),
+    ]
+    assert known == {path.relative_to(SOURCE).as_posix() for path in on_disk}
 
 
 def complaint_of(folder, before=""):

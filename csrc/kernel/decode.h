@@ -5,6 +5,7 @@
 #ifndef FA_KERNEL_DECODE_H
 #define FA_KERNEL_DECODE_H
 
+#include "../cpu.h"
 #include "prefetch.h"
 
 /* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, run by

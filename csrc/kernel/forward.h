@@ -324,7 +324,7 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
     }
 #endif
     for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
-        if (fa_should_stop(s->run, s->is_caller))
+        if (fa_should_stop(s->stop))
             return;
         begin_products();
         end = block_end(begin, decode ? DECODE_KEYS : KEY_BLOCK, key_hi);
@@ -427,7 +427,7 @@ static void attend_weights(item_state *s)
 {
     const fa_problem *p = s->problem;
     for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
-        if (fa_should_stop(s->run, s->is_caller))
+        if (fa_should_stop(s->stop))
             return;
         begin_products();
         end = block_end(begin, KEY_BLOCK, s->key_hi);
@@ -520,7 +520,7 @@ static void attend_item(item_state *s)
 #define STATE_BYTES ((sizeof(item_state) + 63) / 64 * 64)
 
 static void forward_item(const fa_problem *p, const fa_work_item *item, const fa_work_item *next,
-                         void *scratch, fa_run *run, bool is_caller)
+                         void *scratch, fa_stop *stop)
 {
     item_state *s = scratch;
     const item_arrays arrays = item->same_geometry && s->next ? s->next_arrays : locate(p, item);
@@ -529,8 +529,7 @@ static void forward_item(const fa_problem *p, const fa_work_item *item, const fa
     s->next = next;
     if (next)
         s->next_arrays = locate(p, next);
-    s->run = run;
-    s->is_caller = is_caller;
+    s->stop = stop;
     if (item->same_geometry) {
         for (int i = 0; i < s->num_tiles; i++)
             move_tile(p, &s->arrays, &arrays, &s->w.tiles[i]);

@@ -104,7 +104,7 @@ static void number_rows(const item_arrays *a, int64_t row_begin, tile *t)
     }
 }
 
-/* Keys that the row at `position` may see of `num_keys`: an interval, whatever hides the others. */
+/* The keys that each lane's row may see: an interval, whatever masks more of them. */
 static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
 {
     const int64_t num_keys = a->num_keys;
@@ -119,17 +119,14 @@ static void find_intervals(const fa_problem *p, const item_arrays *a, tile *t)
     t->key_lo = INT64_MAX;
     t->key_hi = 0;
     for (int j = 0; j < t->vectors * LANES; j++) {
-        int64_t position = t->row[j] + a->query_offset;
-        int64_t lo = p->left == FA_UNBOUNDED ? 0 : min_i64(max_i64(position - p->left, 0), num_keys);
-        int64_t hi =
-            p->right == FA_UNBOUNDED ? num_keys : min_i64(max_i64(position + p->right + 1, 0), num_keys);
-        t->lo[j] = lo;
-        t->hi[j] = hi;
-        t->full_lo = max_i64(t->full_lo, lo);
-        t->full_hi = min_i64(t->full_hi, hi);
-        if (lo < hi) {
-            t->key_lo = min_i64(t->key_lo, lo);
-            t->key_hi = max_i64(t->key_hi, hi);
+        const fa_interval keys = fa_row_interval(p, t->row[j] + a->query_offset, num_keys);
+        t->lo[j] = keys.lo;
+        t->hi[j] = keys.hi;
+        t->full_lo = max_i64(t->full_lo, keys.lo);
+        t->full_hi = min_i64(t->full_hi, keys.hi);
+        if (keys.lo < keys.hi) {
+            t->key_lo = min_i64(t->key_lo, keys.lo);
+            t->key_hi = max_i64(t->key_hi, keys.hi);
         }
     }
 }

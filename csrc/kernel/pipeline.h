@@ -295,7 +295,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         }
         if (count % UNITS_PER_POLL == 0) {
             finish_pending(&pending);
-            if (fa_should_stop(s->run, s->is_caller))
+            if (fa_should_stop(s->stop))
                 return false;
             begin_products();
         }
@@ -383,7 +383,7 @@ static bool attend_superblock_nan_safe(superblock *b)
     unit u;
     for (unsigned count = 1; next_unit(b, &u); count++) {
         if (count % UNITS_PER_POLL == 0) {
-            if (fa_should_stop(s->run, s->is_caller))
+            if (fa_should_stop(s->stop))
                 return false;
             begin_products();
         }
@@ -427,7 +427,7 @@ static void attend_pipeline(item_state *s, int64_t key_lo, int64_t key_hi, bool 
         b.key_hi = min_i64(key_hi, b.first + keys);
         b.num_blocks = (int)((b.key_hi - b.first + KEY_BLOCK - 1) / KEY_BLOCK);
         b.tile = b.block = 0;
-        if (fa_should_stop(s->run, s->is_caller))
+        if (fa_should_stop(s->stop))
             return;
         pack_superblock(&b);
         begin_products();

@@ -85,8 +85,7 @@ typedef struct {
     int num_tiles;
     int block_keys;         /* in one piece, whose scores are computed at once */
     int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
-    fa_run *run;
-    bool is_caller;
+    fa_stop *stop;
 } item_state; /* at the front of the scratch */
 
 /* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever

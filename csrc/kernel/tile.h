@@ -3,7 +3,7 @@
 #ifndef FA_KERNEL_TILE_H
 #define FA_KERNEL_TILE_H
 
-#include "../dispatch.h"
+#include "../kernel.h"
 #include "product.h"
 
 #define TILE_ROWS (MAX_VECTORS * LANES)

@@ -1,0 +1,82 @@
+"""What the C library is compiled from, and by which flags: for setup.py, the tests in tests/c, and editors.
+
+Needs nothing but Python itself:
+
+    python3 csrc/flags.py make              # the flags as variables for make
+    python3 csrc/flags.py compile-commands  # compile_commands.json, on standard output
+"""
+
+import json
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+# These come after Python's own flags, and win. -fno-wrapv: where signed overflow wraps, compilers cannot
+# simplify the index arithmetic of loops. -ffp-contract=fast: fused multiply-adds, GCC's default but not
+# clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
+CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
+CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    },
+}
+ELEMENTS = {
+    "baseline": ["float32", "float64"],
+    "avx2": ["float32", "float64"],
+    "avx512": ["float32", "float64"],
+    "avx512bf16": ["bf16dot"],
+    "amx": ["bf16tile"],
+}
+
+FRAMEWORK = ["forward", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]
+
+
+def target_machine() -> str:
+    """The machine that is built for, which in a cross build is not the one that builds."""
+    return sysconfig.get_platform().rsplit("-", 1)[-1]
+
+
+def kernels() -> Iterator[tuple[str, str, list[str]]]:
+    """Instruction set, element type and flags of each kernel of the target machine."""
+    for isa, flags in INSTRUCTION_SETS.get(target_machine(), {"baseline": []}).items():
+        for element in ELEMENTS[isa]:
+            yield isa, element, flags
+
+
+def make_variables() -> Iterator[str]:
+    yield f"CFLAGS = {' '.join(CFLAGS)}"
+    yield f"KERNELS = {' '.join(f'{isa}_{element}' for isa, element, _ in kernels())}"
+    for isa, element, flags in kernels():
+        yield f"FLAGS_{isa}_{element} = {' '.join(flags)} -DTEST_ISA={isa} -DTEST_ELEMENT={element}"
+
+
+def compile_commands() -> list[dict[str, object]]:
+    """Entries of compile_commands.json; tests/c/kernel_test.c as for the best instruction set."""
+    root = Path(__file__).resolve().parent.parent
+    sources: dict[str, list[str]] = {f"csrc/{name}.c": [] for name in FRAMEWORK}
+    sources |= {f"tests/c/{path.name}": [] for path in sorted((root / "tests" / "c").glob("*.c"))}
+    for isa, element, flags in kernels():
+        sources[f"csrc/isa/{isa}_{element}.c"] = flags
+        sources["tests/c/kernel_test.c"] = [*flags, f"-DTEST_ISA={isa}", f"-DTEST_ELEMENT={element}"]
+    return [
+        {"directory": str(root), "file": file, "arguments": ["cc", *CFLAGS, *flags, "-Icsrc", "-c", file]}
+        for file, flags in sources.items()
+    ]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["make"]:
+        print(*make_variables(), sep="\n")
+    elif sys.argv[1:] == ["compile-commands"]:
+        print(json.dumps(compile_commands(), indent=1))
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,83 @@
+/* What a kernel is: the work item that it computes, and its entry in the table of dispatch.c.
+ *
+ * Every kernel in csrc/isa/ includes this header, and so do plan.c, which makes work items, and forward.c,
+ * which hands them to kernels. */
+#ifndef FA_KERNEL_H
+#define FA_KERNEL_H
+
+#include "fastattn.h"
+#include "stop.h"
+
+/* The queries and keys of one sequence. */
+typedef struct {
+    int64_t num_queries, num_keys;
+    int64_t first_query, first_key; /* rows before it in packed arrays, else 0 */
+    int64_t query_offset;
+    int64_t key_lo, key_hi; /* keys that some query sees, by position, lie in [key_lo, key_hi) */
+} fa_sequence;
+
+/* A unit of work: query rows [row_begin, row_end) of one sequence and kv head, over the keys of the splits
+ * [split_begin, split_end). The rows of a head group are numbered position by position:
+ * row = position * group_size + head in the group.
+ *
+ * Keys are split at multiples of split_keys. Each split is a softmax of its own. The splits of a group are
+ * merged in order: by the item that has all of them or, if `partials` is not NULL, by the item that finishes
+ * last. So results depend on the splits and not on the threads that computed them. */
+typedef struct {
+    int64_t batch_index[FA_MAX_BATCH_DIMS];
+    fa_sequence sequence;
+    int64_t kv_head;
+    int64_t row_begin, row_end;
+    int64_t split_keys; /* a multiple of FA_KEY_BLOCK */
+    int64_t split_begin, split_end;
+    int64_t first_split, num_splits; /* of the whole group */
+    char *partials;                  /* num_splits of them, of kernel->partial_bytes(rows) each */
+    _Atomic int64_t *splits_done;    /* of the group */
+    bool same_geometry; /* rows, keys and splits are those of the item that used the same scratch before */
+} fa_work_item;
+
+typedef struct {
+    const char *isa;
+    const char *name;
+    int lanes; /* query rows in a vector */
+    int max_vectors;
+    bool flushes_subnormals; /* computes in a float mode that takes them for 0; see float_mode.h */
+    int max_tiles;           /* of an item; they share every key block, and what is packed of it */
+    int items_per_thread;    /* at least, where there is so much work: some threads wait for the last ones */
+    bool splits_many_rows;   /* keys of a large group, too, to keep sums short */
+    int decode_rows;         /* a head group of at most so many rows has a decode tile */
+    /* Bytes of scratch for an item of `tiles` tiles, and of the partial result of a tile of `rows` rows. */
+    size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
+    size_t (*partial_bytes)(const fa_problem *problem, int64_t rows);
+    /* Computes the item. `next` (or NULL) is the item that this thread computes after it, whose first rows
+     * are prefetched. `scratch` is 64-byte aligned, and keeps its contents between items of the same
+     * geometry. */
+    void (*forward)(const fa_problem *problem, const fa_work_item *item, const fa_work_item *next,
+                    void *scratch, fa_stop *stop);
+    /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */
+    double (*peak)(int64_t rounds);
+    /* Reads all bytes, by whole vectors; the result depends on each of them. */
+    uint64_t (*read)(const char *data, size_t bytes, bool prefetches);
+} fa_kernel;
+
+/* Keys [lo, hi); empty if lo >= hi. */
+typedef struct {
+    int64_t lo, hi;
+} fa_interval;
+
+static inline int64_t fa_clamp(int64_t x, int64_t lowest, int64_t highest)
+{
+    return x < lowest ? lowest : x > highest ? highest : x;
+}
+
+/* The keys, of `num_keys`, that the window lets a query at `position` see. A causal mask is the window's
+ * right = 0. */
+static inline fa_interval fa_row_interval(const fa_problem *p, int64_t position, int64_t num_keys)
+{
+    return (fa_interval){
+        .lo = p->left == FA_UNBOUNDED ? 0 : fa_clamp(position - p->left, 0, num_keys),
+        .hi = p->right == FA_UNBOUNDED ? num_keys : fa_clamp(position + p->right + 1, 0, num_keys),
+    };
+}
+
+#endif
