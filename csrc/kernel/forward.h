@@ -3,44 +3,14 @@
 #ifndef FA_KERNEL_FORWARD_H
 #define FA_KERNEL_FORWARD_H
 
+#include "attend_decode.h"
 #include "partial.h"
-#include "state.h"
-#include "top.h"
 
 #if IS_PIPELINED
-#include "pipeline.h"
+#include "attend_pipeline.h"
+#else
+#include "attend_wide.h"
 #endif
-
-/* Makes room in the running softmax for scores up to `largest`. */
-FA_INLINE void rescale_accumulators(const fa_problem *p, tile *t, vec block_max[MAX_VECTORS], real to_log2,
-                                    int vectors, bool decode)
-{
-    vec rescale[MAX_VECTORS];
-    if (!update_row_max(t, block_max, to_log2, vectors, decode, rescale))
-        return;
-    for (int m = 0; m < vectors; m++)
-        t->row_sum[m] *= rescale[m];
-    if (!t->empty)
-        rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
-}
-
-/* Adds a key block to the running softmax of a wide tile. */
-FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const prefetch_plan *plan, int vectors, bool nan_safe,
-                            vec *scores)
-{
-    vec block_max[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, plan, vectors, false, scores, block_max))
-        return;
-    if (p->top_count > 0)
-        update_top(p, t, range, scores, vectors, false);
-    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
-    rescale_accumulators(p, t, block_max, to_log2, vectors, false);
-    exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
-    const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, plan, vectors, nan_safe);
-    t->empty = false;
-}
 
 /* Scores of the panel -> weights. */
 FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vectors, vec *scores)
@@ -104,26 +74,6 @@ static void store_weights(const fa_problem *p, const item_arrays *a, const tile 
     }
 }
 
-/* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
-static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const prefetch_plan *plan, bool nan_safe,
-                             vec *scores)
-{
-    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
-    if (nan_safe && vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, true, scores);
-    else if (nan_safe && vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, true, scores);
-    else if (nan_safe)
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, true, scores);
-    else if (vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, false, scores);
-    else if (vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, false, scores);
-    else
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, false, scores);
-}
-
 static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
                                 const operand_block *key, vec *weights)
 {
@@ -137,205 +87,17 @@ static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *r
     return compute_weights(p, t, range, key, MAX_VECTORS, false, weights);
 }
 
-static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                prefetch_plan *plan)
-{
-    if (begin >= end)
-        return;
-    plan->key = a->key + key_offset(p, a, &p->key, begin);
-    plan->value = a->value + key_offset(p, a, &p->value, begin);
-    plan->key_rows = (int)(end - begin);
-    if (a->key_scale) {
-        plan->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
-        plan->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
-    }
-}
-
-/* The keys from `begin` on; after the last, the next item's first ones. */
-static void plan_key_prefetch(const item_state *s, int64_t begin, prefetch_plan *plan)
-{
-    const fa_problem *p = s->problem;
-    if (begin < s->key_hi) {
-        plan_block_prefetch(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), plan);
-    } else if (s->next) {
-        const fa_sequence *next = &s->next->sequence;
-        int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        plan_block_prefetch(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), plan);
-    }
-}
-
-/* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
- * item's first ones. */
-static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
-{
-    const fa_problem *p = s->problem;
-    if (i < s->num_tiles) {
-        plan->query = s->arrays.query + s->arrays.first_head * p->query.head;
-        plan->query_begin = s->w.tiles[i].row_begin;
-        plan->query_rows = s->w.tiles[i].rows;
-    } else if (s->next) {
-        plan->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
-        plan->query_begin = s->next->row_begin;
-        plan->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
-    }
-}
-
-/* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
-static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_safe)
-{
-    const fa_problem *p = s->problem;
-    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_key);
-    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value);
-    bool keys_prefetched = false; /* by one of the tiles */
-    for (int i = 0; i < s->num_tiles; i++) {
-        tile *t = &s->w.tiles[i];
-        key_range range = tile_range(t, begin, end);
-        bool last_block = end == s->key_hi;
-        if (range.key_lo >= range.key_hi)
-            continue;
-        prefetch_plan plan = {0};
-        if (last_block)
-            plan.out_rows = t->rows;
-        if (!keys_prefetched)
-            plan_key_prefetch(s, end, &plan);
-        if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
-            plan_query_prefetch(s, i + 1, &plan);
-        if (!t->packed)
-            pack_tile(p, t);
-        attend_block_any(p, t, &range, &key, &value, &plan, nan_safe, s->w.scores);
-        keys_prefetched = true;
-    }
-}
-
-/* What a decode tile takes between two updates of its softmax. */
-typedef struct {
-    key_range keys, blocks[DECODE_BLOCKS];
-    bool seen[DECODE_BLOCKS]; /* by some row */
-    int num_blocks;
-    row_stream streams[2 * DECODE_BLOCKS + 2]; /* what is read, in this order: the keys of all blocks, their
-                                                * values, and the keys and the values of the block behind */
-} decode_step;
-
-/* The part of the score panel that is a block's. */
-FA_INLINE vec *block_panel(const item_state *s, const decode_step *step, int i)
-{
-    return s->w.scores + ((step->blocks[i].first - step->keys.first) >> s->w.tiles[0].key_shift);
-}
-
-/* Keys from `begin` on, and their values, as a decode tile reads them. */
-static void list_block(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
-{
-    const fa_problem *p = s->problem;
-    prefetch_plan block = {0};
-    plan_key_prefetch(s, begin, &block);
-    *key = dense_stream(block.key, &p->key, p->head_dim, block.key_rows);
-    *value = dense_stream(block.value, &p->value, p->head_dim_v, block.key_rows);
-}
-
-/* Cuts the step's keys into blocks. */
-static void list_blocks(const item_state *s, decode_step *step)
-{
-    const key_range *keys = &step->keys;
-    int count = 0;
-    for (int64_t begin = keys->key_lo, end; begin < keys->key_hi; begin = end) {
-        end = block_end(begin, s->block_keys, keys->key_hi);
-        step->blocks[count++] = tile_range(&s->w.tiles[0], begin, end);
-    }
-    for (int i = 0; i < count; i++)
-        list_block(s, step->blocks[i].key_lo, step->streams + i, step->streams + count + i);
-    list_block(s, keys->key_hi, step->streams + 2 * count, step->streams + 2 * count + 1);
-    step->num_blocks = count;
-}
-
-/* Fills the panel with the scores of all blocks; false if no row sees any key. */
-static bool compute_decode_scores(item_state *s, decode_step *step, vec block_max[1])
-{
-    const fa_problem *p = s->problem;
-    tile *t = &s->w.tiles[0];
-    bool any = false;
-    block_max[0] = vec_splat(-(real)INFINITY);
-    for (int i = 0; i < step->num_blocks; i++) {
-        const key_range *range = &step->blocks[i];
-        vec *panel = block_panel(s, step, i), block_max_[MAX_VECTORS];
-        prefetch_plan plan = {.streams = step->streams + i};
-        if (s->arrays.key_scale)
-            plan_key_prefetch(s, range->key_hi, &plan);
-        if (range->key_hi == s->key_hi)
-            plan_query_prefetch(s, 1, &plan);
-        operand_block key =
-            load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_key);
-        step->seen[i] = compute_scores(p, t, range, &key, &plan, 1, true, panel, block_max_);
-        any |= step->seen[i];
-        if (!step->seen[i]) {
-            for (int r = 0; r < panel_rows(t, range, true); r++)
-                panel[r] = vec_splat(-(real)INFINITY);
-            continue;
-        }
-        if (p->top_count > 0)
-            update_top(p, t, range, panel, 1, true);
-        block_max[0] = vec_max(block_max_[0], block_max[0]);
-    }
-    return any;
-}
-
-/* Adds keys [begin, end), DECODE_KEYS at most, to the running softmax of an item's only tile, which is
- * a decode tile. */
-static void attend_decode(item_state *s, int64_t begin, int64_t end, bool nan_safe)
-{
-    const fa_problem *p = s->problem;
-    tile *t = &s->w.tiles[0];
-    decode_step step; /* filled as far as it is read: to clear it would take a hundredth of a small call */
-    step.keys = tile_range(t, begin, end);
-    vec block_max[MAX_VECTORS];
-    if (step.keys.key_lo >= step.keys.key_hi)
-        return;
-    if (!t->packed)
-        pack_tile(p, t);
-    list_blocks(s, &step);
-    if (!compute_decode_scores(s, &step, block_max))
-        return;
-    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
-    rescale_accumulators(p, t, block_max, to_log2, 1, true);
-    exponentiate(t, s->w.scores, panel_rows(t, &step.keys, true), to_log2, 1, nan_safe);
-    for (int i = 0; i < step.num_blocks; i++) {
-        const key_range *range = &step.blocks[i];
-        if (!step.seen[i])
-            continue;
-        operand_block value =
-            load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_value);
-        multiply_decode_value(p, t, range, &value, block_panel(s, &step, i),
-                              step.streams + step.num_blocks + i, nan_safe);
-        t->empty = false;
-    }
-}
-
 /* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */
 static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with_sinks, bool nan_safe)
 {
-    const bool decode = is_decode(&s->w.tiles[0]);
     for (int i = 0; i < s->num_tiles; i++) {
         reset_tile(s->problem, &s->arrays, with_sinks, &s->w.tiles[i]);
         reset_top(s->problem, &s->w.tiles[i]);
     }
-#if IS_PIPELINED
-    if (!decode) {
-        attend_pipeline(s, key_lo, key_hi, nan_safe);
-        return;
-    }
-#endif
-    for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
-        if (fa_should_stop(s->stop))
-            return;
-        begin_products();
-        end = block_end(begin, decode ? DECODE_KEYS : KEY_BLOCK, key_hi);
-        if (decode)
-            attend_decode(s, begin, end, nan_safe);
-        else
-            attend_tiles(s, begin, end, nan_safe);
-    }
-    gather_row_sum(&s->w.tiles[0]);
-    for (int i = 0; i < s->num_tiles; i++)
-        memcpy(s->w.tiles[i].exact_sum, s->w.tiles[i].row_sum, sizeof s->w.tiles[i].exact_sum);
+    if (is_decode(&s->w.tiles[0]))
+        attend_decode(s, key_lo, key_hi, nan_safe);
+    else
+        attend_wide(s, key_lo, key_hi, nan_safe);
 }
 
 /* False if some result may not be finite. */

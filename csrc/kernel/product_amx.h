@@ -18,7 +18,7 @@ _Static_assert(MAX_VECTORS == 2, "panels are of two vectors");
 
 #define PRODUCT_ROWS(vectors) (2 * TMM_ROWS)
 
-/* Whether wide tiles are attended by pipeline.h. */
+/* Whether wide tiles are attended by attend_pipeline.h. */
 #define IS_PIPELINED 1
 
 /* To pack a block of values takes a third of a unit's time, once for all tiles. Errors of sums over many keys

@@ -6,7 +6,7 @@
 
 #define PRODUCT_ROWS(vectors) MICRO_ROWS(vectors)
 
-/* Whether wide tiles are attended by pipeline.h. */
+/* Whether wide tiles are attended by attend_pipeline.h. */
 #define IS_PIPELINED 0
 
 /* Of half types, whose packing tiles share, eight tiles take 3 % less time than four (Zen 5). */

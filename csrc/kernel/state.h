@@ -1,10 +1,12 @@
-/* The state of a work item: its tiles, its arrays, and how its blocks of keys and values become operands.
+/* The state of a work item: its tiles, its arrays, how its blocks of keys and values become operands, and
+ * what is prefetched behind them.
  *
- * Requires item.h; provides item_state, load_key_block and load_value_block. */
+ * Requires item.h and softmax.h; provides item_state and what the three ways of attending share. */
 #ifndef FA_KERNEL_STATE_H
 #define FA_KERNEL_STATE_H
 
 #include "item.h"
+#include "softmax.h"
 
 /* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
 FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
@@ -93,6 +95,62 @@ typedef struct {
 static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
 {
     return min_i64((begin / keys + 1) * keys, key_hi);
+}
+
+static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
+                                prefetch_plan *plan)
+{
+    if (begin >= end)
+        return;
+    plan->key = a->key + key_offset(p, a, &p->key, begin);
+    plan->value = a->value + key_offset(p, a, &p->value, begin);
+    plan->key_rows = (int)(end - begin);
+    if (a->key_scale) {
+        plan->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
+        plan->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
+    }
+}
+
+/* The keys from `begin` on; after the last, the next item's first ones. */
+static void plan_key_prefetch(const item_state *s, int64_t begin, prefetch_plan *plan)
+{
+    const fa_problem *p = s->problem;
+    if (begin < s->key_hi) {
+        plan_block_prefetch(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), plan);
+    } else if (s->next) {
+        const fa_sequence *next = &s->next->sequence;
+        int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
+        plan_block_prefetch(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), plan);
+    }
+}
+
+/* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
+ * item's first ones. */
+static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
+{
+    const fa_problem *p = s->problem;
+    if (i < s->num_tiles) {
+        plan->query = s->arrays.query + s->arrays.first_head * p->query.head;
+        plan->query_begin = s->w.tiles[i].row_begin;
+        plan->query_rows = s->w.tiles[i].rows;
+    } else if (s->next) {
+        plan->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
+        plan->query_begin = s->next->row_begin;
+        plan->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+    }
+}
+
+/* Makes room in the running softmax for scores up to `largest`. */
+FA_INLINE void rescale_accumulators(const fa_problem *p, tile *t, vec block_max[MAX_VECTORS], real to_log2,
+                                    int vectors, bool decode)
+{
+    vec rescale[MAX_VECTORS];
+    if (!update_row_max(t, block_max, to_log2, vectors, decode, rescale))
+        return;
+    for (int m = 0; m < vectors; m++)
+        t->row_sum[m] *= rescale[m];
+    if (!t->empty)
+        rescale_out(t, p->head_dim_v, vectors, rescale, t->out);
 }
 
 #endif

@@ -467,7 +467,7 @@ static void call_product_scores(const product_rows *a, int i, const packed_vec *
     else if (vectors == 2)
         product_scores(a, i, b, length, 2, scale, &nothing, panel, block_max);
     else
-        product_scores(a, i, b, length, 3, scale, &nothing, panel, block_max);
+        product_scores(a, i, b, length, MAX_VECTORS, scale, &nothing, panel, block_max);
 }
 
 FA_INLINE void call_product_add_of(const product_rows *a, int e, const packed_vec *b, int length, int vectors,
@@ -487,10 +487,10 @@ static void call_product_add(const product_rows *a, int e, const packed_vec *b, 
     else if (vectors == 2)
         call_product_add_of(a, e, b, length, 2, nan_safe, empty, out);
     else
-        call_product_add_of(a, e, b, length, 3, nan_safe, empty, out);
+        call_product_add_of(a, e, b, length, MAX_VECTORS, nan_safe, empty, out);
 }
 
-_Static_assert(MAX_VECTORS == 3, "as many as above");
+_Static_assert(MAX_VECTORS <= 3, "as many as above");
 
 /* product_scores of packed queries with packed keys, or with keys in place. */
 static void check_scores(void)
@@ -501,7 +501,7 @@ static void check_scores(void)
     static _Alignas(64) vec panel[(SPARE_KEYS + 64) * MAX_VECTORS];
     static char memory[MAX_ROWS][MAX_DIM * 8];
     static double queries[MAX_ROWS][MAX_DIM];
-    const int head_dim = (int)random_int(1, MAX_DIM), vectors = (int)random_int(1, MAX_VECTORS);
+    const int head_dim = (int)random_int(1, MAX_DIM), vectors = (int)random_int(MIN_VECTORS, MAX_VECTORS);
     const int lead = (int)random_int(0, KEY_STEP - 1), num_keys = (int)random_int(1, MAX_KEYS - lead);
     const fa_dtype dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : stored[random_int(0, 3)];
     const real sign = (real)(random_int(0, 1) ? 1 : -1), scale = (real)(random_int(0, 1) ? 1 : 0.25);
@@ -515,7 +515,7 @@ static void check_scores(void)
     pack_query(rows, element_size(dtype), dtype, head_dim, vectors, sign, query);
     const source_rows src = rows_of(&keys);
     memset(packed, 0, sizeof packed);
-    product_rows a = {packed, packed_row_bytes(head_dim), sizeof(operand), lead, lead + num_keys};
+    product_rows a = {packed, packed_key_row(head_dim), packed_key_step(), lead, lead + num_keys};
     if (lead == 0 && random_int(0, 1) && key_is_operand(&keys.array, head_dim) && !src.scale) {
         a.data = src.data;
         a.row = keys.array.row;
@@ -558,7 +558,7 @@ static void check_add(void)
     static _Alignas(64) vec panel[(MAX_KEYS + TILE_K) * MAX_VECTORS];
     static _Alignas(64) vec out[(MAX_DIM + 64) * MAX_VECTORS], before[(MAX_DIM + 64) * MAX_VECTORS];
     static double probabilities[MAX_KEYS][MAX_ROWS];
-    const int columns = (int)random_int(1, MAX_DIM), vectors = (int)random_int(1, MAX_VECTORS);
+    const int columns = (int)random_int(1, MAX_DIM), vectors = (int)random_int(MIN_VECTORS, MAX_VECTORS);
     const int lead = (int)random_int(0, TILE_K - 1), num_keys = (int)random_int(1, MAX_KEYS - lead);
     const bool nan_safe = random_int(0, 1), empty = random_int(0, 1);
     make_keys(&values, num_keys, columns);

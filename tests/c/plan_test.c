@@ -111,6 +111,9 @@ static void make_case(test_case *c)
     memset(c, 0, sizeof *c);
     kernel.lanes = 1 << random_int(1, 4);
     kernel.max_vectors = (int)random_int(1, 3);
+    kernel.max_tiles = (int)random_int(1, 16);
+    kernel.items_per_thread = (int)random_int(1, 24);
+    kernel.splits_many_rows = one_in(2);
     kernel.decode_rows = kernel.lanes / 2;
     p->num_kv_heads = random_int(one_in(50) ? 0 : 1, 3);
     p->num_heads = p->num_kv_heads * random_int(1, 4);

@@ -13,9 +13,9 @@
  * exceed it by MAX_EXCESS_LOG2; a block in which a row's sum goes beyond is computed again, with that row's
  * reference raised. Each row decides for itself, so it does not depend on its company.
  *
- * Requires product_amx.h; provides attend_pipeline. */
-#ifndef FA_KERNEL_PIPELINE_H
-#define FA_KERNEL_PIPELINE_H
+ * Requires product_amx.h; provides attend_wide. */
+#ifndef FA_KERNEL_ATTEND_PIPELINE_H
+#define FA_KERNEL_ATTEND_PIPELINE_H
 
 #include "partial.h"
 #include "state.h"
@@ -415,7 +415,7 @@ static bool attend_superblock_nan_safe(superblock *b)
 }
 
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
-static void attend_pipeline(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
+static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {
     const fa_problem *p = s->problem;
     const int64_t keys = superblock_keys(p);
