@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import F32, UNIT, assert_close, assert_same_bits, make_rng, normal
 
-from fastattn import _gelu, encoder
+from fastattn import encoder
 from fastattn.encoder import Encoder
 
 # Embeddings have length 1, so that their elements are well below it; the rounding of 2 layers at float32 on both sides
@@ -174,10 +174,10 @@ def test_a_subclass_may_attend_in_its_own_way():
 
 @pytest.mark.parametrize("block", [7, 2**15])
 def test_gelu(block, monkeypatch):
-    monkeypatch.setattr(_gelu, "BLOCK", block)
+    monkeypatch.setattr(encoder, "GELU_BLOCK", block)
     x = np.linspace(-12, 12, 4800, dtype=F32).reshape(60, 80)
     exact = np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in x.ravel().tolist()]).reshape(x.shape)
-    _gelu.gelu(x)
+    encoder.gelu(x)
     # What its docstring says.
     assert_close(x, exact, 5e-7 + UNIT[F32] * np.abs(exact))
 
@@ -185,7 +185,7 @@ def test_gelu(block, monkeypatch):
 def test_gelu_at_its_ends():
     x = np.array([0.0, -0.0, 3e38, -3e38, np.nan], F32)
     with np.errstate(over="ignore", under="ignore"):
-        _gelu.gelu(x)
+        encoder.gelu(x)
     assert np.array_equal(x[:4], np.array([0, 0, 3e38, 0], F32))
     assert np.isnan(x[4])
 

@@ -37,6 +37,13 @@ def test_import_brings_nothing_but_numpy():
     assert not {name for name in foreign if not name.startswith(("_cython", "cython_runtime", "_virtualenv"))}
 
 
+@pytest.mark.parametrize("other", ["cache", "layer", "encoder", "checkpoints"])
+@pytest.mark.parametrize("module", ["view", "_checks", "_pages", "_cache_file", "rotary"])
+def test_rooms_do_not_lean_on_what_is_above_them(module, other):
+    source = importlib.resources.files("fastattn").joinpath(f"{module}.py").read_text()
+    assert not re.search(rf"^\s*(from|import) fastattn\.{other}\b", source, re.MULTILINE)
+
+
 def test_importing_does_not_change_the_floating_point_mode():
     assert run_script("import fastattn; print(5e-324 * 1.0 > 0, 1e-310 / 10 > 0)").split() == ["True", "True"]
 

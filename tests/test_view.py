@@ -244,7 +244,7 @@ def test_weights_that_are_not_accepted(weights, words):
 
 
 def test_dtypes_that_are_not_accepted():
-    with pytest.raises(TypeError, match="weights has dtype int64; accepted are float16, bfloat16, float32, float64"):
+    with pytest.raises(TypeError, match="weights has dtype int64; accepted are float32, float64, float16, bfloat16"):
         view_of(np.eye(4, dtype=np.int64))
 
 
@@ -506,7 +506,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_page_files_are_installed():
-    folder = importlib.resources.files("fastattn").joinpath("page")
+    folder = importlib.resources.files("fastattn").joinpath("html")
     assert all(folder.joinpath(f"page.{kind}").is_file() for kind in ("html", "css", "js"))
 
 
