@@ -40,7 +40,7 @@ cnp.import_array()
 
 cdef enum:
     MAX_AXES = FA_MAX_BATCH_DIMS + 3
-    MOST_TOP_KEYS = 1024  # so that a tile's lists fit in the scratch
+    MAX_TOP_KEYS = 1024  # so that a tile's lists fit in the scratch
 
 # Positions and bounds beyond this are refused or clamped, so that sums of them cannot overflow.
 cdef int64_t FARTHEST = <int64_t>1 << 60
@@ -413,8 +413,8 @@ cdef cnp.ndarray float64_array(object x, str name):
     return array.astype(np.float64)
 
 
-cdef cnp.ndarray set_alibi_slopes(fa_problem *p, object slopes, bint single_head):
-    cdef cnp.ndarray array = float64_array(slopes, "alibi_slopes")
+cdef cnp.ndarray set_alibi_slopes(fa_problem *p, object alibi_slopes, bint single_head):
+    cdef cnp.ndarray array = float64_array(alibi_slopes, "alibi_slopes")
     check_broadcast(p, array, "alibi_slopes", () if single_head and array.ndim == 0
                     else (*batch_shape_of(p), p.num_heads))
     describe(&p.alibi_slopes, p, array, 1)
@@ -525,7 +525,7 @@ cdef class Call:
     cdef bint single_head
     cdef bint packed  # queries are (total, heads, head_dim)
     cdef cnp.ndarray query, key, value, mask, bias
-    cdef cnp.ndarray slopes, sinks, lengths, offsets, cu_seqlens_q, cu_seqlens_k  # copies
+    cdef cnp.ndarray alibi_slopes, sinks, key_lengths, query_offset, cu_seqlens_q, cu_seqlens_k  # copies
     cdef cnp.ndarray page_table, key_scales, value_scales
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
@@ -619,7 +619,7 @@ cdef class Call:
             describe_pages(&p.key_scale, key_scales)
             describe_pages(&p.value_scale, value_scales)
         self.key, self.value, self.key_scales, self.value_scales = key, value, key_scales, value_scales
-        self.lengths = lengths
+        self.key_lengths = lengths
         self.page_table = page_table
         describe(&p.key_lengths, p, lengths, 0)
         describe(&p.page_table, p, page_table, 1)
@@ -649,13 +649,13 @@ cdef class Call:
             if bias is not None:
                 self.bias = set_bias(p, bias, target)
         if alibi_slopes is not None:
-            self.slopes = set_alibi_slopes(p, alibi_slopes, self.single_head)
+            self.alibi_slopes = set_alibi_slopes(p, alibi_slopes, self.single_head)
         if sinks is not None:
             self.sinks = set_sinks(p, sinks)
         if key_lengths is not None:
-            self.lengths = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
+            self.key_lengths = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
         if query_offset is not None:
-            self.offsets = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST, FARTHEST)
+            self.query_offset = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST, FARTHEST)
         return 0
 
     cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, bint zeros=False):
@@ -1026,8 +1026,8 @@ cdef int64_t top_count(object k) except -1:
     if isinstance(k, (bool, np.bool_)) or not hasattr(k, "__index__"):
         raise TypeError(f"k must be an int, not {k!r}")
     count = k.__index__()
-    if not 1 <= count <= MOST_TOP_KEYS:
-        raise ValueError(f"k must be from 1 to {MOST_TOP_KEYS}, but is {count}")
+    if not 1 <= count <= MAX_TOP_KEYS:
+        raise ValueError(f"k must be from 1 to {MAX_TOP_KEYS}, but is {count}")
     return count
 
 
@@ -1089,8 +1089,8 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,
             None if p.right == FA_UNBOUNDED else p.right,
-            call.lengths,
-            call.offsets,
+            call.key_lengths,
+            call.query_offset,
             call.mask,
         ),
     }

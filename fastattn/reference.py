@@ -177,7 +177,7 @@ def attention(
     """
     if others or unknown:
         raise misfit(attention, others, unknown)
-    result, lse, weights, _ = every_step(
+    result, lse, weights, _ = attention_steps(
         query, key, value, return_weights, scale=scale, causal=causal, query_offset=query_offset, window=window,
         mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, key_lengths=key_lengths,
     )  # fmt: skip
@@ -189,7 +189,7 @@ def attention(
     return (result, *extras) if extras else result
 
 
-def every_step(
+def attention_steps(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -215,7 +215,7 @@ def every_step(
 
     num_heads, seqlen_q, head_dim = query.shape[-3:]
     num_kv_heads, seqlen_k, head_dim_v = value.shape[-3:]
-    group = num_heads // num_kv_heads if num_kv_heads else 1
+    group_size = num_heads // num_kv_heads if num_kv_heads else 1
     batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (*batch, num_heads)
 
@@ -228,11 +228,11 @@ def every_step(
     query_, key_, value_ = per_batch(query), per_batch(key), per_batch(value)
     mask_ = given("mask", mask, True, (*heads, seqlen_q, seqlen_k))
     bias_ = given("bias", bias, 0.0, (*heads, seqlen_q, seqlen_k))
-    slopes = given("alibi_slopes", alibi_slopes, 0.0, heads)
+    alibi_slopes_ = given("alibi_slopes", alibi_slopes, 0.0, heads)
     sinks_ = given("sinks", sinks, -np.inf, (num_heads,))
-    lengths = given("key_lengths", key_lengths, seqlen_k, batch)
+    key_lengths_ = given("key_lengths", key_lengths, seqlen_k, batch)
     # By default the last query sees the last key.
-    offsets = given("query_offset", query_offset, lengths.astype(np.int64) - seqlen_q, batch)
+    query_offset_ = given("query_offset", query_offset, key_lengths_.astype(np.int64) - seqlen_q, batch)
     scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
 
     result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
@@ -241,14 +241,14 @@ def every_step(
     with np.errstate(all="ignore"):
         for index in np.ndindex(*heads):
             *b, h = index
-            kv_index = (*b, h // group)
-            position = np.arange(seqlen_q) + offsets[tuple(b)]
+            kv_index = (*b, h // group_size)
+            position = np.arange(seqlen_q) + query_offset_[tuple(b)]
             head_bias = bias_[index].astype(np.float64)
 
             q, k, v = (x.astype(np.float64) for x in (query_[index], key_[kv_index], value_[kv_index]))
             scores = soft_capped(scaled_scores(q, k, scale), softcap)
-            scores = scores + head_bias + alibi(float(slopes[index]), position, seqlen_k)
-            visible = visible_keys(position, seqlen_k, int(lengths[tuple(b)]), causal, window)
+            scores = scores + head_bias + alibi(float(alibi_slopes_[index]), position, seqlen_k)
+            visible = visible_keys(position, seqlen_k, int(key_lengths_[tuple(b)]), causal, window)
             visible &= mask_[index] & (head_bias != -np.inf)
             scores = np.where(visible, scores, -np.inf)
 
@@ -408,7 +408,7 @@ def top_keys(
     queries, keys = as_array("query", query), as_array("key", key)
     dtype = queries.dtype
     query, key = queries.astype(np.float64), keys.astype(np.float64)
-    _, _, weights, scores = every_step(query, key, key[..., :0], True, **keywords)
+    _, _, weights, scores = attention_steps(query, key, key[..., :0], True, **keywords)
     # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
     beyond = [(0, 0)] * (scores.ndim - 1) + [(0, k)]
     scores = np.pad(np.where(np.isnan(scores), -np.inf, scores), beyond, constant_values=-np.inf)

@@ -10,7 +10,7 @@ from oracle import python
 
 import fastattn
 from fastattn import bench, reference
-from fastattn.bench.contenders import STEPS
+from fastattn.bench.baselines import STEPS
 
 SMALL = ("--shapes", "1,2,1,16,16,8", "1,2,2,8,24,16,causal", "--seconds", "0.01", "--peers", "none", "--threads", "1")
 
@@ -46,7 +46,7 @@ def test_json_file(tmp_path):
     assert json.loads(path.read_text())
 
 
-def test_numpy_is_a_contender():
+def test_numpy_is_a_baseline():
     done = run_bench("--shapes", "1,2,1,16,16,8", "--seconds", "0.01", "--peers", "numpy", "--dtypes", "float32")
     assert "numpy" in done.stdout.lower()
 
@@ -137,10 +137,10 @@ def test_a_decoding_step_appends_and_attends(dtype):
     step = TINY.costs("step", through="cache")
     problem = bench.Problem(step, np.dtype(dtype))
     cache, ids = problem.cache
-    (make,) = bench.FastAttn(fastattn.get_num_threads()).ways(problem)
-    way = make()
+    (make,) = bench.FastAttn(fastattn.get_num_threads()).variants(problem)
+    variant = make()
     for turn in range(2 * STEPS):
-        out = way.run()
+        out = variant.run()
         length = 70 + turn % STEPS
         assert [cache.lengths[sequence] for sequence in ids] == [length] * 2
         if length == 70:
