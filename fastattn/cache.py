@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
-from fastattn._arguments import closed, misfit
+from fastattn._arguments import misfit
 from fastattn._cache_file import File, archive_name, check_saved, check_saved_pages, read_fields
 from fastattn._checks import (
     Array,
@@ -26,6 +26,7 @@ from fastattn._checks import (
     refuse_masked,
 )
 from fastattn._files import atomic_write
+from fastattn._keywords import CacheKeywords, Window, takes
 from fastattn._pages import (
     MAX_HEAD_DIM,
     PAGE_SIZE,
@@ -42,22 +43,6 @@ from fastattn._pages import (
 __all__ = ["KVCache"]
 
 Integers = NDArray[np.int64]
-Window = tuple[int | None, int | None]
-
-
-class Options(TypedDict, total=False):
-    """Keywords of `KVCache.attention` that do not change what it returns."""
-
-    cu_seqlens_q: ArrayLike | None
-    scale: float | None
-    causal: bool
-    query_offset: ArrayLike | None
-    window: Window | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    out: Array | None
-    num_threads: int | None
 
 
 class Geometry(TypedDict):
@@ -491,7 +476,7 @@ class KVCache:
         *,
         return_lse: Literal[False] = False,
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> Array: ...
     @overload
     def attention(
@@ -501,7 +486,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def attention(
@@ -511,7 +496,7 @@ class KVCache:
         *,
         return_lse: Literal[False] = False,
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def attention(
@@ -521,7 +506,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array, Array]: ...
     @overload
     def attention(
@@ -531,9 +516,9 @@ class KVCache:
         *,
         return_lse: bool = False,
         return_weights: bool = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
-    @closed
+    @takes()
     def attention(
         self,
         query: ArrayLike,
@@ -572,7 +557,7 @@ class KVCache:
         query_offset : int or array_like of int, optional
             Position of query row 0, or one for each sequence. Default ``length - Sq``: the queries are the
             last tokens of their sequence.
-        window, alibi_slopes, softcap, sinks, num_threads
+        **scores
             As for `fastattn.attention`.
         out : ndarray, optional
             Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
@@ -603,10 +588,10 @@ class KVCache:
         ids, single = checked_ids(sequences)
         page_table, lengths = self._table(self._find(ids))
         batch_query, batch_out = (query, out) if not single else self._with_batch_axis(query, cu_seqlens_q, out)
+        scores = (scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads)
         results = _core.attention_paged(
             batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
-            page_table, lengths, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, batch_out,
-            return_lse, return_weights, num_threads,
+            page_table, lengths, scores, batch_out, return_lse, return_weights,
         )  # fmt: skip
         if not single:
             return results

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Never, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn._arguments import closed, misfit
+from fastattn._arguments import misfit
 from fastattn._checks import (
     HALF,
     Array,
@@ -22,7 +22,7 @@ from fastattn._checks import (
     checked_out,
     how_to_convert,
 )
-from fastattn.api import Options as AttentionOptions
+from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, takes
 from fastattn.api import attention, attention_varlen
 from fastattn.cache import KVCache
 from fastattn.checkpoints import (
@@ -38,35 +38,14 @@ from fastattn.rotary import RotaryOptions, checked_options, rotary
 
 __all__ = ["MultiHeadAttention"]
 
-Window = tuple[int | None, int | None]
 
 NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
-class CommonOptions(TypedDict, total=False):
-    """Keywords of the layer and of every kind of attention: dense, packed, and to a cache."""
-
-    scale: float | None
-    window: Window | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    num_threads: int | None
-
-
-class ScoreOptions(CommonOptions, total=False):
-    """With what the layer decides."""
-
-    causal: bool
-
-
-class Options(CommonOptions, total=False):
+class LayerKeywords(LayerScores, total=False):
     """Keywords of `MultiHeadAttention` that do not change what it returns."""
 
     causal: bool | None
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    key_lengths: ArrayLike | None
     cu_seqlens: ArrayLike | None
     cache: KVCache | None
     sequences: int | SequenceIds | None
@@ -452,7 +431,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> Array: ...
     @overload
     def __call__(
@@ -462,7 +441,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def __call__(
@@ -472,32 +451,23 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> Array | tuple[Array, Array]: ...
-    @closed
+    @takes(LayerScores)
     def __call__(
         self,
         query: ArrayLike,
         key: ArrayLike | None = None,
         value: ArrayLike | None = None,
         *others: Never,
-        scale: float | None = None,
         causal: bool | None = None,
-        window: Window | None = None,
-        mask: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        softcap: float | None = None,
-        sinks: ArrayLike | None = None,
-        key_lengths: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
         cache: KVCache | None = None,
         sequences: int | SequenceIds | None = None,
         positions: ArrayLike | None = None,
         return_weights: bool = False,
         out: Array | None = None,
-        num_threads: int | None = None,
-        **unknown: Never,
+        **scores: Unpack[LayerScores],
     ) -> Any:
         """Apply the layer.
 
@@ -510,9 +480,10 @@ class MultiHeadAttention:
             PyTorch's ``layer(x, x, x)``, is self-attention, too.
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
-        scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
-            As for `attention`, on (..., num_heads, Sq, Sk) scores. In `mask` True means attend. Threads of
-            the matrix products are those of NumPy's BLAS.
+        **scores
+            As for `attention`, on (..., num_heads, Sq, Sk) scores.
+        num_threads : int, optional
+            As for `attention`. Threads of the matrix products are those of NumPy's BLAS.
         causal : bool, optional
             Whether a query sees no key after its own position. Default: with `cache`, as for
             `KVCache.attention`, and not without. In self-attention row ``i`` is at position ``i``, whatever
@@ -548,18 +519,17 @@ class MultiHeadAttention:
             As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
             `out` nor what the cache holds has then been changed.
         """
-        if others or unknown:
-            raise misfit(MultiHeadAttention.__call__, others, unknown)
+        if others or not scores.keys() <= LAYER:
+            raise misfit(MultiHeadAttention.__call__, others, scores)
         key, value = self._sources(query, key, value)
-        dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
+        dense = {"key": key, "value": value} | {name: x for name, x in scores.items() if name in DENSE}
         check_together(dense, cu_seqlens, cache, sequences)
         if return_weights and cu_seqlens is not None:
             raise ValueError("return_weights and cu_seqlens cannot be given together")
         causal = cache is not None if causal is None else causal
-        scores: ScoreOptions = {
-            "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
-            "sinks": sinks, "num_threads": num_threads,
-        }  # fmt: skip
+        # Those of dense attention alone are None, if they are there.
+        common = {name: x for name, x in scores.items() if name not in DENSE}
+        packed = cast(CausalKeywords, {**common, "causal": causal})
         rows = self._checked_input("q", query)
         check_axes(rows, cu_seqlens, sequences)
         if positions is None and self.rotary is not None:
@@ -571,20 +541,19 @@ class MultiHeadAttention:
         heads = joined.swapaxes(-3, -2)
         weights = None
         if cache is not None and sequences is not None:
-            weights = attend_cache(cache, sequences, parts, heads, scores, return_weights)
+            weights = attend_cache(cache, sequences, parts, heads, packed, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
-            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **scores, out=joined)
+            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **packed, out=joined)
         else:
             # In self-attention rows and keys are the same tokens, whatever key_lengths leaves of them.
             offset = 0 if key is None else None
-            options: AttentionOptions = {
-                **scores, "mask": mask, "bias": bias, "key_lengths": key_lengths, "query_offset": offset, "out": heads
-            }  # fmt: skip
             if return_weights:
-                _, weights = attention(*parts, **options, return_weights=True)
+                _, weights = attention(
+                    *parts, **scores, causal=causal, query_offset=offset, out=heads, return_weights=True
+                )
             else:
-                attention(*parts, **options)
+                attention(*parts, **scores, causal=causal, query_offset=offset, out=heads)
         result = self.output(heads, out=out)
         return (result, weights) if return_weights else result
 
@@ -735,7 +704,7 @@ def attend_cache(
     sequences: int | SequenceIds,
     parts: tuple[Array, Array, Array],
     out: Array,
-    scores: ScoreOptions,
+    scores: CausalKeywords,
     return_weights: bool,
 ) -> Array | None:
     """Append keys and values, and attend to all that the cache then holds; or change nothing."""

@@ -77,6 +77,18 @@ TYPES = {
     "fastattn.plan(x, x, x).flops": "int",
     "cache.dtype": "np.dtype[Any]",
 }
+# A type checker knows every keyword, wherever it is taken.
+DENSE = "mask=x, bias=x, key_lengths=[1]"
+PACKED = "scale=1.0, window=(1, None), alibi_slopes=x, softcap=1.0, sinks=x, num_threads=1"
+TYPES |= {
+    f"fastattn.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
+    f"fastattn.plan(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE}).items": "int",
+    f"fastattn.top_keys(x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "tuple[Indices, Array]",
+    f"fastattn.attention_varlen(x, x, x, [0], [0], causal=True, query_offset=0, {PACKED})": "Array",
+    f"cache.attention(x, 0, causal=True, query_offset=0, {PACKED})": "Array",
+    f"layer(x, causal=True, {PACKED}, {DENSE})": "Array",
+    f"reference.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
+}
 REFUSED = [
     "fastattn.attention(x, x, x, no_such_keyword=1)",
     "fastattn.attention(x, x, x, x)",
@@ -85,6 +97,8 @@ REFUSED = [
     "cache.attention(x, 0, no_such_keyword=1)",
     "layer(x, no_such_keyword=1)",
     "reference.attention(x, x, x, no_such_keyword=1)",
+    "fastattn.attention_varlen(x, x, x, [0], [0], mask=x)",
+    "layer(x, query_offset=0)",
 ]
 USE = """from typing import Any, assert_type
 import numpy as np
