@@ -51,11 +51,13 @@ def test_numpy_is_a_baseline():
     assert "numpy" in done.stdout.lower()
 
 
-def test_unknown_words_are_refused():
-    for arguments in (["--shapes", "no-such-shape"], ["--dtypes", "float8"], ["--peers", "abacus"], ["--threads", "0"]):
-        done = python("-m", "fastattn", "bench", *arguments)
-        assert done.returncode == 2
-        assert arguments[1] in done.stderr
+@pytest.mark.parametrize(
+    "arguments", [["--shapes", "no-such-shape"], ["--dtypes", "float8"], ["--peers", "abacus"], ["--threads", "0"]]
+)
+def test_unknown_words_are_refused(arguments):
+    done = python("-m", "fastattn", "bench", *arguments)
+    assert done.returncode == 2
+    assert arguments[1] in done.stderr
 
 
 def test_peers_agree_on_causal_with_more_keys_than_queries():

@@ -27,15 +27,15 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9])
-def test_few_rows(dtypes, rows):
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 64), (64, 96), (20, 33), (1, 1)])
+@pytest.mark.parametrize("seqlen_k", [1, 70, 530])
+def test_few_rows(dtypes, rows, head_dim, head_dim_v, seqlen_k):
     """Rows are heads of a group or queries; both are lanes of one vector."""
-    for head_dim, head_dim_v in [(128, 64), (64, 96), (20, 33), (1, 1)]:
-        for seqlen_k in (1, 70, 530):
-            rng = make_rng(rows, head_dim, seqlen_k)
-            query, key, value = qkv(rng, (2, 2 * rows, 2, 1, seqlen_k, head_dim), dtypes, head_dim_v)
-            check(query, key, value)
-            query, key, value = qkv(rng, (1, 2, 2, rows, seqlen_k, head_dim), dtypes, head_dim_v)
-            check(query, key, value, causal=True)
+    rng = make_rng(rows, head_dim, seqlen_k)
+    query, key, value = qkv(rng, (2, 2 * rows, 2, 1, seqlen_k, head_dim), dtypes, head_dim_v)
+    check(query, key, value)
+    query, key, value = qkv(rng, (1, 2, 2, rows, seqlen_k, head_dim), dtypes, head_dim_v)
+    check(query, key, value, causal=True)
 
 
 @pytest.mark.isa
@@ -143,16 +143,16 @@ def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k):
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 9000, 32), (1, 8, 2, 1, 3000, 64), (1, 8, 2, 5, 3000, 16),
                                    (3, 8, 2, 3, 1200, 16)], ids=str)  # fmt: skip
-def test_same_bits_for_any_number_of_threads(dtypes, shape):
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_same_bits_for_any_number_of_threads(dtypes, shape, num_threads):
     """One thread merges the splits as they come; several leave them to the one that is last."""
     query, key, value = qkv(make_rng(), shape, dtypes)
     keywords = {"sinks": np.ones(shape[1]), "return_lse": True}
     alone = fastattn.attention(query, key, value, num_threads=1, **keywords)
-    for num_threads in (2, 3, 8):
-        for _ in range(5):
-            together = fastattn.attention(query, key, value, num_threads=num_threads, **keywords)
-            assert_same_bits(together[0], alone[0])
-            assert_same_bits(together[1], alone[1], "lse")
+    for _ in range(5):
+        together = fastattn.attention(query, key, value, num_threads=num_threads, **keywords)
+        assert_same_bits(together[0], alone[0])
+        assert_same_bits(together[1], alone[1], "lse")
 
 
 @each_dtype

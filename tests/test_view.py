@@ -210,14 +210,14 @@ def test_the_view_keeps_a_copy():
     assert view.most_certain("a").weight == 0
 
 
-def test_tokens_must_be_str():
+@pytest.mark.parametrize("tokens", [5, None])
+def test_tokens_must_be_str(tokens):
     with pytest.raises(TypeError, match=r"tokens\[1\] must be a str, not 7"):
         view_of(np.eye(2), ["a", 7])
     with pytest.raises(TypeError, match="not the one str 'ab'"):
         view_of(np.eye(2), "ab")
-    for tokens in (5, None):
-        with pytest.raises(TypeError, match=f"tokens must be a sequence of str, one for each token, not {tokens}"):
-            view_of(np.eye(2), tokens)
+    with pytest.raises(TypeError, match=f"tokens must be a sequence of str, one for each token, not {tokens}"):
+        view_of(np.eye(2), tokens)
     with pytest.raises(TypeError, match=r"key_tokens\[0\] must be a str, not None"):
         view_of(np.eye(2), ["a", "b"], key_tokens=[None, "b"])
 
