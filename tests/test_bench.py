@@ -29,6 +29,7 @@ def run_bench(*arguments):
     return done
 
 
+@pytest.mark.slow
 def test_table():
     done = run_bench(*SMALL, "--dtypes", "float32,float64")
     for word in ("float32", "float64", "%"):
@@ -72,6 +73,7 @@ def test_peers_agree_on_causal_with_more_keys_than_queries():
     assert all(peer["ratio"] > 0 for row in rows for peer in row["peers"].values())
 
 
+@pytest.mark.slow
 def test_share_of_the_read_bandwidth():
     done = run_bench(
         "--shapes", "1,4,2,1,8192,64", "1,4,2,1,70,16", "1,2,2,17,8192,64",
@@ -172,6 +174,7 @@ def test_a_layer_is_checked_and_timed(dtype):
     assert problem.error(wrong) > problem.tolerance
 
 
+@pytest.mark.slow
 def test_sentences_are_real_and_different():
     case = bench.CASES["sentences-256"]
     if needed := bench.absence(case):

@@ -461,12 +461,14 @@ assert_sound(cache)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_child_of_fork_has_a_change_of_another_thread_whole_or_not_at_all(change):
     run_script(FORKED.format(change=change))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_goes_on_in_the_child_that_its_own_thread_forked():
     """As a signal handler may do: parent and child both end with the whole change."""
@@ -914,6 +916,11 @@ def test_load_by_the_name_that_save_was_given(tmp_path, name):
     cache = family(F32)
     cache.save(str(tmp_path / name))
     assert_same_caches(KVCache.load(str(tmp_path / name)), cache)
+
+
+def test_load_of_a_file_that_was_renamed(tmp_path):
+    cache = family(F32)
+    cache.save(tmp_path / "full.npz")
     (tmp_path / "full.npz").rename(tmp_path / "renamed")
     assert_same_caches(KVCache.load(tmp_path / "renamed"), cache)
 
@@ -1047,6 +1054,7 @@ def damages(draw):
     return bytes(content)
 
 
+@pytest.mark.slow
 @settings(max_examples=1500)
 @given(content=damages())
 def test_load_of_a_damaged_file_is_a_value_error_or_the_same_cache(content):

@@ -219,6 +219,7 @@ def test_trained_against_torch(folder):
     assert_close(encode(TEXTS), np.stack(expected), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_trained_batch_is_as_one_by_one(folder):
     encode = Encoder.load(str(folder))
     assert_close(encode(TEXTS), np.concatenate([encode([text]) for text in TEXTS]), TOLERANCE)

@@ -21,6 +21,7 @@ def test_the_first_is_chosen():
     assert run_script(source, FASTATTN_ISA="").strip() == CONFIG["isas"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("isa", CONFIG["isas"])
 def test_representative_tests(isa, threads):

@@ -1,5 +1,6 @@
 """What fails says what it was about."""
 
+import pytest
 from oracle import python
 
 import fastattn
@@ -16,6 +17,7 @@ def test_numbers():
 """
 
 
+@pytest.mark.slow
 def test_a_failure_prints_shapes_dtypes_keywords_and_the_isa(tmp_path):
     (tmp_path / "test_failing.py").write_text(FAILING)
     done = python("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path))

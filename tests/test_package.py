@@ -135,11 +135,13 @@ def complaints(tmp_path_factory):
     return {uses[index]: said for index, said in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", TYPES)
 def test_a_type_checker_knows_the_results(complaints, use):
     assert complaints.get(use) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", REFUSED)
 def test_a_type_checker_refuses(complaints, use):
     assert use in complaints

@@ -169,6 +169,7 @@ def test_bad_k(k, error, words):
         fastattn.top_keys(query, key, k)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_sequence():
     """16384 keys by 16384 queries by 8 heads are 8 GB of weights; what is taken beyond the results is small."""
     source = """

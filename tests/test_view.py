@@ -445,6 +445,7 @@ DENSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DENSE)
 def test_size_of_the_page_and_its_rounding(kind, tmp_path):
     weights = DENSE[kind]((12, 12, 64, 64))
@@ -461,6 +462,7 @@ def test_small_pages_are_finer(tmp_path):
     assert np.abs(decoded(data) - WEIGHTS).max() <= 0.5 / 4095
 
 
+@pytest.mark.slow
 def test_pages_that_would_be_too_large(tmp_path):
     weights = np.broadcast_to(np.eye(1024, dtype=np.float32), (24, 1024, 1024))
     with pytest.raises(ValueError, match="more than the 4,000,000 characters that a page may hold"):
@@ -523,6 +525,7 @@ def test_notebooks_show_the_page_in_a_frame(tmp_path):
 # --- the plot -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plot():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
