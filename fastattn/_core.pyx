@@ -124,7 +124,7 @@ cdef int check_ndim(cnp.ndarray array, str name, int query_ndim) except -1:
 
 
 cdef int broadcast_batch(fa_problem *p, cnp.ndarray array, str name) except -1:
-    """Widens the batch shape by an array's leading axes."""
+    """Broadcasts the batch shape with an array's leading axes."""
     cdef int ndim = max(cnp.PyArray_NDIM(array) - 3, 0)
     cdef int axis
     cdef int64_t size
@@ -273,7 +273,7 @@ cdef int check_limits(const fa_problem *p) except -1:
 
 
 cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple target, str hint="") except -1:
-    """Whether an array broadcasts to `target` without widening it."""
+    """Whether an array broadcasts to `target` without enlarging it."""
     cdef tuple shape = shape_of(array)
     cdef int extra = len(target) - len(shape)
     cdef bint fits = extra >= 0
@@ -1163,7 +1163,7 @@ def measure_peak(dtype, num_threads=None):
 
 
 def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
-    """Measure the rate at which that many bytes are read, again and again, where they then lie.
+    """Measure the rate at which that many bytes are read, again and again, from the cache or memory that holds them.
 
     Parameters
     ----------

@@ -78,7 +78,7 @@ def attention_varlen(
     return_lse: bool = False,
     **scores: Unpack[PackedKeywords],
 ) -> Any:
-    """`attention` over sequences of different lengths packed one behind the other, without padding.
+    """`attention` over packed sequences of different lengths, without padding.
 
     Sequence ``b`` has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys
     ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``, and sees no others. Its result is that of `attention`

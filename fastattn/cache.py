@@ -97,7 +97,7 @@ class KVCache:
 
     A sequence takes a page when it needs one, so memory follows the tokens that are there, and nothing
     is ever moved. Sequences may share the pages of a common prefix (`fork`). `attention` reads the pages
-    where they lie.
+    in place.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ class KVCache:
 
     Notes
     -----
-    A page holds keys, values and, for int8, the scales of keys and values, one after the other, each in
+    A page holds keys, values and, for int8, the scales of keys and values, packed in this order, each in
     the order (heads, tokens, head_dim) and a multiple of 64 bytes long.
 
     Threads: readers (`attention`, `get`, `fork`, `lengths`, ...) may run at the same time. `append`,

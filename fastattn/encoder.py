@@ -175,7 +175,7 @@ class Encoder:
         return pooled
 
     def hidden(self, ids: Sequence[Sequence[int]], cu_seqlens: Array) -> Array:
-        """Return the last layer's vectors (cu_seqlens[-1], features) of lists of token ids, one after the other."""
+        """Return the last layer's vectors (cu_seqlens[-1], features) of packed lists of token ids."""
         x: Array = self.weights["embeddings.word_embeddings.weight"][np.concatenate(ids)]
         x += self.weights["embeddings.position_embeddings.weight"][positions_in_sequences(cu_seqlens, len(x))]
         x += self.weights["embeddings.token_type_embeddings.weight"][0]

@@ -201,13 +201,13 @@ class MultiHeadAttention:
 
     ``out = concatenated heads @ out_weight.T + out_bias``, where the heads are `attention` of what the other
     weights make of the inputs. Query, key and value of self-attention are one matrix product; the heads are
-    views of its result, and are attended where they lie.
+    views of its result, and are attended in place.
 
     Parameters
     ----------
     query_weight : array_like, shape (num_heads * head_dim, embed_dim)
         As in PyTorch, (out_features, in_features). Weights and biases are float32 or float64, all alike.
-        float16 and bfloat16 are widened to float32, once: NumPy multiplies matrices of them slowly.
+        float16 and bfloat16 are upcast to float32, once: NumPy multiplies matrices of them slowly.
     key_weight : array_like, shape (num_kv_heads * head_dim, key_features)
     value_weight : array_like, shape (num_kv_heads * head_dim_v, value_features)
     out_weight : array_like, shape (out_features, num_heads * head_dim_v)
@@ -474,7 +474,7 @@ class MultiHeadAttention:
         Parameters
         ----------
         query : array_like, shape (..., Sq, embed_dim)
-            Of the layer's dtype, or float16 or bfloat16, which are widened to it.
+            Of the layer's dtype, or float16 or bfloat16, which are upcast to it.
         key : array_like, shape (..., Sk, key_features), optional
             2-D if `query` is. Default: self-attention, of `query` to itself. The same object as `query`, as in
             PyTorch's ``layer(x, x, x)``, is self-attention, too.
@@ -489,7 +489,7 @@ class MultiHeadAttention:
             `KVCache.attention`, and not without. In self-attention row ``i`` is at position ``i``, whatever
             `key_lengths`; to other keys positions are those of `attention`.
         cu_seqlens : array_like of int, shape (B + 1,), optional
-            `query` is (total, embed_dim): sequences one after the other, without padding, and
+            `query` is (total, embed_dim): packed sequences, without padding, and
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` the rows of one. Self-attention only.
         cache : KVCache, optional
             Keys and values are appended to it, and attention is to all that it then holds of the sequences;
@@ -614,7 +614,7 @@ class MultiHeadAttention:
         Parameters
         ----------
         heads : array_like, shape (..., num_heads, Sq, head_dim_v)
-            In the layer's dtype. Copied, unless the heads of a row lie side by side in memory.
+            In the layer's dtype. Copied, unless the heads of a row are contiguous in memory.
         out : ndarray, shape (..., Sq, out_features), optional
             Where to store the result: C-contiguous, in the layer's dtype.
 

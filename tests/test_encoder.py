@@ -141,7 +141,7 @@ def test_sentences_that_are_no_list_of_str(folder, sentences, words):
         Encoder.load(folder)(sentences)
 
 
-def test_half_weights_are_widened():
+def test_half_weights_are_upcast():
     halves = {name: x.astype(np.float16) for name, x in drawn(make_rng(6)).items()}
     wide = {name: x.astype(F32) for name, x in halves.items()}
     assert_same_bits(Encoder(halves, HEADS).embed([[1, 2]]), Encoder(wide, HEADS).embed([[1, 2]]))

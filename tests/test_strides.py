@@ -1,4 +1,4 @@
-"""Arrays are read, and out written, where they lie: any strides, nothing changed that is not out."""
+"""Arrays are read, and out written, in place: any strides, nothing changed that is not out."""
 
 import numpy as np
 import pytest
