@@ -314,23 +314,33 @@ def test_offsets_beyond_every_key(offset):
 
 
 @each_dtype
-def test_alibi_shapes(dtypes):
+@pytest.mark.parametrize(
+    "of",
+    [lambda slopes: slopes[0].astype(F32), lambda slopes: slopes.astype(F32), lambda slopes: slopes[:, :1],
+     lambda slopes: slopes[0].astype(F16)],
+)  # fmt: skip
+def test_alibi_shapes(dtypes, of):
     rng = make_rng()
     query, key, value = qkv(rng, (2, 4, 2, 20, 40, 12), dtypes)
-    slopes = 2.0 ** -np.arange(1.0, 9.0).reshape(2, 4)
-    for alibi_slopes in (slopes[0].astype(F32), slopes.astype(F32), slopes[:, :1], slopes[0].astype(F16)):
-        check(query, key, value, alibi_slopes=alibi_slopes)
-        check(query, key, value, alibi_slopes=alibi_slopes, query_offset=np.array([0, 100]), causal=True)
+    alibi_slopes = of(2.0 ** -np.arange(1.0, 9.0).reshape(2, 4))
+    check(query, key, value, alibi_slopes=alibi_slopes)
+    check(query, key, value, alibi_slopes=alibi_slopes, query_offset=np.array([0, 100]), causal=True)
 
 
-def test_per_batch_arguments_of_every_shape():
+LENGTHS = np.array([[3, 20, 0], [7, 1, 19]])
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [LENGTHS, LENGTHS[0], LENGTHS[:, :1], 7, np.int32(7), LENGTHS.astype(np.uint8), LENGTHS[:, ::-1]],
+    ids=lambda x: f"{np.asarray(x).dtype}{np.shape(x)}",
+)
+def test_per_batch_arguments_of_every_shape(numbers):
     query, key, value = qkv(make_rng(), (6, 2, 2, 5, 20, 8))
     query, key, value = (x.reshape(2, 3, *x.shape[1:]) for x in (query, key, value))
-    lengths = np.array([[3, 20, 0], [7, 1, 19]])
-    for take in (lengths, lengths[0], lengths[:, :1], 7, np.int32(7), lengths.astype(np.uint8), lengths[:, ::-1]):
-        check(query, key, value, key_lengths=take)
-        check(query, key, value, query_offset=take, causal=True)
-        check(query, key, value, query_offset=take, key_lengths=take, causal=True)
+    check(query, key, value, key_lengths=numbers)
+    check(query, key, value, query_offset=numbers, causal=True)
+    check(query, key, value, query_offset=numbers, key_lengths=numbers, causal=True)
 
 
 @settings(max_examples=100)

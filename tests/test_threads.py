@@ -522,29 +522,32 @@ def test_quota_where_there_is_no_proc(tmp_path):
     assert _core.quota_cpus(tmp_path) == 0
 
 
-def test_set_num_threads():
+@pytest.fixture
+def number_of_threads():
+    """Set back, at the end, how many threads calls use."""
     before = fastattn.get_num_threads()
+    yield before
+    fastattn.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.usefixtures("number_of_threads")
+def test_set_num_threads(number):
     arrays = qkv(make_rng(), (4, 8, 8, 256, 256, 64))
-    try:
-        for n in (1, 2, 3):
-            fastattn.set_num_threads(n)
-            assert fastattn.get_num_threads() == n
-            assert fastattn.plan(*arrays).threads <= n
-            assert_close(fastattn.attention(*arrays), exact(*arrays), tolerances(*arrays)[0])
-        fastattn.set_num_threads(1)
-        assert fastattn.plan(*arrays, num_threads=2).threads == 2, "the argument comes first"
-        for bad, exception in (
-            (0, ValueError),
-            (-1, ValueError),
-            (1.5, TypeError),
-            ("2", TypeError),
-            (None, TypeError),
-        ):
-            with pytest.raises(exception):
-                fastattn.set_num_threads(bad)
-            assert fastattn.get_num_threads() == 1
-    finally:
-        fastattn.set_num_threads(before)
+    fastattn.set_num_threads(number)
+    assert fastattn.get_num_threads() == number
+    assert fastattn.plan(*arrays).threads <= number
+    assert fastattn.plan(*arrays, num_threads=2).threads == 2, "the argument comes first"
+    assert_close(fastattn.attention(*arrays), exact(*arrays), tolerances(*arrays)[0])
+
+
+@pytest.mark.parametrize(
+    ("bad", "exception"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError)]
+)
+def test_a_bad_number_of_threads_changes_nothing(number_of_threads, bad, exception):
+    with pytest.raises(exception):
+        fastattn.set_num_threads(bad)
+    assert fastattn.get_num_threads() == number_of_threads
 
 
 def test_threadpoolctl_sees_and_limits():
