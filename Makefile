@@ -1,15 +1,21 @@
 # Each of demo, test, lint and sanitize sets up a fresh environment and does the rest by itself. The demo's stays for
-# use, with the library built in place, so that Python finds it within this folder, too. Needed beforehand: python3 (3.11 or later, with venv) and gcc.
+# use, with the library built in place, so that Python finds it within this folder, too. Needed beforehand: python3
+# (3.11 or later, with venv) and gcc.
+#
+# For work on the library: dev sets up .venv once and then only rebuilds what has changed, and quick runs in it, in less
+# than a minute on 2 cores, some cases of each test, which catch most.
 
 PYTHON ?= python3
 # Some tests compare with it. On the public index this is the build for GPUs, of gigabytes: there give
 # TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu', or TORCH= to skip these tests.
 TORCH ?= torch==2.13.0
+# Tests that run side by side.
+JOBS ?= auto
 VENV = .venv
 test lint sanitize: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo test check check-c compile-commands lint sanitize clean
+.PHONY: demo dev quick test check check-c compile-commands lint sanitize clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -23,17 +29,33 @@ demo:
 	    "The tiger jumped out of a tree to get a drink because it was thirsty."
 	$(BIN)/python -m fastattn bench --shapes small
 
+dev: $(VENV)/.dev
+	$(BIN)/python setup.py -q build_clib build_ext --inplace
+
+# Without isolation, so that what is built here and what is built in dev has the same NumPy and Cython.
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(pip_install) 'setuptools>=77' 'cython>=3.1' 'numpy>=2'
+	$(pip_install) --no-build-isolation -e '.[test,demo,lint]'
+	$(model)
+	touch $@
+
+quick: dev
+	$(BIN)/python -m pytest -q -n $(JOBS) --quick --hypothesis-profile quick $(TESTS)
+
 test:
 	$(MAKE) check-c
 	$(fresh) '.[test,demo]' $(TORCH)
 	$(model)
 	$(MAKE) check RUNNER=$(BIN)/python
 
-# Runs the tests against the fastattn that RUNNER has installed, away from the source tree.
+# Runs the tests against the fastattn that RUNNER has installed, away from the source tree: side by side, and then those
+# that need the machine for themselves, of which there may be none (status 5).
 check:
 	dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && \
-	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && \
-	FASTATTN_SOURCE=$(CURDIR) $(RUNNER) -m pytest $(TESTS)
+	cp -r tests docs README.md pyproject.toml "$$dir" && cd "$$dir" && export FASTATTN_SOURCE=$(CURDIR) && \
+	$(RUNNER) -m pytest -n $(JOBS) --dist worksteal -m 'not alone' $(TESTS) && \
+	{ $(RUNNER) -m pytest -q -m alone $(TESTS) || test $$? = 5; }
 
 # The parts of the C library by themselves, without Python's headers or NumPy: Python only tells the flags of each kernel.
 # For another machine: make check-c CC='zig cc -target aarch64-linux-musl' RUN=qemu-aarch64, with
@@ -65,7 +87,7 @@ sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
 sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
 sanitize:
 	$(fresh) '.[test]'
-	$(MAKE) check RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
+	$(MAKE) check JOBS=0 RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
 	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
 	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
 	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test

@@ -1,6 +1,6 @@
 """The shapes of ``fastattn.bench`` under pytest-benchmark: ``pytest bench/ --benchmark-only``.
 
-A group is a shape at a dtype, its members are the contenders, and each result is checked before it is timed.
+A group is a shape at a dtype, its members are the baselines, and each result is checked before it is timed.
 pytest-benchmark times the members one after the other, which is right for watching one of them from commit to
 commit. For ratios between them use ``python -m fastattn bench``, which times them in alternation.
 """
@@ -16,14 +16,14 @@ from fastattn import bench
 
 
 @functools.cache
-def contender(name: str) -> bench.Contender:
+def baseline(name: str) -> bench.Baseline:
     kinds = {"fastattn": bench.FastAttn, **bench.PEERS}
     if not kinds[name].available():
         pytest.skip(f"needs {' and '.join(kinds[name].packages)}")
     return kinds[name](fastattn.get_num_threads())
 
 
-@functools.lru_cache(maxsize=1)  # the contenders of a group share the arrays and the expected result
+@functools.lru_cache(maxsize=1)  # the baselines of a group share the arrays and the expected result
 def problem(case: bench.Case, dtype: str) -> bench.Problem:
     try:
         return bench.problem_for(case, bench.find_dtype(dtype))
@@ -42,7 +42,7 @@ PAIRS = [
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_attention(benchmark, case, dtype, name):
     benchmark.group = f"{case.name} {case.shape} {dtype}"
-    us_or_them = contender(name)
+    us_or_them = baseline(name)
     if needed := bench.absence(case):
         pytest.skip(needed)
     if reason := us_or_them.refuses(case, dtype):
@@ -50,13 +50,13 @@ def test_attention(benchmark, case, dtype, name):
     try:
         entry = bench.prepare(us_or_them, problem(case, dtype))
     except bench.WrongResult as complaint:
-        # A peer without a right way is a finding about the peer; fastattn without one is a failure.
+        # A peer without a right variant is a finding about the peer; fastattn without one is a failure.
         if name == "fastattn":
             raise
         pytest.skip(str(complaint))
-    benchmark.extra_info.update(way=entry.way.name, error=entry.error, flops=problem(case, dtype).flops)
+    benchmark.extra_info.update(variant=entry.variant.name, error=entry.error, flops=problem(case, dtype).flops)
     with us_or_them.context():
-        benchmark(entry.way.run)
+        benchmark(entry.variant.run)
 
 
 def test_read_bandwidth_is_not_less_than_what_numpy_reads():

@@ -24,7 +24,8 @@ from fastattn.api import (
     top_keys,
 )
 from fastattn.cache import KVCache
-from fastattn.layer import MultiHeadAttention, rotary
+from fastattn.layer import MultiHeadAttention
+from fastattn.rotary import rotary
 from fastattn.view import AttentionView
 
 __all__ = [

@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=positive_float,
         default=1.0,
         metavar="N",
-        help="for each contender on each case; default: 1",
+        help="for each baseline on each case; default: 1",
     )
     timing.add_argument("--json", metavar="FILE", help="write the figures there too; - prints them instead of tables")
 

@@ -1,7 +1,8 @@
 """Arguments that a function does not take: what other libraries call them, and what they are here.
 
-A function takes what is too much as ``*others`` and ``**unknown``, and raises `misfit` if there is any: a wrapper that
-catches the interpreter's TypeError would cost every right call more. `closed` hides both from its signature.
+A function takes what is too much as ``*others``, and among ``**scores`` or as ``**unknown``, and raises `misfit` if
+there is any: a wrapper that catches the interpreter's TypeError would cost every right call more. `_keywords.takes`
+hides them from its signature.
 """
 
 from __future__ import annotations
@@ -89,24 +90,9 @@ SPELLINGS = {
 }
 
 
-def closed(function: Function) -> Function:
-    """Hide from the signature what is annotated with Never: ``*others`` and ``**unknown``."""
-    signature = inspect.signature(function)
-    taken = [p for p in signature.parameters.values() if p.annotation != "Never"]
-    function.__signature__ = signature.replace(parameters=taken)  # type: ignore[attr-defined]
-    return function
-
-
 def typed_like(original: Function) -> Callable[[Callable[..., Any]], Function]:
     """Give a function the type of another, whose signature it has."""
     return lambda function: cast(Function, function)
-
-
-def check_keywords(function: Callable[..., Any], keywords: Iterable[str]) -> None:
-    """Raise unless they are keywords of a function."""
-    error = misfit_of(function, 0, keywords)
-    if error is not None:
-        raise error
 
 
 def misfit_of(function: Callable[..., Any], count: int, keywords: Iterable[str]) -> TypeError | None:
@@ -114,12 +100,11 @@ def misfit_of(function: Callable[..., Any], count: int, keywords: Iterable[str])
     parameters = inspect.signature(function).parameters
     positional = [p for p in parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     others = range(len(positional), count)
-    unknown = [name for name in keywords if name not in parameters]
-    return misfit(function, others, unknown) if others or unknown else None
+    return misfit(function, others, keywords) if others or not parameters.keys() >= set(keywords) else None
 
 
-def misfit(function: Callable[..., Any], others: Sized, unknown: Iterable[str]) -> TypeError:
-    """Return the error for positional arguments beyond those of the function, or for keywords that it does not have."""
+def misfit(function: Callable[..., Any], others: Sized, given: Iterable[str]) -> TypeError:
+    """Return the error for positional arguments beyond those of a function, or for a keyword that it does not have."""
     parameters = inspect.signature(function).parameters.values()
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.name != "self"]
     keywords = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
@@ -129,7 +114,7 @@ def misfit(function: Callable[..., Any], others: Sized, unknown: Iterable[str]) 
             f"{function.__qualname__}() takes {len(positional)} positional arguments ({', '.join(positional)}), but "
             f"{len(positional) + len(others)} were given; all else goes by keyword{mask if 'mask' in keywords else ''}"
         )
-    name = next(iter(unknown))
+    name = next(name for name in given if name not in inspect.signature(function).parameters)
     return TypeError(
         f"{function.__qualname__}() got an unexpected keyword argument {name!r}: {hint(name, [*positional, *keywords])}"
     )

@@ -1,14 +1,23 @@
-"""What comes as an array: taken as one, or refused by the name of the argument."""
+"""What several functions check alike: arguments are taken as what they must be, or refused by their name."""
 
 from __future__ import annotations
 
+import operator
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+SequenceIds = Sequence[int] | NDArray[np.integer[Any]]
+
+# What is computed with, by the names of the dtypes, and the step from 1 to the next number.
+EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+HALF = ("float16", "bfloat16")
+
+# --- arrays ---------------------------------------------------------------------------------------
 
 
 def as_array(name: str, x: object) -> Array:
@@ -66,3 +75,76 @@ def holds(x: object, kind: type) -> bool:
     if any(issubclass(each, kind) for each in kinds):
         return True
     return any(issubclass(each, (list, tuple)) for each in kinds) and any(holds(each, kind) for each in x)
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+def check_dtype(name: str, array: Array, *, native: bool = True) -> None:
+    """Raise unless the array is of a dtype that is computed with, and in native byte order if it must be."""
+    if array.dtype.name not in EPSILON or (native and not array.dtype.isnative):
+        accepted = ", ".join(EPSILON) + (", in native byte order" if native else "")
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are {accepted}{how_to_convert(name, array.dtype)}")
+
+
+def check_floats(name: str, array: Array) -> None:
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats{how_to_convert(name, array.dtype)}")
+
+
+# --- integers, shapes, results --------------------------------------------------------------------
+
+
+def as_integer(name: str, value: object) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    return operator.index(value)
+
+
+def checked_integer(name: str, value: object, lowest: int, highest: int | None = None) -> int:
+    number = as_integer(name, value)
+    if number < lowest or (highest is not None and number > highest):
+        accepted = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be {accepted}, but is {number}")
+    return number
+
+
+def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
+    """Raise unless the shape is the accepted one; a word stands for any number."""
+    if array.shape == accepted:
+        return
+    fits = array.ndim == len(accepted)
+    if fits:
+        for size, want in zip(array.shape, accepted, strict=True):
+            fits &= size == want or isinstance(want, str)
+    if not fits:
+        raise ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, accepted))})")
+
+
+def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
+    """Return the ids, and whether it was a single one."""
+    if type(sequences) is list:  # of ints, as in every step
+        ids = sequences.copy()
+        if all(type(sequence) is int for sequence in ids):
+            return ids, False
+    refuse_masked("sequences", sequences)
+    try:
+        array = np.asarray(sequences)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"sequences must be an int, or a list or 1-D array of ints, not {sequences!r}")
+    return array.reshape(-1).tolist(), array.ndim == 0
+
+
+def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+    refuse_masked("out", out)
+    if out.dtype != dtype:
+        raise TypeError(f"out has dtype {out.dtype}; accepted is {dtype}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only")
+    return out

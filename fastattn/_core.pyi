@@ -5,43 +5,20 @@ from typing import Any
 
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn.api import AttentionFunction
+from fastattn._keywords import AttentionFunction, PackedKeywords, ScoreKeywords
 
 attention: AttentionFunction
 
-def top_keys(
-    query: ArrayLike,
-    key: ArrayLike,
-    k: int,
-    scale: float | None,
-    causal: bool,
-    query_offset: ArrayLike | None,
-    window: tuple[int | None, int | None] | None,
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    alibi_slopes: ArrayLike | None,
-    softcap: float | None,
-    sinks: ArrayLike | None,
-    key_lengths: ArrayLike | None,
-    return_totals: bool,
-    num_threads: int | None,
-) -> Any: ...
+def top_keys(query: ArrayLike, key: ArrayLike, k: int, scores: ScoreKeywords, return_totals: bool) -> Any: ...
 def attention_varlen(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
-    scale: float | None,
-    causal: bool,
-    query_offset: ArrayLike | None,
-    window: tuple[int | None, int | None] | None,
-    alibi_slopes: ArrayLike | None,
-    softcap: float | None,
-    sinks: ArrayLike | None,
+    scores: PackedKeywords,
     out: NDArray[Any] | None,
     return_lse: bool,
-    num_threads: int | None,
 ) -> Any: ...
 def attention_paged(
     query: ArrayLike,
@@ -52,34 +29,13 @@ def attention_paged(
     value_scales: NDArray[Any] | None,
     page_table: NDArray[Any],
     lengths: NDArray[Any],
-    scale: float | None,
-    causal: bool,
-    query_offset: ArrayLike | None,
-    window: tuple[int | None, int | None] | None,
-    alibi_slopes: ArrayLike | None,
-    softcap: float | None,
-    sinks: ArrayLike | None,
+    scores: tuple[Any, ...],
     out: NDArray[Any] | None,
     return_lse: bool,
     return_weights: bool,
-    num_threads: int | None,
 ) -> Any: ...
 def plan(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    scale: float | None,
-    causal: bool,
-    query_offset: ArrayLike | None,
-    window: tuple[int | None, int | None] | None,
-    mask: ArrayLike | None,
-    bias: ArrayLike | None,
-    alibi_slopes: ArrayLike | None,
-    softcap: float | None,
-    sinks: ArrayLike | None,
-    key_lengths: ArrayLike | None,
-    return_weights: bool,
-    num_threads: int | None,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, scores: ScoreKeywords, return_weights: bool
 ) -> dict[str, Any]: ...
 
 compiler_version: str

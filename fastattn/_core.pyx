@@ -40,7 +40,7 @@ cnp.import_array()
 
 cdef enum:
     MAX_AXES = FA_MAX_BATCH_DIMS + 3
-    MOST_TOP_KEYS = 1024  # so that a tile's lists fit in the scratch
+    MAX_TOP_KEYS = 1024  # so that a tile's lists fit in the scratch
 
 # Positions and bounds beyond this are refused or clamped, so that sums of them cannot overflow.
 cdef int64_t FARTHEST = <int64_t>1 << 60
@@ -124,7 +124,7 @@ cdef int check_ndim(cnp.ndarray array, str name, int query_ndim) except -1:
 
 
 cdef int broadcast_batch(fa_problem *p, cnp.ndarray array, str name) except -1:
-    """Widens the batch shape by an array's leading axes."""
+    """Broadcasts the batch shape with an array's leading axes."""
     cdef int ndim = max(cnp.PyArray_NDIM(array) - 3, 0)
     cdef int axis
     cdef int64_t size
@@ -190,9 +190,8 @@ cdef int check_packed_ndim(cnp.ndarray array, str name) except -1:
     return 0
 
 
-cdef cnp.ndarray boundaries(object cu_seqlens, str name, cnp.ndarray packed, str packed_name):
+cdef cnp.ndarray boundaries(cnp.ndarray array, str name, cnp.ndarray packed, str packed_name):
     """A copy of the row at which each sequence begins, and the end of the last; checked."""
-    cdef cnp.ndarray array = as_array(cu_seqlens, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are integers")
     if cnp.PyArray_NDIM(array) != 1 or array.shape[0] < 1:
@@ -274,7 +273,7 @@ cdef int check_limits(const fa_problem *p) except -1:
 
 
 cdef int check_broadcast(const fa_problem *p, cnp.ndarray array, str name, tuple target, str hint="") except -1:
-    """Whether an array broadcasts to `target` without widening it."""
+    """Whether an array broadcasts to `target` without enlarging it."""
     cdef tuple shape = shape_of(array)
     cdef int extra = len(target) - len(shape)
     cdef bint fits = extra >= 0
@@ -348,19 +347,18 @@ cdef int set_window(fa_problem *p, object window, object causal) except -1:
     return 0
 
 
-cdef int set_scalars(fa_problem *p, object scale, object softcap, object num_threads) except -1:
-    if scale is None:
-        p.scale = 1.0 / sqrt(<double>max(p.head_dim, 1))
-    else:
-        p.scale = real_number(scale, "scale")
-        if not isfinite(p.scale):
-            raise ValueError(f"scale must be finite, but is {scale}")
-    if softcap is not None:
-        p.softcap = real_number(softcap, "softcap")
-        if not (isfinite(p.softcap) and p.softcap > 0):
-            raise ValueError(f"softcap must be finite and greater than 0, but is {softcap}")
-    p.num_threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
-    return 0
+cdef double finite_number(object value, str name) except? -1.0:
+    cdef double number = real_number(value, name)
+    if not isfinite(number):
+        raise ValueError(f"{name} must be finite, but is {value}")
+    return number
+
+
+cdef double positive_number(object value, str name) except? -1.0:
+    cdef double number = real_number(value, name)
+    if not (isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, but is {value}")
+    return number
 
 
 cdef int thread_count(object num_threads) except -1:
@@ -381,8 +379,7 @@ cdef cnp.ndarray as_array(object x, str name):
     return _checks.as_array(name, x)
 
 
-cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
-    cdef cnp.ndarray array = as_array(mask, "mask")
+cdef int set_mask(fa_problem *p, cnp.ndarray array, tuple target) except -1:
     if cnp.PyArray_TYPE(array) != cnp.NPY_BOOL:
         hint = "; for numbers that are added to the scores use bias=" if array.dtype.kind in "fV" else ""
         if array.dtype.kind in "iu":
@@ -391,37 +388,35 @@ cdef cnp.ndarray set_mask(fa_problem *p, object mask, tuple target):
     check_broadcast(p, array, "mask", target, missing_axes(p, array, "mask"))
     describe(&p.mask, p, array, 3)
     p.mask.dtype = FA_BOOL
-    return array
+    return 0
 
 
-cdef cnp.ndarray set_bias(fa_problem *p, object bias, tuple target):
-    cdef cnp.ndarray array = as_array(bias, "bias")
+cdef int set_bias(fa_problem *p, cnp.ndarray array, tuple target) except -1:
     if cnp.PyArray_TYPE(array) == cnp.NPY_BOOL:
         raise TypeError("bias has dtype bool; accepted are real floats, added to the scores; for a boolean mask use "
                         "mask=")
     p.bias.dtype = <fa_dtype>float_dtype(array, "bias")
     check_broadcast(p, array, "bias", target, missing_axes(p, array, "bias"))
     describe(&p.bias, p, array, 3)
-    return array
+    return 0
 
 
-cdef cnp.ndarray float64_array(object x, str name):
-    cdef cnp.ndarray array = as_array(x, name)
+cdef cnp.ndarray float64_array(cnp.ndarray array, str name):
     if array.dtype.kind not in "fiu" and not is_bfloat16(array):
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are real numbers"
                         f"{_checks.how_to_convert(name, array.dtype)}")
     return array.astype(np.float64)
 
 
-cdef cnp.ndarray set_alibi_slopes(fa_problem *p, object slopes, bint single_head):
-    cdef cnp.ndarray array = float64_array(slopes, "alibi_slopes")
+cdef cnp.ndarray set_alibi_slopes(fa_problem *p, cnp.ndarray alibi_slopes, bint single_head):
+    cdef cnp.ndarray array = float64_array(alibi_slopes, "alibi_slopes")
     check_broadcast(p, array, "alibi_slopes", () if single_head and array.ndim == 0
                     else (*batch_shape_of(p), p.num_heads))
     describe(&p.alibi_slopes, p, array, 1)
     return array
 
 
-cdef cnp.ndarray set_sinks(fa_problem *p, object sinks):
+cdef cnp.ndarray set_sinks(fa_problem *p, cnp.ndarray sinks):
     cdef cnp.ndarray array = float64_array(sinks, "sinks")
     if shape_of(array) != (p.num_heads,):
         raise ValueError(f"sinks has shape {shape_of(array)}; accepted is one logit a head, ({p.num_heads},)")
@@ -429,13 +424,13 @@ cdef cnp.ndarray set_sinks(fa_problem *p, object sinks):
     return array
 
 
-cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, object x, str name, object lowest, object highest):
+cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, cnp.ndarray array, str name, object lowest,
+                              object highest):
     """An integer, or one for each batch item, from lowest to highest."""
-    cdef cnp.ndarray array = as_array(x, name)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are an integer, or integers for each batch item")
     check_broadcast(p, array, name, batch_shape_of(p))
-    array = array.copy()  # what is checked is what is read, whoever writes to x meanwhile
+    array = array.copy()  # what is checked is what is read, whoever writes to it meanwhile
     if array.size and not (lowest <= int(array.min()) and int(array.max()) <= highest):
         raise ValueError(f"{name} must be from {lowest} to {highest}, but holds {array.min()} to {array.max()}")
     array = array.astype(np.int64, copy=False)
@@ -499,9 +494,6 @@ cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) exce
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
         raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
     for name, array in inputs.items():
-        if array is None:
-            continue
-        array = np.asarray(array)
         if not lie_apart(out, array) and share_memory(out, array):
             raise ValueError(f"out overlaps {name} in memory")
     return 0
@@ -525,12 +517,20 @@ cdef class Call:
     cdef bint single_head
     cdef bint packed  # queries are (total, heads, head_dim)
     cdef cnp.ndarray query, key, value, mask, bias
-    cdef cnp.ndarray slopes, sinks, lengths, offsets, cu_seqlens_q, cu_seqlens_k  # copies
+    cdef cnp.ndarray alibi_slopes, sinks, key_lengths, query_offset, cu_seqlens_q, cu_seqlens_k  # copies
     cdef cnp.ndarray page_table, key_scales, value_scales
+    cdef dict inputs  # by name, what `out` must not overlap; None without `out`
+
+    cdef cnp.ndarray taken(self, object x, str name):
+        """An argument as an array, as which it is kept apart from `out`."""
+        cdef cnp.ndarray array = as_array(x, name)
+        if self.inputs is not None:
+            self.inputs[name] = array
+        return array
 
     cdef int set_arrays(self, object query, object key, object value) except -1:
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query, "query"), k = as_array(key, "key"), v = as_array(value, "value")
+        cdef cnp.ndarray q = self.taken(query, "query"), k = self.taken(key, "key"), v = self.taken(value, "value")
         set_dtypes(p, q, k, v)
         check_ndim(q, "query", cnp.PyArray_NDIM(q))
         check_ndim(k, "key", cnp.PyArray_NDIM(q))
@@ -553,7 +553,7 @@ cdef class Call:
         check_packed_ndim(query, "query")
         self.packed = True
         self.query = query
-        self.cu_seqlens_q = boundaries(cu_seqlens_q, "cu_seqlens_q", query, "query")
+        self.cu_seqlens_q = boundaries(self.taken(cu_seqlens_q, "cu_seqlens_q"), "cu_seqlens_q", query, "query")
         p.cu_seqlens_q = <const int64_t *>cnp.PyArray_DATA(self.cu_seqlens_q)
         p.batch_ndim = 1
         p.batch_shape[0] = self.cu_seqlens_q.shape[0] - 1
@@ -566,14 +566,14 @@ cdef class Call:
     cdef int set_packed_arrays(self, object query, object key, object value, object cu_seqlens_q,
                                object cu_seqlens_k) except -1:
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query, "query"), k = as_array(key, "key"), v = as_array(value, "value")
+        cdef cnp.ndarray q = self.taken(query, "query"), k = self.taken(key, "key"), v = self.taken(value, "value")
         set_dtypes(p, q, k, v)
         self.set_packed_query(q, cu_seqlens_q)
         check_packed_ndim(k, "key")
         check_packed_ndim(v, "value")
         self.key = k
         self.value = v
-        self.cu_seqlens_k = boundaries(cu_seqlens_k, "cu_seqlens_k", k, "key")
+        self.cu_seqlens_k = boundaries(self.taken(cu_seqlens_k, "cu_seqlens_k"), "cu_seqlens_k", k, "key")
         if self.cu_seqlens_k.shape[0] != self.cu_seqlens_q.shape[0]:
             raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have the same length, but have "
                              f"{self.cu_seqlens_q.shape[0]} and {self.cu_seqlens_k.shape[0]}")
@@ -595,7 +595,7 @@ cdef class Call:
         page_table and lengths are int64, C-contiguous, and the cache's own.
         """
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = as_array(query, "query")
+        cdef cnp.ndarray q = self.taken(query, "query")
         p.query.dtype = <fa_dtype>float_dtype(q, "query")
         p.key.dtype = p.value.dtype = FA_INT8 if key_scales is not None else <fa_dtype>float_dtype(key, "key")
         check_query_of_cache(p, q, key)
@@ -619,7 +619,7 @@ cdef class Call:
             describe_pages(&p.key_scale, key_scales)
             describe_pages(&p.value_scale, value_scales)
         self.key, self.value, self.key_scales, self.value_scales = key, value, key_scales, value_scales
-        self.lengths = lengths
+        self.key_lengths = lengths
         self.page_table = page_table
         describe(&p.key_lengths, p, lengths, 0)
         describe(&p.page_table, p, page_table, 1)
@@ -638,25 +638,44 @@ cdef class Call:
         self.query = query
         return 0
 
-    cdef int set_optional_arrays(self, object query_offset, object mask, object bias, object alibi_slopes,
-                                 object sinks, object key_lengths) except -1:
+    cdef int set_scores(self, object scale, object causal, object query_offset, object window, object mask,
+                        object bias, object alibi_slopes, object softcap, object sinks, object key_lengths,
+                        object num_threads) except -1:
+        """What attention's keywords say of the scores, and how many threads compute them."""
         cdef fa_problem *p = &self.problem
         cdef tuple target
+        set_window(p, window, causal)
+        p.scale = 1.0 / sqrt(<double>max(p.head_dim, 1)) if scale is None else finite_number(scale, "scale")
+        if softcap is not None:
+            p.softcap = positive_number(softcap, "softcap")
+        p.num_threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
         if mask is not None or bias is not None:
             target = score_shape(p, self.single_head)
             if mask is not None:
-                self.mask = set_mask(p, mask, target)
+                self.mask = self.taken(mask, "mask")
+                set_mask(p, self.mask, target)
             if bias is not None:
-                self.bias = set_bias(p, bias, target)
+                self.bias = self.taken(bias, "bias")
+                set_bias(p, self.bias, target)
         if alibi_slopes is not None:
-            self.slopes = set_alibi_slopes(p, alibi_slopes, self.single_head)
+            self.alibi_slopes = set_alibi_slopes(p, self.taken(alibi_slopes, "alibi_slopes"), self.single_head)
         if sinks is not None:
-            self.sinks = set_sinks(p, sinks)
+            self.sinks = set_sinks(p, self.taken(sinks, "sinks"))
         if key_lengths is not None:
-            self.lengths = set_integers(&p.key_lengths, p, key_lengths, "key_lengths", 0, p.seqlen_k)
+            self.key_lengths = set_integers(&p.key_lengths, p, self.taken(key_lengths, "key_lengths"), "key_lengths",
+                                            0, p.seqlen_k)
         if query_offset is not None:
-            self.offsets = set_integers(&p.query_offset, p, query_offset, "query_offset", -FARTHEST, FARTHEST)
+            self.query_offset = set_integers(&p.query_offset, p, self.taken(query_offset, "query_offset"),
+                                             "query_offset", -FARTHEST, FARTHEST)
         return 0
+
+    cdef int read_scores(self, dict scores) except -1:
+        """`set_scores` from a dict, in which a keyword that was not given is not there."""
+        return self.set_scores(
+            scores.get("scale"), scores.get("causal", False), scores.get("query_offset"), scores.get("window"),
+            scores.get("mask"), scores.get("bias"), scores.get("alibi_slopes"), scores.get("softcap"),
+            scores.get("sinks"), scores.get("key_lengths"), scores.get("num_threads"),
+        )
 
     cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, bint zeros=False):
         """(..., H, Sq, columns), or (total, H, columns); without the last axis if columns is -1."""
@@ -684,7 +703,7 @@ cdef class Call:
             return PyArray_Zeros(ndim, dims, dtype, 0)
         return PyArray_Empty(ndim, dims, dtype, 0)
 
-    cdef cnp.ndarray set_out(self, object out, dict inputs):
+    cdef cnp.ndarray set_out(self, object out):
         cdef fa_problem *p = &self.problem
         cdef cnp.ndarray array
         if out is None:
@@ -694,7 +713,7 @@ cdef class Call:
                 rows = (self.query.shape[0], p.num_heads)
             else:
                 *rows, _ = score_shape(p, self.single_head)
-            check_out(out, (*rows, p.head_dim_v), self.query, inputs)
+            check_out(out, (*rows, p.head_dim_v), self.query, self.inputs)
             array = out
         if self.packed:
             describe_packed(&p.out, array)
@@ -768,15 +787,15 @@ cdef int run(Call call) except -1:
     return 0
 
 
-cdef Call prepare(object query, object key, object value, object scale, object causal, object query_offset,
-                  object window, object mask, object bias, object alibi_slopes, object softcap, object sinks,
-                  object key_lengths, object num_threads):
-    cdef Call call = Call.__new__(Call)
-    call.set_arrays(query, key, value)
-    set_window(&call.problem, window, causal)
-    set_scalars(&call.problem, scale, softcap, num_threads)
-    call.set_optional_arrays(query_offset, mask, bias, alibi_slopes, sinks, key_lengths)
-    return call
+cdef object compute(Call call, object out, bint return_lse, bint return_weights):
+    """The results of a call of which all else is set."""
+    cdef cnp.ndarray result = call.set_out(out)
+    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
+    cdef cnp.ndarray weights = call.set_weights() if return_weights else None
+    run(call)
+    if lse is None and weights is None:
+        return result
+    return (result, *((lse,) if lse is not None else ()), *((weights,) if weights is not None else ()))
 
 
 def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
@@ -888,17 +907,13 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     >>> int(np.count_nonzero(weights[0, 0, 50]))
     3
     """
-    cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
-                             sinks, key_lengths, num_threads)
-    cdef dict inputs = None
+    cdef Call call = Call.__new__(Call)
     if out is not None:
-        inputs = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes,
-                  "sinks": sinks, "key_lengths": key_lengths, "query_offset": query_offset}
-    cdef cnp.ndarray result = call.set_out(out, inputs)
-    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
-    cdef cnp.ndarray weights = call.set_weights() if return_weights else None
-    run(call)
-    return with_extras(result, lse, weights)
+        call.inputs = {}
+    call.set_arrays(query, key, value)
+    call.set_scores(scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
+                    num_threads)
+    return compute(call, out, return_lse, return_weights)
 
 
 # `attention` as it is called: itself, and a function before it that looks at the arguments if it raised a TypeError.
@@ -972,36 +987,16 @@ attention_module = "fastattn"
 attention = PyCFunction_NewEx(&attention_def, NULL, <PyObject *>attention_module)
 
 
-cdef object with_extras(cnp.ndarray result, cnp.ndarray lse, cnp.ndarray weights):
-    if lse is None and weights is None:
-        return result
-    return (result, *((lse,) if lse is not None else ()), *((weights,) if weights is not None else ()))
-
-
-cdef object finish_packed(Call call, object scale, object causal, object query_offset, object window,
-                          object alibi_slopes, object softcap, object sinks, object out, dict inputs,
-                          bint return_lse, bint return_weights, object num_threads):
-    """What packed and paged calls share: keywords, results, the call itself."""
-    set_window(&call.problem, window, causal)
-    set_scalars(&call.problem, scale, softcap, num_threads)
-    call.set_optional_arrays(query_offset, None, None, alibi_slopes, sinks, None)
-    cdef cnp.ndarray result = call.set_out(out, inputs)
-    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
-    cdef cnp.ndarray weights = call.set_weights() if return_weights else None
-    run(call)
-    return with_extras(result, lse, weights)
-
-
-def top_keys(query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
-             bint return_totals, num_threads):
+def top_keys(query, key, k, dict scores not None, bint return_totals):
     # Attention to values of no columns: scores and their softmax are all there is to compute.
     cdef cnp.ndarray keys = as_array(key, "key")
     cdef object value = keys[..., :0] if keys.ndim > 0 else keys
-    cdef Call call = prepare(query, keys, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
-                             sinks, key_lengths, num_threads)
+    cdef Call call = Call.__new__(Call)
+    call.set_arrays(query, keys, value)
+    call.read_scores(scores)
     cdef fa_problem *p = &call.problem
     p.top_count = top_count(k)
-    call.set_out(None, None)
+    call.set_out(None)
     cdef cnp.ndarray indices = call.new_array(np.dtype(np.int64), p.top_count)
     cdef cnp.ndarray weights = call.new_array(call.query.descr, p.top_count)
     cdef cnp.ndarray column_sums = None
@@ -1026,37 +1021,34 @@ cdef int64_t top_count(object k) except -1:
     if isinstance(k, (bool, np.bool_)) or not hasattr(k, "__index__"):
         raise TypeError(f"k must be an int, not {k!r}")
     count = k.__index__()
-    if not 1 <= count <= MOST_TOP_KEYS:
-        raise ValueError(f"k must be from 1 to {MOST_TOP_KEYS}, but is {count}")
+    if not 1 <= count <= MAX_TOP_KEYS:
+        raise ValueError(f"k must be from 1 to {MAX_TOP_KEYS}, but is {count}")
     return count
 
 
-def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, query_offset, window, alibi_slopes,
-                     softcap, sinks, out, bint return_lse, num_threads):
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, dict scores not None, out, bint return_lse):
     cdef Call call = Call.__new__(Call)
+    if out is not None:
+        call.inputs = {}
     call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
-    inputs = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-              "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset}
-    return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
-                         return_lse, False, num_threads)
+    call.read_scores(scores)
+    return compute(call, out, return_lse, False)
 
 
 def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.ndarray value_pages not None,
                     cnp.ndarray key_scales, cnp.ndarray value_scales, cnp.ndarray page_table not None,
-                    cnp.ndarray lengths not None, scale, causal, query_offset, window, alibi_slopes, softcap, sinks,
-                    out, bint return_lse, bint return_weights, num_threads):
+                    cnp.ndarray lengths not None, tuple scores not None, out, bint return_lse, bint return_weights):
     if return_weights and cu_seqlens_q is not None:
         raise ValueError("return_weights and cu_seqlens_q cannot be given together: the rows see different keys")
     cdef Call call = Call.__new__(Call)
-    call.set_paged_arrays(query, cu_seqlens_q, key_pages, value_pages, key_scales, value_scales, page_table, lengths)
-    cdef dict inputs = None
     if out is not None:
-        inputs = {"query": query, "the cache's keys": key_pages, "the cache's values": value_pages,
-                  "the cache's key scales": key_scales, "the cache's value scales": value_scales,
-                  "alibi_slopes": alibi_slopes, "sinks": sinks, "query_offset": query_offset,
-                  "cu_seqlens_q": cu_seqlens_q}
-    return finish_packed(call, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, out, inputs,
-                         return_lse, return_weights, num_threads)
+        call.inputs = {"the cache's keys": key_pages, "the cache's values": value_pages}
+        if key_scales is not None:
+            call.inputs |= {"the cache's key scales": key_scales, "the cache's value scales": value_scales}
+    call.set_paged_arrays(query, cu_seqlens_q, key_pages, value_pages, key_scales, value_scales, page_table, lengths)
+    scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads = scores
+    call.set_scores(scale, causal, query_offset, window, None, None, alibi_slopes, softcap, sinks, None, num_threads)
+    return compute(call, out, return_lse, return_weights)
 
 
 cdef tuple axes_of(cnp.ndarray array):
@@ -1065,10 +1057,10 @@ cdef tuple axes_of(cnp.ndarray array):
     return tuple(batch), heads, seqlen, head_dim
 
 
-def plan(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks,
-         key_lengths, bint return_weights, num_threads):
-    cdef Call call = prepare(query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap,
-                             sinks, key_lengths, num_threads)
+def plan(query, key, value, dict scores not None, bint return_weights):
+    cdef Call call = Call.__new__(Call)
+    call.set_arrays(query, key, value)
+    call.read_scores(scores)
     cdef fa_problem *p = &call.problem
     cdef fa_plan chosen
     if fa_plan_forward(p, &chosen) == FA_NO_MEMORY:
@@ -1089,8 +1081,8 @@ def plan(query, key, value, scale, causal, query_offset, window, mask, bias, ali
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,
             None if p.right == FA_UNBOUNDED else p.right,
-            call.lengths,
-            call.offsets,
+            call.key_lengths,
+            call.query_offset,
             call.mask,
         ),
     }
@@ -1171,7 +1163,7 @@ def measure_peak(dtype, num_threads=None):
 
 
 def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
-    """Measure the rate at which that many bytes are read, again and again, where they then lie.
+    """Measure the rate at which that many bytes are read, again and again, from the cache or memory that holds them.
 
     Parameters
     ----------

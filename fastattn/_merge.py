@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastattn._checks import as_array, how_to_convert
-
-Array = NDArray[Any]
-
-ACCEPTED = ("float32", "float64", "float16", "bfloat16")
+from fastattn._checks import Array, as_array, check_dtype
 
 
 def refuse_plus_infinity(lses: Sequence[Array]) -> None:
@@ -28,9 +23,7 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
     if len(outs) != len(lses):
         raise ValueError(f"outs and lses must be as many, but are {len(outs)} and {len(lses)}")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
-        if out.dtype.name not in ACCEPTED:
-            accepted = ", ".join(ACCEPTED) + how_to_convert(f"outs[{i}]", out.dtype)
-            raise TypeError(f"outs[{i}] has dtype {out.dtype}; accepted are {accepted}")
+        check_dtype(f"outs[{i}]", out, native=False)
         if out.dtype != outs[0].dtype:
             raise TypeError(f"outs must share a dtype, but outs[0] has {outs[0].dtype} and outs[{i}] {out.dtype}")
         if lse.dtype.name not in ("float32", "float64"):

@@ -8,126 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Never, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, Protocol, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn import _core
-from fastattn._arguments import closed, misfit
+from fastattn._arguments import misfit
+from fastattn._keywords import (
+    PACKED,
+    SCORES,
+    Array,
+    AttentionFunction,
+    PackedKeywords,
+    ScoreKeywords,
+    VarlenKeywords,
+    takes,
+)
 from fastattn._merge import merge_results
 
-Array = NDArray[Any]
-Window = tuple[int | None, int | None]
-
 __version__ = "0.1.0"
-
-
-class ScoreOptions(TypedDict, total=False):
-    """Keywords that say what the scores are, and how many threads compute them."""
-
-    scale: float | None
-    causal: bool
-    query_offset: ArrayLike | None
-    window: Window | None
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    key_lengths: ArrayLike | None
-    num_threads: int | None
-
-
-class Options(ScoreOptions, total=False):
-    """Keywords of `attention` that do not change what it returns."""
-
-    out: Array | None
-
-
-class PackedOptions(TypedDict, total=False):
-    """Keywords of `attention_varlen` that do not change what it returns."""
-
-    scale: float | None
-    causal: bool
-    query_offset: ArrayLike | None
-    window: Window | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    out: Array | None
-    num_threads: int | None
-
-
-class AttentionFunction(Protocol):
-    """The type of `attention`: what it returns depends on two of its keywords. The last overload has them all."""
-
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        *,
-        return_lse: Literal[False] = False,
-        return_weights: Literal[False] = False,
-        **options: Unpack[Options],
-    ) -> Array: ...
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        *,
-        return_lse: Literal[True],
-        return_weights: Literal[False] = False,
-        **options: Unpack[Options],
-    ) -> tuple[Array, Array]: ...
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        *,
-        return_lse: Literal[False] = False,
-        return_weights: Literal[True],
-        **options: Unpack[Options],
-    ) -> tuple[Array, Array]: ...
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        *,
-        return_lse: Literal[True],
-        return_weights: Literal[True],
-        **options: Unpack[Options],
-    ) -> tuple[Array, Array, Array]: ...
-    @overload
-    def __call__(
-        self,
-        query: ArrayLike,
-        key: ArrayLike,
-        value: ArrayLike,
-        *,
-        scale: float | None = None,
-        causal: bool = False,
-        query_offset: ArrayLike | None = None,
-        window: Window | None = None,
-        mask: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        softcap: float | None = None,
-        sinks: ArrayLike | None = None,
-        key_lengths: ArrayLike | None = None,
-        out: Array | None = None,
-        return_lse: bool = False,
-        return_weights: bool = False,
-        num_threads: int | None = None,
-    ) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 
 
 attention: AttentionFunction = _core.attention
@@ -142,7 +42,7 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[PackedOptions],
+    **scores: Unpack[VarlenKeywords],
 ) -> Array: ...
 @overload
 def attention_varlen(
@@ -153,7 +53,7 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *,
     return_lse: Literal[True],
-    **options: Unpack[PackedOptions],
+    **scores: Unpack[VarlenKeywords],
 ) -> tuple[Array, Array]: ...
 @overload
 def attention_varlen(
@@ -164,9 +64,9 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *,
     return_lse: bool = False,
-    **options: Unpack[PackedOptions],
+    **scores: Unpack[VarlenKeywords],
 ) -> Array | tuple[Array, Array]: ...
-@closed
+@takes(PackedKeywords)
 def attention_varlen(
     query: ArrayLike,
     key: ArrayLike,
@@ -174,19 +74,11 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *others: Never,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: Window | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
     out: Array | None = None,
     return_lse: bool = False,
-    num_threads: int | None = None,
-    **unknown: Never,
+    **scores: Unpack[PackedKeywords],
 ) -> Any:
-    """`attention` over sequences of different lengths that lie one after the other, without padding.
+    """`attention` over packed sequences of different lengths, without padding.
 
     Sequence ``b`` has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys
     ``cu_seqlens_k[b]`` to ``cu_seqlens_k[b + 1]``, and sees no others. Its result is that of `attention`
@@ -200,17 +92,14 @@ def attention_varlen(
     value : array_like, shape (total_k, Hkv, Dv)
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
         Cumulative lengths: 0 first, never falling, ``total_q`` and ``total_k`` last. Sequences may be empty.
-    scale, causal, window, softcap, sinks
-        As for `attention`.
     query_offset : int or array_like of int, shape (B,), optional
         Position of a sequence's first query. Default: its last query sees its last key.
-    alibi_slopes : array_like, shape (H,) or (B, H), optional
+    **scores
+        As for `attention`; `alibi_slopes` may be (B, H).
     out : ndarray, shape (total_q, H, Dv), optional
         Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
     return_lse : bool
         Whether to return the log-sum-exp of each row's scores, too.
-    num_threads : int, optional
-        At most this many, and no more than the CPUs that the process may use; default `get_num_threads`.
 
     Returns
     -------
@@ -235,12 +124,9 @@ def attention_varlen(
     >>> bool((out[3:] == alone.swapaxes(0, 1)).all())
     True
     """
-    if others or unknown:
-        raise misfit(attention_varlen, others, unknown)
-    return _core.attention_varlen(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, scale, causal, query_offset, window, alibi_slopes, softcap,
-        sinks, out, return_lse, num_threads,
-    )  # fmt: skip
+    if others or not scores.keys() <= PACKED:
+        raise misfit(attention_varlen, others, scores)
+    return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, out, return_lse)
 
 
 @overload
@@ -250,7 +136,7 @@ def top_keys(
     k: int = 8,
     *,
     return_totals: Literal[False] = False,
-    **options: Unpack[ScoreOptions],
+    **scores: Unpack[ScoreKeywords],
 ) -> tuple[NDArray[np.int64], Array]: ...
 @overload
 def top_keys(
@@ -259,7 +145,7 @@ def top_keys(
     k: int = 8,
     *,
     return_totals: Literal[True],
-    **options: Unpack[ScoreOptions],
+    **scores: Unpack[ScoreKeywords],
 ) -> tuple[NDArray[np.int64], Array, Array]: ...
 @overload
 def top_keys(
@@ -268,27 +154,16 @@ def top_keys(
     k: int = 8,
     *,
     return_totals: bool = False,
-    **options: Unpack[ScoreOptions],
+    **scores: Unpack[ScoreKeywords],
 ) -> tuple[NDArray[np.int64], Array] | tuple[NDArray[np.int64], Array, Array]: ...
-@closed
+@takes(ScoreKeywords)
 def top_keys(
     query: ArrayLike,
     key: ArrayLike,
     k: int = 8,
     *others: Never,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: Window | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_totals: bool = False,
-    num_threads: int | None = None,
-    **unknown: Never,
+    **scores: Unpack[ScoreKeywords],
 ) -> Any:
     """Find the keys that each query attends most, without ever holding all weights.
 
@@ -302,14 +177,11 @@ def top_keys(
         Dtypes, strides and broadcasting as for `attention`.
     k : int
         How many keys to list for each query, from 1 to 1024.
-    scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths
+    **scores
         As for `attention`.
     return_totals : bool
         Whether to return how much each key is attended by all queries of a head together, too. It takes a second
         pass.
-    num_threads : int, optional
-        At most this many, and no more than the CPUs that the process may use; default `get_num_threads`. Results
-        are the same to the last bit for any.
 
     Returns
     -------
@@ -337,12 +209,9 @@ def top_keys(
     >>> bool(np.allclose(totals.sum(axis=-1), 100))
     True
     """
-    if others or unknown:
-        raise misfit(top_keys, others, unknown)
-    return _core.top_keys(
-        query, key, k, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
-        return_totals, num_threads,
-    )  # fmt: skip
+    if others or not scores.keys() <= SCORES:
+        raise misfit(top_keys, others, scores)
+    return _core.top_keys(query, key, k, scores, return_totals)
 
 
 def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
@@ -463,7 +332,7 @@ class PlanFunction(Protocol):
         value: ArrayLike,
         *,
         return_weights: bool = False,
-        **options: Unpack[ScoreOptions],
+        **scores: Unpack[ScoreKeywords],
     ) -> Plan: ...
 
 
@@ -472,34 +341,24 @@ def plan_function(function: Callable[..., Any]) -> PlanFunction:
 
 
 @plan_function
-@closed
+@takes(ScoreKeywords)
 def plan(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *others: Never,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: Window | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     return_weights: bool = False,
-    num_threads: int | None = None,
-    **unknown: Never,
+    **scores: Unpack[ScoreKeywords],
 ) -> Plan:
     """Say what `attention` would do with the same arguments, without doing it.
 
     Parameters
     ----------
-    query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, \
-key_lengths, return_weights, num_threads
+    query, key, value, return_weights
         As for `attention`. Arrays are checked, but neither read nor written, except for the mask and the
         small arrays.
+    **scores
+        As for `attention`.
 
     Returns
     -------
@@ -521,12 +380,9 @@ key_lengths, return_weights, num_threads
     >>> plan.flops == 4 * 64 * 12 * 1024 * 1025 // 2
     True
     """
-    if others or unknown:
-        raise misfit(plan, others, unknown)
-    chosen = _core.plan(
-        query, key, value, scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
-        return_weights, num_threads,
-    )  # fmt: skip
+    if others or not scores.keys() <= SCORES:
+        raise misfit(plan, others, scores)
+    chosen = _core.plan(query, key, value, scores, return_weights)
     return Plan(**chosen | {name: Axes(*chosen[name]) for name in ("query", "key", "value")})
 
 

@@ -1,59 +1,48 @@
-"""A paged, ragged cache of keys and values for decoding. The kernel reads pages where they lie."""
+"""A paged, ragged cache of keys and values for decoding. The kernel reads pages in place."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import math
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, NoReturn, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastattn import _core
-from fastattn._arguments import closed, misfit
-from fastattn._checks import as_array, how_to_convert, refuse_masked
-from fastattn._files import atomic_write, is_special
-
-if TYPE_CHECKING:
-    from zipfile import ZipFile
+from fastattn._arguments import misfit
+from fastattn._cache_file import File, archive_name, check_saved, check_saved_pages, read_fields
+from fastattn._checks import (
+    Array,
+    SequenceIds,
+    as_array,
+    as_integer,
+    check_floats,
+    check_shape,
+    checked_ids,
+    checked_integer,
+    refuse_masked,
+)
+from fastattn._files import atomic_write
+from fastattn._keywords import CacheKeywords, Window, takes
+from fastattn._pages import (
+    MAX_HEAD_DIM,
+    PAGE_SIZE,
+    bytes_of,
+    checked_dtype,
+    checked_page_size,
+    new_store,
+    page_layout,
+    part_views,
+    quantized,
+    store_bytes,
+)
 
 __all__ = ["KVCache"]
 
-Array = NDArray[Any]
 Integers = NDArray[np.int64]
-Window = tuple[int | None, int | None]
-SequenceIds = Sequence[int] | NDArray[np.integer[Any]]
-File = str | os.PathLike[str] | IO[bytes]
-
-# Page sizes are multiples of this: each part of a page is then a multiple of 64 bytes, whatever its dtype and
-# head_dim, and a block of keys of the kernel lies within one page.
-PAGE_STEP = 64
-PAGE_SIZE = 256  # csrc/fastattn.h: FA_NARROW_KEYS
-ALIGNMENT = 64
-DTYPES = ("float32", "float16", "bfloat16", "int8")
-MAX_HEAD_DIM = 512  # as in csrc/fastattn.h
-FIELDS = ("geometry", "dtype", "next_id", "ids", "lengths", "page_table")
-
-
-class Options(TypedDict, total=False):
-    """Keywords of `KVCache.attention` that do not change what it returns."""
-
-    cu_seqlens_q: ArrayLike | None
-    scale: float | None
-    causal: bool
-    query_offset: ArrayLike | None
-    window: Window | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    out: Array | None
-    num_threads: int | None
 
 
 class Geometry(TypedDict):
@@ -86,244 +75,6 @@ def with_pages(pages: Integers, first: int, more: list[int]) -> Integers:
     return pages
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def as_integer(name: str, value: object) -> int:
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    return operator.index(value)
-
-
-def checked_integer(name: str, value: object, lowest: int, highest: int | None = None) -> int:
-    number = as_integer(name, value)
-    if number < lowest or (highest is not None and number > highest):
-        accepted = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ValueError(f"{name} must be {accepted}, but is {number}")
-    return number
-
-
-def checked_page_size(page_size: int) -> int:
-    number = checked_integer("page_size", page_size, PAGE_STEP)
-    if number % PAGE_STEP:
-        raise ValueError(f"page_size must be a multiple of {PAGE_STEP}, but is {number}")
-    return number
-
-
-def checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
-    """bfloat16 is recognised by its name: ml_dtypes is never imported."""
-    accepted = "accepted are float32, float16, bfloat16 (of ml_dtypes, which must have been imported) and int8"
-    try:
-        found = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"dtype is {dtype!r}; {accepted}") from None
-    if found.name not in DTYPES or not found.isnative:
-        raise TypeError(f"dtype is {found}; {accepted}")
-    return found
-
-
-def check_floats(name: str, array: Array) -> None:
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats{how_to_convert(name, array.dtype)}")
-
-
-def check_shape(name: str, array: Array, accepted: tuple[int | str, ...]) -> None:
-    """Raise unless the shape is the accepted one; a word stands for any number."""
-    if array.shape == accepted:
-        return
-    fits = array.ndim == len(accepted)
-    if fits:
-        for size, want in zip(array.shape, accepted, strict=True):
-            fits &= size == want or isinstance(want, str)
-    if not fits:
-        raise ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, accepted))})")
-
-
-def checked_ids(sequences: int | SequenceIds) -> tuple[list[int], bool]:
-    """Return the ids, and whether it was a single one."""
-    if type(sequences) is list:  # of ints, as in every step
-        ids = sequences.copy()
-        if all(type(sequence) is int for sequence in ids):
-            return ids, False
-    refuse_masked("sequences", sequences)
-    try:
-        array = np.asarray(sequences)
-    except ValueError:  # lists of different lengths
-        array = np.asarray(None)
-    if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"sequences must be an int, or a list or 1-D array of ints, not {sequences!r}")
-    return array.reshape(-1).tolist(), array.ndim == 0
-
-
-def store_bytes(store: Array, alignment: int) -> NDArray[np.uint8]:
-    """Return the bytes of a store, or raise if pages cannot lie in it."""
-    if not isinstance(store, np.ndarray):
-        raise TypeError(f"store must be an ndarray, not {type(store).__name__}")
-    refuse_masked("store", store)
-    if store.dtype.hasobject:
-        raise TypeError(f"store has dtype {store.dtype}; accepted is any that holds no Python objects")
-    if not store.flags.c_contiguous:
-        raise ValueError(f"store must be C-contiguous, but has shape {store.shape} and strides {store.strides}")
-    if not store.flags.writeable:
-        raise ValueError("store is read-only")
-    if store.ctypes.data % alignment:
-        raise ValueError(f"store must begin at a multiple of {alignment} bytes, but begins at {store.ctypes.data:#x}")
-    return np.asarray(store).reshape(-1).view(np.uint8)
-
-
-def new_store(nbytes: int) -> NDArray[np.uint8]:
-    """Return memory whose pages begin at cache lines; it is not touched."""
-    memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % ALIGNMENT
-    return memory[begin : begin + nbytes]
-
-
-# --- int8 -----------------------------------------------------------------------------------------
-
-
-def quantized(name: str, x: Array) -> tuple[Array, Array]:
-    """Return x / scale rounded to int8, and the scales: one for each token and head."""
-    with np.errstate(all="ignore"):  # What float32 does not hold becomes inf, which is refused below.
-        x = x.astype(np.float32, copy=False)
-        largest = np.abs(x).max(axis=-1)
-    if not np.isfinite(largest).all():
-        raise ValueError(f"{name} holds NaN, or a number that is not finite in float32; int8 has no place for it")
-    scales = largest / np.float32(127)
-    divisor = np.where(scales == 0, np.float32(1), scales)[..., None]
-    # A scale below the normal range is itself rounded, so that the quotient may exceed 127.
-    return np.clip(np.rint(x / divisor), -127, 127).astype(np.int8), scales
-
-
-# --- pages ----------------------------------------------------------------------------------------
-
-
-def page_parts(
-    num_kv_heads: int, head_dim: int, head_dim_v: int, dtype: np.dtype[Any], page_size: int
-) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Return dtype and shape of what lies in a page, in this order and without gaps."""
-    rows = (num_kv_heads, page_size)
-    parts: list[tuple[np.dtype[Any], tuple[int, ...]]] = [(dtype, (*rows, head_dim)), (dtype, (*rows, head_dim_v))]
-    if dtype == np.int8:
-        parts += [(np.dtype(np.float32), rows)] * 2
-    return parts
-
-
-def bytes_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)
-
-
-def part_views(store: NDArray[np.uint8], parts: list[tuple[np.dtype[Any], tuple[int, ...]]]) -> list[Array]:
-    """Return an array (num_pages, *shape) for each part, over a store of (num_pages, page_bytes)."""
-    views: list[Array] = []
-    offset = 0
-    for dtype, shape in parts:
-        within = np.empty(shape, dtype).strides
-        strides = (store.strides[0], *within)
-        views.append(np.ndarray((store.shape[0], *shape), dtype, store, offset, strides))
-        offset += bytes_of(dtype, shape)
-    return views
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def archive_name(file: str | os.PathLike[str]) -> str:
-    name = os.fsdecode(file)
-    return name if name.endswith(".npz") or is_special(name) else f"{name}.npz"
-
-
-def read_fields(file: File) -> dict[str, Array]:
-    """Return what `KVCache.save` wrote."""
-    if isinstance(file, (str, os.PathLike)):
-        name = archive_name(file)
-        with open(name if os.path.exists(name) else file, "rb") as stream:
-            fields = read_archive(stream)
-    elif hasattr(file, "read") and hasattr(file, "seek"):
-        fields = read_archive(file)
-    else:
-        raise TypeError(f"file must be a str, a path or a binary file, not {type(file).__name__}")
-    for name, shape in (("geometry", (5,)), ("next_id", ())):
-        found = fields[name]
-        if found.dtype != np.int64 or found.shape != shape or found.min() < 0:
-            raise ValueError(f"the file is damaged: its {name} is {found}")
-    if str(fields["dtype"]) not in DTYPES:
-        raise ValueError(f"the file is damaged: its dtype is {fields['dtype']}")
-    return fields
-
-
-@contextlib.contextmanager
-def damage_as_value_error(*honest: type[Exception]) -> Iterator[None]:
-    """Make a ValueError of whatever is raised by reading a file that is damaged, but for what is honest.
-
-    zipfile, NumPy and the parser of its headers raise nearly anything. What the system says of the file is an OSError;
-    only to seek to a place that there cannot be is the file's fault.
-    """
-    try:
-        yield
-    except honest:
-        raise
-    except Exception as failure:
-        if isinstance(failure, OSError) and failure.errno not in (None, errno.EINVAL):
-            raise
-        raise ValueError(f"the file is not a saved KVCache, or is damaged: {failure}") from failure
-
-
-def read_archive(stream: IO[bytes]) -> dict[str, Array]:
-    import zipfile  # here, because it takes longer to import than the rest of this package
-
-    with damage_as_value_error(MemoryError):
-        stream.seek(0, os.SEEK_END)
-        size = stream.tell()
-        with zipfile.ZipFile(stream) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
-            missing = [name for name in FIELDS if name not in names]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            unknown = set(names) - {*FIELDS, "pages"}
-            if unknown:
-                raise ValueError(f"it has {', '.join(sorted(unknown))}, which save does not write")
-            return {name: read_member(archive, f"{name}.npy", size) for name in names}
-
-
-def read_member(archive: ZipFile, name: str, size: int) -> Array:
-    """Return an array of an archive that has so many bytes."""
-    with damage_as_value_error(), archive.open(name) as member:
-        # Before memory is taken for it. A header never truly lacks memory, and can be such that its parser says so.
-        version = np.lib.format.read_magic(member)
-        if version != (1, 0) or archive.getinfo(name).compress_type:
-            raise ValueError(f"{name} is not as save writes it")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        if math.prod(shape) * dtype.itemsize > size:
-            raise ValueError(f"{name} cannot have shape {shape}, in a file of {size} bytes")
-    with archive.open(name) as member:
-        array: Array = np.lib.format.read_array(member, allow_pickle=False)
-        if member.read(1):  # at the end, and not before, the checksum is looked at
-            raise ValueError(f"{name} has more bytes than its shape {shape} says")
-        return array
-
-
-def check_saved(fields: dict[str, Array], page_size: int, num_pages: int) -> None:
-    """Raise if the tables are not of one piece or point outside the store, which the kernel would follow."""
-    ids, lengths, table = (fields[name] for name in ("ids", "lengths", "page_table"))
-    if any(x.dtype != np.int64 or x.ndim != 1 for x in (ids, lengths, table)) or ids.size != lengths.size:
-        raise ValueError("the file is damaged: ids, lengths and page_table do not fit each other")
-    if lengths.min(initial=0) < 0 or sum((-(-lengths // page_size)).tolist()) != table.size:
-        raise ValueError(f"the file is damaged: {table.size} pages of {page_size} do not hold the lengths {lengths}")
-    if np.unique(ids).size != ids.size or ids.min(initial=0) < 0 or ids.max(initial=-1) >= fields["next_id"]:
-        raise ValueError(f"the file is damaged: its ids are {ids}, and the next {fields['next_id']}")
-    if table.min(initial=0) < 0:
-        raise ValueError("the file is damaged: a page has a negative number")
-    if table.max(initial=-1) >= num_pages:
-        raise ValueError(f"the sequences lie in pages up to {table.max()}, but the cache has only {num_pages} pages")
-
-
-def check_saved_pages(pages: Array, page_bytes: int) -> None:
-    """Raise unless they are such pages: before memory is taken for as many as the file says."""
-    if pages.dtype != np.uint8 or pages.ndim != 2 or pages.shape[1] != page_bytes:
-        raise ValueError(f"the file is damaged: its pages are {pages.dtype} of shape {pages.shape}, and a page has "
-                         f"{page_bytes} bytes")  # fmt: skip
-
-
 # --- fork -----------------------------------------------------------------------------------------
 
 # Those that there are: a fork leaves the child the locks of threads that it does not have.
@@ -346,7 +97,7 @@ class KVCache:
 
     A sequence takes a page when it needs one, so memory follows the tokens that are there, and nothing
     is ever moved. Sequences may share the pages of a common prefix (`fork`). `attention` reads the pages
-    where they lie.
+    in place.
 
     Parameters
     ----------
@@ -389,7 +140,7 @@ class KVCache:
 
     Notes
     -----
-    A page holds keys, values and, for int8, the scales of keys and values, one after the other, each in
+    A page holds keys, values and, for int8, the scales of keys and values, packed in this order, each in
     the order (heads, tokens, head_dim) and a multiple of 64 bytes long.
 
     Threads: readers (`attention`, `get`, `fork`, `lengths`, ...) may run at the same time. `append`,
@@ -452,7 +203,7 @@ class KVCache:
         caches.add(self)
 
     def _set_pages(self, num_pages: int | None, store: Array | None) -> None:
-        parts = page_parts(self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.page_size)
+        parts = page_layout(self.num_kv_heads, self.head_dim, self.head_dim_v, self.dtype, self.page_size)
         if store is None:
             memory = new_store(checked_integer("num_pages", num_pages, 1) * self._page_bytes)
         else:
@@ -503,7 +254,7 @@ class KVCache:
         heads = checked_integer("num_kv_heads", num_kv_heads, 1)
         dim = checked_integer("head_dim", head_dim, 1, MAX_HEAD_DIM)
         dim_v = dim if head_dim_v is None else checked_integer("head_dim_v", head_dim_v, 1, MAX_HEAD_DIM)
-        parts = page_parts(heads, dim, dim_v, checked_dtype(dtype), checked_page_size(page_size))
+        parts = page_layout(heads, dim, dim_v, checked_dtype(dtype), checked_page_size(page_size))
         return sum(bytes_of(*part) for part in parts)
 
     def __reduce__(self) -> NoReturn:
@@ -725,7 +476,7 @@ class KVCache:
         *,
         return_lse: Literal[False] = False,
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> Array: ...
     @overload
     def attention(
@@ -735,7 +486,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def attention(
@@ -745,7 +496,7 @@ class KVCache:
         *,
         return_lse: Literal[False] = False,
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def attention(
@@ -755,7 +506,7 @@ class KVCache:
         *,
         return_lse: Literal[True],
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> tuple[Array, Array, Array]: ...
     @overload
     def attention(
@@ -765,9 +516,9 @@ class KVCache:
         *,
         return_lse: bool = False,
         return_weights: bool = False,
-        **options: Unpack[Options],
+        **scores: Unpack[CacheKeywords],
     ) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
-    @closed
+    @takes()
     def attention(
         self,
         query: ArrayLike,
@@ -806,7 +557,7 @@ class KVCache:
         query_offset : int or array_like of int, optional
             Position of query row 0, or one for each sequence. Default ``length - Sq``: the queries are the
             last tokens of their sequence.
-        window, alibi_slopes, softcap, sinks, num_threads
+        **scores
             As for `fastattn.attention`.
         out : ndarray, optional
             Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
@@ -837,10 +588,10 @@ class KVCache:
         ids, single = checked_ids(sequences)
         page_table, lengths = self._table(self._find(ids))
         batch_query, batch_out = (query, out) if not single else self._with_batch_axis(query, cu_seqlens_q, out)
+        scores = (scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads)
         results = _core.attention_paged(
             batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
-            page_table, lengths, scale, causal, query_offset, window, alibi_slopes, softcap, sinks, batch_out,
-            return_lse, return_weights, num_threads,
+            page_table, lengths, scores, batch_out, return_lse, return_weights,
         )  # fmt: skip
         if not single:
             return results

@@ -1,68 +1,51 @@
-"""The attention layer of a transformer, and rotary positions: NumPy's matmul around `fastattn.attention`."""
+"""The attention layer of a transformer: NumPy's matmul around `fastattn.attention`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Never, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, Never, Unpack, cast, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastattn._arguments import closed, misfit
-from fastattn._checks import as_array, how_to_convert, refuse_masked
-from fastattn.api import Options as AttentionOptions
+from fastattn._arguments import misfit
+from fastattn._checks import (
+    HALF,
+    Array,
+    SequenceIds,
+    as_array,
+    check_dtype,
+    check_shape,
+    checked_ids,
+    checked_integer,
+    checked_out,
+    how_to_convert,
+)
+from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, takes
 from fastattn.api import attention, attention_varlen
-from fastattn.cache import KVCache, SequenceIds, check_shape, checked_ids, checked_integer
+from fastattn.cache import KVCache
+from fastattn.checkpoints import (
+    SCHEMES,
+    check_configured,
+    check_frequencies,
+    configured_rotary,
+    from_checkpoint,
+    from_torch_state,
+    require,
+)
+from fastattn.rotary import RotaryOptions, checked_options, rotary
 
-__all__ = ["MultiHeadAttention", "rotary"]
+__all__ = ["MultiHeadAttention"]
 
-Array = NDArray[Any]
-Window = tuple[int | None, int | None]
 
-HALF = ("float16", "bfloat16")
 NAMES = {"q": "query", "k": "key", "v": "value"}
-DTYPES = ("float32", "float64", *HALF)
-
-# Elements of x that are turned at a time: what is computed on the way then stays in a core's cache.
-ROTARY_BLOCK = 2**16
-
-# Beyond it float64, in which angles are computed, does not tell neighbours apart.
-MAX_POSITION = 2**53
 
 
-class RotaryOptions(TypedDict, total=False):
-    """Keywords of `rotary` that belong to a model."""
-
-    base: float
-    dim: int | None
-    interleaved: bool
-
-
-class CommonOptions(TypedDict, total=False):
-    """Keywords of the layer and of every kind of attention: dense, packed, and to a cache."""
-
-    scale: float | None
-    window: Window | None
-    alibi_slopes: ArrayLike | None
-    softcap: float | None
-    sinks: ArrayLike | None
-    num_threads: int | None
-
-
-class ScoreOptions(CommonOptions, total=False):
-    """With what the layer decides."""
-
-    causal: bool
-
-
-class Options(CommonOptions, total=False):
+class LayerKeywords(LayerScores, total=False):
     """Keywords of `MultiHeadAttention` that do not change what it returns."""
 
     causal: bool | None
-    mask: ArrayLike | None
-    bias: ArrayLike | None
-    key_lengths: ArrayLike | None
     cu_seqlens: ArrayLike | None
     cache: KVCache | None
     sequences: int | SequenceIds | None
@@ -70,200 +53,20 @@ class Options(CommonOptions, total=False):
     out: Array | None
 
 
-# --- rotary positions -----------------------------------------------------------------------------
-
-
-def rotary(
-    x: ArrayLike,
-    positions: ArrayLike | None = None,
-    *,
-    base: float = 10000.0,
-    dim: int | None = None,
-    interleaved: bool = False,
-    out: Array | None = None,
-) -> Array:
-    """Rotary position embedding: turn pairs of elements by angles that grow with the position.
-
-    Pair ``i`` of a row at position ``p`` is turned by ``p * base ** (-2 i / dim)``. A product of a turned
-    query and a turned key then depends on their positions only by the difference [1]_.
-
-    Parameters
-    ----------
-    x : array_like, shape (..., heads, seq, head_dim)
-        float32, float64, float16 or bfloat16 (of ml_dtypes), of any strides. 2-D arrays are one head.
-    positions : int or array_like of int, optional
-        The position of the first row, or those of all rows, broadcastable to (..., seq): batch axes, then
-        rows, the same for all heads. From -2**53 to 2**53; default 0.
-    base : float
-        Greater than 0.
-    dim : int, optional
-        Only the first `dim` elements of a row are turned. Even, from 2 to head_dim; default head_dim.
-    interleaved : bool
-        Whether a pair is elements ``2 i`` and ``2 i + 1`` (RoFormer, GPT-J), or else elements ``i`` and
-        ``i + dim / 2`` (GPT-NeoX, Llama).
-    out : ndarray, shape (..., heads, seq, head_dim), optional
-        Where to store the result, in x's dtype: x itself, or memory apart from it.
-
-    Returns
-    -------
-    ndarray, shape (..., heads, seq, head_dim)
-        In x's dtype. Angles are computed in float64; float16 and bfloat16 are turned in float32 and
-        rounded once.
-
-    Raises
-    ------
-    TypeError
-        A dtype or kind that is not accepted.
-    ValueError
-        A shape or a value that is not accepted, or `out` that overlaps x without being x.
-        In each of these cases nothing has been written.
-
-    References
-    ----------
-    .. [1] Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position
-       Embedding", 2021.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import fastattn
-    >>> query, key = np.random.default_rng(0).standard_normal((2, 8, 1, 64))
-    >>> def score(p, q):
-    ...     return (fastattn.rotary(query, p) * fastattn.rotary(key, q)).sum(axis=-1)
-    >>> bool(np.allclose(score(7, 3), score(1007, 1003)))
-    True
-    """
-    array = checked_dtype("x", as_array("x", x))
-    if array.ndim < 2:
-        raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
-    turned = checked_rotary(array.shape[-1], base, dim, interleaved)
-    rows = checked_positions(positions, array.shape)
-    result = np.empty(array.shape, array.dtype) if out is None else checked_out(out, array.shape, array.dtype)
-    if not same_place(result, array):
-        if np.shares_memory(result, array):
-            raise ValueError("out overlaps x in memory, but is not x itself")
-        result[..., turned:] = array[..., turned:]
-
-    frequencies = float(base) ** (np.arange(0, turned, 2) / -turned)
-    low, high = (slice(0, turned, 2), slice(1, turned, 2)) if interleaved else halves(turned)
-    work = np.float64 if array.dtype == np.float64 else np.float32
-    for block in row_blocks(array.shape):
-        angles = rows[..., block, None] * frequencies
-        if angles.ndim > 2:
-            angles = np.expand_dims(angles, -3)
-        turn(array[..., block, :], result[..., block, :], low, high, angles, work)
-    return result
-
-
-def turn(x: Array, out: Array, low: slice, high: slice, angles: Array, work: type[np.floating[Any]]) -> None:
-    """Multiply the complex numbers x[low] + i x[high] by exp(i angles); out may be x."""
-    cos, sin = np.cos(angles).astype(work), np.sin(angles).astype(work)
-    real, imaginary = x[..., low].astype(work), x[..., high].astype(work)
-    part = real * cos
-    part -= imaginary * sin
-    out[..., low] = part
-    real *= sin
-    imaginary *= cos
-    imaginary += real
-    out[..., high] = imaginary
-
-
-def halves(dim: int) -> tuple[slice, slice]:
-    return slice(0, dim // 2), slice(dim // 2, dim)
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Return slices of the axis of rows, over which a block of all else has about ROTARY_BLOCK elements."""
-    seq = shape[-2]
-    step = max(1, ROTARY_BLOCK * seq // max(math.prod(shape), 1))
-    return (slice(begin, begin + step) for begin in range(0, seq, step))
-
-
-def same_place(a: Array, b: Array) -> bool:
-    """Return whether two arrays of one shape and dtype are the same elements in memory."""
-    steps = ((i, j) for i, j, size in zip(a.strides, b.strides, a.shape, strict=True) if size > 1)
-    return a.ctypes.data == b.ctypes.data and all(i == j for i, j in steps)
-
-
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def checked_dtype(name: str, array: Array) -> Array:
-    if array.dtype.name not in DTYPES or not array.dtype.isnative:
-        accepted = f"{', '.join(DTYPES)}, in native byte order{how_to_convert(name, array.dtype)}"
-        raise TypeError(f"{name} has dtype {array.dtype}; accepted are {accepted}")
-    return array
-
-
-def checked_rotary(head_dim: int, base: float, dim: int | None, interleaved: bool) -> int:
-    """Return how many elements of a row are turned."""
-    if not isinstance(interleaved, (bool, np.bool_)):
-        raise TypeError(f"interleaved must be a bool, not {interleaved!r}")
-    if not (isinstance(base, (int, float, np.integer, np.floating)) and 0 < base < math.inf):
-        raise ValueError(f"base must be a finite number greater than 0, but is {base!r}")
-    turned = head_dim if dim is None else checked_integer("dim", dim, 2, head_dim)
-    if turned % 2:
-        raise ValueError(f"dim must be even, but is {turned}, of a head_dim of {head_dim}")
-    return turned
-
-
-def checked_positions(positions: ArrayLike | None, shape: tuple[int, ...]) -> Array:
-    """Return the positions of the rows of x, (seq,) or (..., seq)."""
-    seq = shape[-2]
-    array = as_array("positions", 0 if positions is None else positions)
-    large = array.dtype.kind == "O" and array.size > 0 and all(type(each) is int for each in array.flat)
-    if array.dtype.kind not in "iu" and not large:
-        raise TypeError(f"positions must be an int or an array of ints, but has dtype {array.dtype}")
-    # Arrays of int64 would take microseconds to look through; at worst, beyond 2**53, their angles are not exact.
-    if large or array.ndim == 0 or array.dtype == np.uint64:
-        check_positions(array)
-    if array.ndim == 0:
-        return np.arange(int(array), int(array) + seq)
-    rows = (*shape[:-3], seq)
-    try:
-        np.broadcast_to(array, rows)
-    except ValueError:
-        raise ValueError(f"positions has shape {array.shape}; accepted is one that broadcasts to {rows}") from None
-    # Batch axes that it lacks stay away, so that angles are not computed again for each item.
-    return np.broadcast_to(array, (*array.shape[:-1], seq))
-
-
-def check_positions(array: Array) -> None:
-    lowest, highest = (
-        (int(array), int(array)) if array.ndim == 0 else (int(array.min(initial=0)), int(array.max(initial=0)))
-    )
-    if lowest < -MAX_POSITION or highest > MAX_POSITION:
-        raise ValueError(f"positions must be from -2**53 to 2**53, which float64 tells apart, but holds {lowest} to "
-                         f"{highest}")  # fmt: skip
-
-
-def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    if out is not None and not checked_out(out, shape, dtype).flags.c_contiguous:
-        raise ValueError(f"out must be C-contiguous, but has strides {out.strides}")
-
-
-def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
-    refuse_masked("out", out)
-    if out.dtype != dtype:
-        raise TypeError(f"out has dtype {out.dtype}; accepted is {dtype}")
-    if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only")
-    return out
-
-
 def checked_matrix(name: str, x: ArrayLike) -> Array:
-    array = checked_dtype(name, as_array(name, x))
+    array = as_array(name, x)
+    check_dtype(name, array)
     if array.ndim != 2:
         raise ValueError(f"{name} has shape {array.shape}; accepted is (out_features, in_features)")
     return array
 
 
 def checked_bias(name: str, x: ArrayLike, weight: Array) -> Array:
-    array = checked_dtype(name, as_array(name, x))
+    array = as_array(name, x)
+    check_dtype(name, array)
     check_shape(name, array, (len(weight),))
     return array
 
@@ -280,16 +83,6 @@ def per_head(name: str, features: int, of: str, count: int) -> int:
     if features == 0 or features % count:
         raise ValueError(f"{name} has {features} rows; accepted are multiples of {of}, {count}")
     return features // count
-
-
-def checked_options(options: RotaryOptions, head_dim: int) -> RotaryOptions:
-    if not isinstance(options, Mapping):
-        raise TypeError(f"rotary must be a dict of base, dim and interleaved, or None, not {options!r}")
-    unknown = set(options) - {"base", "dim", "interleaved"}
-    if unknown:
-        raise TypeError(f"rotary has {', '.join(sorted(unknown))}; accepted are base, dim and interleaved")
-    checked_rotary(head_dim, options.get("base", 10000.0), options.get("dim"), options.get("interleaved", False))
-    return options.copy()
 
 
 def check_together(dense: Mapping[str, object], cu_seqlens: object, cache: object, sequences: object) -> None:
@@ -341,6 +134,11 @@ def positions_in_sequences(cu_seqlens: ArrayLike, total: int) -> Array:
         raise ValueError(f"cu_seqlens must be a 1-D array of ints, but has shape {begins.shape}, dtype {begins.dtype}")
     rows = np.arange(total)
     return rows - begins[np.searchsorted(begins, rows, side="right") - 1].astype(np.int64)
+
+
+def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if out is not None and not checked_out(out, shape, dtype).flags.c_contiguous:
+        raise ValueError(f"out must be C-contiguous, but has strides {out.strides}")
 
 
 # --- projections ----------------------------------------------------------------------------------
@@ -395,126 +193,6 @@ def input_projections(
     return projections
 
 
-class Scheme(NamedTuple):
-    """What a family of checkpoints calls the weights of a layer, and how it stores them."""
-
-    inputs: tuple[str, ...]  # of query, key and value
-    output: str
-    fused: str | None = None  # of query, key and value in one
-    transposed: bool = False  # (in_features, out_features)
-    rotary: RotaryOptions | None = None
-    ignored: tuple[str, ...] = ()  # what is of no other use, or is not of the layer
-
-
-NORM = tuple(f"output.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta"))
-SCHEMES = {
-    "bert": Scheme(("self.query", "self.key", "self.value"), "output.dense", ignored=NORM),
-    # bias and masked_bias are the causal mask.
-    "gpt2": Scheme((), "c_proj", "c_attn", transposed=True, ignored=("bias", "masked_bias")),
-    "llama": Scheme(("q_proj", "k_proj", "v_proj"), "o_proj", "qkv_proj", rotary={}, ignored=("rotary_emb.inv_freq",)),
-}
-NORMALISED = "accepted are layers that do not normalise queries and keys"
-MORE_KEYS = "accepted are layers without add_bias_kv"
-HINTS = {
-    "sinks": "leave them out of the mapping, and give them to each call as sinks=",
-    "q_norm.weight": NORMALISED,
-    "k_norm.weight": NORMALISED,
-    "bias_k": MORE_KEYS,
-    "bias_v": MORE_KEYS,
-}
-
-# What the configuration of a checkpoint calls the sizes of a layer.
-CONFIGURED = {
-    "num_heads": ("num_attention_heads", "n_head"),
-    "num_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-}
-
-
-def found(mapping: Mapping[str, ArrayLike], name: str) -> Array:
-    try:
-        entry = mapping[name]
-    except KeyError:
-        raise KeyError(f"the mapping has no {name!r}") from None
-    return as_array(name, entry)
-
-
-def found_bias(mapping: Mapping[str, ArrayLike], name: str) -> Array | None:
-    return found(mapping, name) if name in mapping else None
-
-
-def check_all_read(mapping: Mapping[str, ArrayLike], prefix: str, names: Sequence[str]) -> None:
-    """Raise if there is more under the prefix than these names, for the layer would give other results without it."""
-    more = [name for name in mapping if name.startswith(prefix) and name.removeprefix(prefix) not in names]
-    if more:
-        shown = ", ".join(more[:5]) + (", ..." if len(more) > 5 else "")
-        hint = HINTS.get(more[0].removeprefix(prefix), "accepted is a layer of projections and their biases alone")
-        raise ValueError(f"the mapping has {shown}, for which there is no place in the layer; {hint}")
-
-
-def split_qkv(name: str, array: Array | None, query_rows: int | None = None) -> list[Any]:
-    """Return query's, key's and value's part of a fused weight or bias: thirds, unless query has its own number."""
-    if array is None:
-        return [None] * 3
-    if query_rows is None:
-        if array.ndim == 0 or len(array) % 3:
-            raise ValueError(f"{name} has shape {array.shape}; accepted is three times the out_features, packed")
-        return np.split(array, 3)
-    if array.ndim == 0 or len(array) < query_rows or (len(array) - query_rows) % 2:
-        raise ValueError(f"{name} has shape {array.shape}; accepted are {query_rows} rows for the query, as the output "
-                         "has columns, and as many for the key as for the value")  # fmt: skip
-    return np.split(array, [query_rows, (len(array) + query_rows) // 2])
-
-
-def check_configured(config: Mapping[str, Any], layer: MultiHeadAttention) -> None:
-    """Raise if the configuration of a checkpoint says something else of heads than the layer is."""
-    if not any(name in config for name in CONFIGURED["num_heads"]):
-        raise ValueError(f"config has no {' or '.join(CONFIGURED['num_heads'])}; accepted is the part of config.json "
-                         "that describes these layers")  # fmt: skip
-    for ours, theirs in CONFIGURED.items():
-        for name in theirs:
-            told, is_ = config.get(name), getattr(layer, ours)
-            if told is not None and told != is_:
-                raise ValueError(f"{ours} is {is_}, but the config's {name} is {told}")
-
-
-def configured_rotary(config: Mapping[str, Any], rotary: RotaryOptions | None, head_dim: int) -> RotaryOptions:
-    """Return the rotary positions that the configuration of a checkpoint says; those given must be the same."""
-    rope: Mapping[str, Any] = config.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(
-            f"the config has rope_parameters {rope}; accepted are those of one kind of layers, in its place"
-        )
-    parameters = {**config, **rope}
-    scaling = config.get("rope_scaling") or {"rope_type": parameters.get("rope_type", "default")}
-    if scaling.get("rope_type", scaling.get("type")) != "default":
-        raise ValueError(f"the config has rope_scaling {scaling}; accepted are rotary positions without scaling")
-    told = {
-        "base": parameters.get("rope_theta", 10000.0),
-        "dim": int(head_dim * parameters.get("partial_rotary_factor", 1)),
-    }
-    if rotary is None:
-        return {"base": told["base"], "dim": told["dim"]}
-    used = {"base": rotary.get("base", 10000.0), "dim": rotary.get("dim") or head_dim}
-    if used != told:
-        raise ValueError(f"rotary has {used}, but the config says {told}")
-    return rotary
-
-
-def check_frequencies(name: str, frequencies: Array, layer: MultiHeadAttention) -> None:
-    """Raise unless the frequencies that a checkpoint holds are those of the layer's rotary positions."""
-    turned = layer.rotary or {}
-    dim = turned.get("dim") or layer.head_dim
-    if frequencies.shape != (dim // 2,):
-        raise ValueError(f"{name} has shape {frequencies.shape}; with num_heads {layer.num_heads}, head_dim is "
-                         f"{layer.head_dim}, and accepted are ({dim // 2},) frequencies")  # fmt: skip
-    expected = turned.get("base", 10000.0) ** (np.arange(0, dim, 2) / -dim)
-    # They may have been rounded to a half type.
-    if not np.allclose(frequencies.astype(np.float64), expected, rtol=2**-7, atol=2**-14):
-        raise ValueError(f"{name} begins {frequencies[:4]}, but rotary makes {expected[:4]}: give the checkpoint's "
-                         "rope_theta as rotary's base")  # fmt: skip
-
-
 # --- the layer ------------------------------------------------------------------------------------
 
 
@@ -523,13 +201,13 @@ class MultiHeadAttention:
 
     ``out = concatenated heads @ out_weight.T + out_bias``, where the heads are `attention` of what the other
     weights make of the inputs. Query, key and value of self-attention are one matrix product; the heads are
-    views of its result, and are attended where they lie.
+    views of its result, and are attended in place.
 
     Parameters
     ----------
     query_weight : array_like, shape (num_heads * head_dim, embed_dim)
         As in PyTorch, (out_features, in_features). Weights and biases are float32 or float64, all alike.
-        float16 and bfloat16 are widened to float32, once: NumPy multiplies matrices of them slowly.
+        float16 and bfloat16 are upcast to float32, once: NumPy multiplies matrices of them slowly.
     key_weight : array_like, shape (num_kv_heads * head_dim, key_features)
     value_weight : array_like, shape (num_kv_heads * head_dim_v, value_features)
     out_weight : array_like, shape (out_features, num_heads * head_dim_v)
@@ -663,19 +341,7 @@ class MultiHeadAttention:
         >>> MultiHeadAttention.from_torch(state, 4).head_dim
         16
         """
-        inputs = [f"{part}_proj_weight" for part in "qkv"]
-        if f"{prefix}q_proj_weight" in state:
-            weights: list[Any] = [found(state, prefix + name) for name in inputs]
-        else:
-            inputs = ["in_proj_weight"]
-            weights = split_qkv(f"{prefix}in_proj_weight", found(state, f"{prefix}in_proj_weight"))
-        weights.append(found(state, f"{prefix}out_proj.weight"))
-        biases = split_qkv(f"{prefix}in_proj_bias", found_bias(state, f"{prefix}in_proj_bias"))
-        check_all_read(state, prefix, [*inputs, "in_proj_bias", "out_proj.weight", "out_proj.bias"])
-        return cls(
-            *weights, num_heads=num_heads, query_bias=biases[0], key_bias=biases[1], value_bias=biases[2],
-            out_bias=found_bias(state, f"{prefix}out_proj.bias"),
-        )  # fmt: skip
+        return cls(**from_torch_state(state, prefix), num_heads=num_heads)
 
     @classmethod
     def from_mapping(
@@ -735,38 +401,26 @@ class MultiHeadAttention:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, but is {scheme!r}")
         chosen = SCHEMES[scheme]
-        is_fused = f"{prefix}{chosen.fused}.weight" in mapping or not chosen.inputs
-        names = [*((chosen.fused,) if is_fused else chosen.inputs), chosen.output]
-        weights: list[Any] = [found(mapping, f"{prefix}{name}.weight") for name in names]
-        biases: list[Any] = [found_bias(mapping, f"{prefix}{name}.bias") for name in names]
-        read = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-        check_all_read(mapping, prefix, [*read, *chosen.ignored])
-        if chosen.transposed:
-            weights = [weight.T for weight in weights]
-        if is_fused:
-            # Queries may have more heads than keys, and then the output, which has one column for each of their rows.
-            rows = weights[1].shape[-1] if chosen.inputs and weights[1].ndim else None
-            weights = [*split_qkv(f"{prefix}{names[0]}.weight", weights[0], rows), weights[1]]
-            biases = [*split_qkv(f"{prefix}{names[0]}.bias", biases[0], rows), biases[1]]
+        arrays = from_checkpoint(mapping, prefix, chosen)
         if chosen.rotary is not None and config is not None:
-            rotary = configured_rotary(config, rotary, len(weights[0]) // checked_integer("num_heads", num_heads, 1))
+            head_dim = len(arrays["query_weight"]) // checked_integer("num_heads", num_heads, 1)
+            rotary = configured_rotary(config, rotary, head_dim)
         layer = cls(
-            *weights, num_heads=num_heads, num_kv_heads=num_kv_heads, query_bias=biases[0], key_bias=biases[1],
-            value_bias=biases[2], out_bias=biases[3], rotary=chosen.rotary if rotary is None else rotary,
-        )  # fmt: skip
+            **arrays, num_heads=num_heads, num_kv_heads=num_kv_heads, rotary=chosen.rotary if rotary is None else rotary
+        )
         if config is not None:
             check_configured(config, layer)
         frequencies = f"{prefix}rotary_emb.inv_freq"
         if chosen.rotary is not None and frequencies in mapping:
-            check_frequencies(frequencies, found(mapping, frequencies), layer)
+            check_frequencies(frequencies, require(mapping, frequencies), layer)
         return layer
 
     def __repr__(self) -> str:
         head_dim_v = f", head_dim_v={self.head_dim_v}" if self.head_dim_v != self.head_dim else ""
-        turned = "" if self.rotary is None else f", rotary={self.rotary}"
+        rotary = "" if self.rotary is None else f", rotary={self.rotary}"
         return (
             f"MultiHeadAttention(embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{head_dim_v}, dtype={self.dtype}{turned})"
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{head_dim_v}, dtype={self.dtype}{rotary})"
         )
 
     @overload
@@ -777,7 +431,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[False] = False,
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> Array: ...
     @overload
     def __call__(
@@ -787,7 +441,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[True],
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
     def __call__(
@@ -797,53 +451,45 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[LayerKeywords],
     ) -> Array | tuple[Array, Array]: ...
-    @closed
+    @takes(LayerScores)
     def __call__(
         self,
         query: ArrayLike,
         key: ArrayLike | None = None,
         value: ArrayLike | None = None,
         *others: Never,
-        scale: float | None = None,
         causal: bool | None = None,
-        window: Window | None = None,
-        mask: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-        alibi_slopes: ArrayLike | None = None,
-        softcap: float | None = None,
-        sinks: ArrayLike | None = None,
-        key_lengths: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
         cache: KVCache | None = None,
         sequences: int | SequenceIds | None = None,
         positions: ArrayLike | None = None,
         return_weights: bool = False,
         out: Array | None = None,
-        num_threads: int | None = None,
-        **unknown: Never,
+        **scores: Unpack[LayerScores],
     ) -> Any:
         """Apply the layer.
 
         Parameters
         ----------
         query : array_like, shape (..., Sq, embed_dim)
-            Of the layer's dtype, or float16 or bfloat16, which are widened to it.
+            Of the layer's dtype, or float16 or bfloat16, which are upcast to it.
         key : array_like, shape (..., Sk, key_features), optional
             2-D if `query` is. Default: self-attention, of `query` to itself. The same object as `query`, as in
             PyTorch's ``layer(x, x, x)``, is self-attention, too.
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
-        scale, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, num_threads
-            As for `attention`, on (..., num_heads, Sq, Sk) scores. In `mask` True means attend. Threads of
-            the matrix products are those of NumPy's BLAS.
+        **scores
+            As for `attention`, on (..., num_heads, Sq, Sk) scores.
+        num_threads : int, optional
+            As for `attention`. Threads of the matrix products are those of NumPy's BLAS.
         causal : bool, optional
             Whether a query sees no key after its own position. Default: with `cache`, as for
             `KVCache.attention`, and not without. In self-attention row ``i`` is at position ``i``, whatever
             `key_lengths`; to other keys positions are those of `attention`.
         cu_seqlens : array_like of int, shape (B + 1,), optional
-            `query` is (total, embed_dim): sequences one after the other, without padding, and
+            `query` is (total, embed_dim): packed sequences, without padding, and
             ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` the rows of one. Self-attention only.
         cache : KVCache, optional
             Keys and values are appended to it, and attention is to all that it then holds of the sequences;
@@ -873,18 +519,17 @@ class MultiHeadAttention:
             As for `attention` and `KVCache.append`, and for keywords that do not go together. Neither
             `out` nor what the cache holds has then been changed.
         """
-        if others or unknown:
-            raise misfit(MultiHeadAttention.__call__, others, unknown)
+        if others or not scores.keys() <= LAYER:
+            raise misfit(MultiHeadAttention.__call__, others, scores)
         key, value = self._sources(query, key, value)
-        dense = {"key": key, "value": value, "mask": mask, "bias": bias, "key_lengths": key_lengths}
+        dense = {"key": key, "value": value} | {name: x for name, x in scores.items() if name in DENSE}
         check_together(dense, cu_seqlens, cache, sequences)
         if return_weights and cu_seqlens is not None:
             raise ValueError("return_weights and cu_seqlens cannot be given together")
         causal = cache is not None if causal is None else causal
-        scores: ScoreOptions = {
-            "scale": scale, "causal": causal, "window": window, "alibi_slopes": alibi_slopes, "softcap": softcap,
-            "sinks": sinks, "num_threads": num_threads,
-        }  # fmt: skip
+        # Those of dense attention alone are None, if they are there.
+        common = {name: x for name, x in scores.items() if name not in DENSE}
+        packed = cast(CausalKeywords, {**common, "causal": causal})
         rows = self._checked_input("q", query)
         check_axes(rows, cu_seqlens, sequences)
         if positions is None and self.rotary is not None:
@@ -896,20 +541,19 @@ class MultiHeadAttention:
         heads = joined.swapaxes(-3, -2)
         weights = None
         if cache is not None and sequences is not None:
-            weights = attend_cache(cache, sequences, parts, heads, scores, return_weights)
+            weights = attend_cache(cache, sequences, parts, heads, packed, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
-            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **scores, out=joined)
+            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **packed, out=joined)
         else:
             # In self-attention rows and keys are the same tokens, whatever key_lengths leaves of them.
             offset = 0 if key is None else None
-            options: AttentionOptions = {
-                **scores, "mask": mask, "bias": bias, "key_lengths": key_lengths, "query_offset": offset, "out": heads
-            }  # fmt: skip
             if return_weights:
-                _, weights = attention(*parts, **options, return_weights=True)
+                _, weights = attention(
+                    *parts, **scores, causal=causal, query_offset=offset, out=heads, return_weights=True
+                )
             else:
-                attention(*parts, **options)
+                attention(*parts, **scores, causal=causal, query_offset=offset, out=heads)
         result = self.output(heads, out=out)
         return (result, weights) if return_weights else result
 
@@ -970,7 +614,7 @@ class MultiHeadAttention:
         Parameters
         ----------
         heads : array_like, shape (..., num_heads, Sq, head_dim_v)
-            In the layer's dtype. Copied, unless the heads of a row lie side by side in memory.
+            In the layer's dtype. Copied, unless the heads of a row are contiguous in memory.
         out : ndarray, shape (..., Sq, out_features), optional
             Where to store the result: C-contiguous, in the layer's dtype.
 
@@ -1060,7 +704,7 @@ def attend_cache(
     sequences: int | SequenceIds,
     parts: tuple[Array, Array, Array],
     out: Array,
-    scores: ScoreOptions,
+    scores: CausalKeywords,
     return_weights: bool,
 ) -> Array | None:
     """Append keys and values, and attend to all that the cache then holds; or change nothing."""

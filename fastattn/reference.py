@@ -36,13 +36,15 @@ True
 from __future__ import annotations
 
 import math
-from typing import Any, Never
+from collections.abc import Mapping
+from typing import Any, Never, Unpack, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastattn._arguments import check_keywords, closed, misfit, typed_like
+from fastattn._arguments import misfit, typed_like
 from fastattn._checks import as_array, refuse_masked
+from fastattn._keywords import PACKED, SCORES, Array, PackedKeywords, ScoreKeywords, takes
 from fastattn._merge import refuse_plus_infinity
 from fastattn.api import attention as fast_attention
 from fastattn.api import attention_varlen as fast_varlen
@@ -50,8 +52,6 @@ from fastattn.api import merge as fast_merge
 from fastattn.api import top_keys as fast_top_keys
 
 __all__ = ["attention", "attention_varlen", "merge", "top_keys"]
-
-Array = NDArray[Any]
 
 
 def scaled_scores(query: Array, key: Array, scale: float) -> Array:
@@ -116,27 +116,16 @@ def weighted_values(weights: Array, visible: Array, value: Array) -> Array:
 
 
 @typed_like(fast_attention)
-@closed
+@takes(ScoreKeywords)
 def attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     *others: Never,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
-    num_threads: int | None = None,
-    **unknown: Never,
+    **scores: Unpack[ScoreKeywords],
 ) -> Any:
     """Multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``, in float64.
 
@@ -147,8 +136,10 @@ def attention(
     query : array_like, shape (..., H, Sq, D)
     key : array_like, shape (..., Hkv, Sk, D)
     value : array_like, shape (..., Hkv, Sk, Dv)
-    scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths, out
+    **scores
         As in `fastattn.attention`.
+    out : ndarray, shape (..., H, Sq, Dv), optional
+        Where to store the result.
     return_lse, return_weights : bool
         Whether to return the log-sum-exp of each row, and the attention weights.
     num_threads : int, optional
@@ -175,12 +166,9 @@ def attention(
     >>> reference.attention(query, key, value, mask=[[False, True]])
     array([[0.]])
     """
-    if others or unknown:
-        raise misfit(attention, others, unknown)
-    result, lse, weights, _ = every_step(
-        query, key, value, return_weights, scale=scale, causal=causal, query_offset=query_offset, window=window,
-        mask=mask, bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, sinks=sinks, key_lengths=key_lengths,
-    )  # fmt: skip
+    if others or not scores.keys() <= SCORES:
+        raise misfit(attention, others, scores)
+    result, lse, weights, _ = attention_steps(query, key, value, return_weights, **scores)
     if out is not None:
         refuse_masked("out", out)
         np.copyto(out, result)
@@ -189,23 +177,8 @@ def attention(
     return (result, *extras) if extras else result
 
 
-def every_step(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    keep: bool,
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    query_offset: ArrayLike | None = None,
-    window: tuple[int | None, int | None] | None = None,
-    mask: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
-    softcap: float | None = None,
-    sinks: ArrayLike | None = None,
-    key_lengths: ArrayLike | None = None,
-    num_threads: int | None = None,
+def attention_steps(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, keep: bool, **keywords: Unpack[ScoreKeywords]
 ) -> tuple[Array, Array, Any, Any]:
     """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf."""
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
@@ -215,25 +188,28 @@ def every_step(
 
     num_heads, seqlen_q, head_dim = query.shape[-3:]
     num_kv_heads, seqlen_k, head_dim_v = value.shape[-3:]
-    group = num_heads // num_kv_heads if num_kv_heads else 1
+    group_size = num_heads // num_kv_heads if num_kv_heads else 1
     batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = (*batch, num_heads)
 
     def per_batch(array: Array) -> Array:
         return np.broadcast_to(array, batch + array.shape[-3:])
 
-    def given(name: str, x: ArrayLike | None, default: ArrayLike, shape: tuple[int, ...]) -> Array:
-        return np.broadcast_to(as_array(name, default if x is None else x), shape)
+    given: Mapping[str, Any] = {name: x for name, x in keywords.items() if x is not None}
 
-    query_, key_, value_ = per_batch(query), per_batch(key), per_batch(value)
-    mask_ = given("mask", mask, True, (*heads, seqlen_q, seqlen_k))
-    bias_ = given("bias", bias, 0.0, (*heads, seqlen_q, seqlen_k))
-    slopes = given("alibi_slopes", alibi_slopes, 0.0, heads)
-    sinks_ = given("sinks", sinks, -np.inf, (num_heads,))
-    lengths = given("key_lengths", key_lengths, seqlen_k, batch)
+    def broadcast(name: str, default: ArrayLike, shape: tuple[int, ...]) -> Array:
+        return np.broadcast_to(as_array(name, given.get(name, default)), shape)
+
+    query, key, value = per_batch(query), per_batch(key), per_batch(value)
+    scale = float(given.get("scale", 1.0 / math.sqrt(max(head_dim, 1))))
+    softcap, causal, window = given.get("softcap"), given.get("causal", False), given.get("window")
+    mask = broadcast("mask", True, (*heads, seqlen_q, seqlen_k))
+    bias = broadcast("bias", 0.0, (*heads, seqlen_q, seqlen_k))
+    alibi_slopes = broadcast("alibi_slopes", 0.0, heads)
+    sinks = broadcast("sinks", -np.inf, (num_heads,))
+    key_lengths = broadcast("key_lengths", seqlen_k, batch)
     # By default the last query sees the last key.
-    offsets = given("query_offset", query_offset, lengths.astype(np.int64) - seqlen_q, batch)
-    scale = 1.0 / math.sqrt(max(head_dim, 1)) if scale is None else float(scale)
+    query_offset = broadcast("query_offset", key_lengths.astype(np.int64) - seqlen_q, batch)
 
     result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
     lse = np.zeros((*heads, seqlen_q), np.float64 if query.dtype == np.float64 else np.float32)
@@ -241,18 +217,18 @@ def every_step(
     with np.errstate(all="ignore"):
         for index in np.ndindex(*heads):
             *b, h = index
-            kv_index = (*b, h // group)
-            position = np.arange(seqlen_q) + offsets[tuple(b)]
-            head_bias = bias_[index].astype(np.float64)
+            kv_index = (*b, h // group_size)
+            position = np.arange(seqlen_q) + query_offset[tuple(b)]
+            head_bias = bias[index].astype(np.float64)
 
-            q, k, v = (x.astype(np.float64) for x in (query_[index], key_[kv_index], value_[kv_index]))
+            q, k, v = (x.astype(np.float64) for x in (query[index], key[kv_index], value[kv_index]))
             scores = soft_capped(scaled_scores(q, k, scale), softcap)
-            scores = scores + head_bias + alibi(float(slopes[index]), position, seqlen_k)
-            visible = visible_keys(position, seqlen_k, int(lengths[tuple(b)]), causal, window)
-            visible &= mask_[index] & (head_bias != -np.inf)
+            scores = scores + head_bias + alibi(float(alibi_slopes[index]), position, seqlen_k)
+            visible = visible_keys(position, seqlen_k, int(key_lengths[tuple(b)]), causal, window)
+            visible &= mask[index] & (head_bias != -np.inf)
             scores = np.where(visible, scores, -np.inf)
 
-            head_weights, lse[index] = softmax(scores, float(sinks_[h]))
+            head_weights, lse[index] = softmax(scores, float(sinks[h]))
             result[index] = weighted_values(head_weights, scores != -np.inf, v)
             if keep:
                 kept[0][index], kept[1][index] = head_weights, scores
@@ -263,7 +239,7 @@ def every_step(
 
 
 @typed_like(fast_varlen)
-@closed
+@takes(PackedKeywords)
 def attention_varlen(
     query: ArrayLike,
     key: ArrayLike,
@@ -271,11 +247,9 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *others: Never,
-    query_offset: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
     out: Array | None = None,
     return_lse: bool = False,
-    **keywords: Any,
+    **scores: Unpack[PackedKeywords],
 ) -> Any:
     """`attention` of each sequence of packed arrays by itself.
 
@@ -287,7 +261,11 @@ def attention_varlen(
     key : array_like, shape (total_k, Hkv, D)
     value : array_like, shape (total_k, Hkv, Dv)
     cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
-    query_offset, alibi_slopes, out, return_lse, **keywords
+    query_offset : int or array_like of int, shape (B,), optional
+    alibi_slopes : array_like, shape (H,) or (B, H), optional
+    **scores
+        As in `fastattn.attention`.
+    out, return_lse
         As in `fastattn.attention_varlen`.
 
     Returns
@@ -304,34 +282,32 @@ def attention_varlen(
     array([[1., 0., 0.],
            [0., 1., 0.]])
     """
-    if others:
-        raise misfit(fast_varlen, others, ())
-    check_keywords(fast_varlen, keywords)
+    if others or not scores.keys() <= PACKED:
+        raise misfit(attention_varlen, others, scores)
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
     rows, keys = as_array("cu_seqlens_q", cu_seqlens_q), as_array("cu_seqlens_k", cu_seqlens_k)
     num_sequences = len(rows) - 1
     result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
-    offsets = (
-        None if query_offset is None else np.broadcast_to(as_array("query_offset", query_offset), (num_sequences,))
-    )
-    slopes = np.broadcast_to(
-        np.zeros(query.shape[1]) if alibi_slopes is None else as_array("alibi_slopes", alibi_slopes),
-        (num_sequences, query.shape[1]),
-    )
+    # Of these each sequence has its own.
+    shapes = {"query_offset": (num_sequences,), "alibi_slopes": (num_sequences, query.shape[1])}
+    each = {
+        name: np.broadcast_to(as_array(name, x), shapes[name])
+        for name, x in scores.items()
+        if name in shapes and x is not None
+    }
     for b in range(num_sequences):
         of_queries, of_keys = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
+        own = cast(PackedKeywords, {**scores, **{name: x[b] for name, x in each.items()}})
         result[of_queries], lse[of_queries] = (
             x.swapaxes(0, 1)
             for x in attention(
                 query[of_queries].swapaxes(0, 1),
                 key[of_keys].swapaxes(0, 1),
                 value[of_keys].swapaxes(0, 1),
-                query_offset=None if offsets is None else offsets[b],
-                alibi_slopes=slopes[b],
                 return_lse=True,
-                **keywords,
+                **own,
             )
         )
     return (result, lse) if return_lse else result
@@ -374,9 +350,14 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
 
 
 @typed_like(fast_top_keys)
-@closed
+@takes(ScoreKeywords)
 def top_keys(
-    query: ArrayLike, key: ArrayLike, k: int = 8, *others: Never, return_totals: bool = False, **keywords: Any
+    query: ArrayLike,
+    key: ArrayLike,
+    k: int = 8,
+    *others: Never,
+    return_totals: bool = False,
+    **scores: Unpack[ScoreKeywords],
 ) -> Any:
     """The keys that each query attends most, from all weights in float64.
 
@@ -387,7 +368,9 @@ def top_keys(
     query : array_like, shape (..., H, Sq, D)
     key : array_like, shape (..., Hkv, Sk, D)
     k : int
-    return_totals, **keywords
+    **scores
+        As in `fastattn.attention`.
+    return_totals
         As in `fastattn.top_keys`.
 
     Returns
@@ -402,18 +385,17 @@ def top_keys(
     >>> indices, weights.round(3)
     (array([[ 1,  0, -1]]), array([[0.993, 0.007, 0.   ]]))
     """
-    if others:
-        raise misfit(fast_top_keys, others, ())
-    check_keywords(fast_top_keys, keywords)
+    if others or not scores.keys() <= SCORES:
+        raise misfit(top_keys, others, scores)
     queries, keys = as_array("query", query), as_array("key", key)
     dtype = queries.dtype
     query, key = queries.astype(np.float64), keys.astype(np.float64)
-    _, _, weights, scores = every_step(query, key, key[..., :0], True, **keywords)
+    _, _, weights, steps = attention_steps(query, key, key[..., :0], True, **scores)
     # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
-    beyond = [(0, 0)] * (scores.ndim - 1) + [(0, k)]
-    scores = np.pad(np.where(np.isnan(scores), -np.inf, scores), beyond, constant_values=-np.inf)
-    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
-    seen = np.take_along_axis(scores, order, axis=-1) > -np.inf
+    beyond = [(0, 0)] * (steps.ndim - 1) + [(0, k)]
+    listed = np.pad(np.where(np.isnan(steps), -np.inf, steps), beyond, constant_values=-np.inf)
+    order = np.argsort(-listed, axis=-1, kind="stable")[..., :k]
+    seen = np.take_along_axis(listed, order, axis=-1) > -np.inf
     largest = np.where(seen, np.take_along_axis(np.pad(weights, beyond), order, axis=-1), 0.0)
     results = np.where(seen, order, -1), largest.astype(dtype)
     # A query whose weights are NaN adds nothing.

@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastattn._checks import as_array, how_to_convert
+from fastattn._checks import EPSILON, Array, as_array, check_dtype, checked_integer
 from fastattn._files import File, atomic_write
-from fastattn.cache import checked_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["AttentionView"]
 
-Array = NDArray[Any]
 Integers = NDArray[np.integer[Any]]
 
 SPECIAL_TOKENS = (
     "[CLS]", "[SEP]", "[PAD]", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>",
     "<|end_of_text|>", "<|im_start|>", "<|im_end|>",
 )  # fmt: skip
-
-EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
 # Less would read 0.000.
 VISIBLE = 0.0005
@@ -88,9 +84,7 @@ def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
 
 def checked_floats(weights: ArrayLike) -> Array:
     array = as_array("weights", weights)
-    if array.dtype.name not in EPSILON:
-        accepted = ", ".join(EPSILON) + how_to_convert("weights", array.dtype)
-        raise TypeError(f"weights has dtype {array.dtype}; accepted are {accepted}")
+    check_dtype("weights", array, native=False)
     if not 2 <= array.ndim <= 4:
         batch = (
             "; if its second axis is the batch, give one item, as weights[:, 0], or as [layer[0] for layer in weights]"
@@ -210,10 +204,10 @@ def coded(weights: Array) -> dict[str, Any]:
                      "show fewer layers or heads")  # fmt: skip
 
 
-def page_part(name: str) -> str:
+def page_asset(name: str) -> str:
     from importlib.resources import files
 
-    return files("fastattn").joinpath("page", name).read_text(encoding="utf-8")
+    return files("fastattn").joinpath("html", name).read_text(encoding="utf-8")
 
 
 # --- the view -------------------------------------------------------------------------------------
@@ -621,12 +615,12 @@ class AttentionView:
             "head": "mean" if chosen_head is None else chosen_head,
             **coded(rows[..., :-1] if self._complete else rows),
         }
-        page = Template(page_part("page.html")).substitute(
+        page = Template(page_asset("page.html")).substitute(
             title=html.escape(title or "Attention"),
-            style=page_part("page.css"),
+            style=page_asset("page.css"),
             # Nothing in the data can then end the script element.
             data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-            script=page_part("page.js"),
+            script=page_asset("page.js"),
         )
         return page.encode("utf-8", "replace")
 

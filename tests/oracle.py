@@ -116,6 +116,36 @@ def tolerances(query, key, value, **keywords):
     return out_tol, lse_tol, weights_tol
 
 
+def described(values):
+    """Return a line for each array, shape, number and dict of keywords among a test's variables, and one for the isa.
+
+    conftest.py prints it with whatever fails, so that no assertion of a numeric test needs to say it.
+    """
+    lines = [f"isa: {fastattn.show_config(mode='dicts')['isa']}"]
+    for name, value in values.items():
+        said = summary(value)
+        if said is not None:
+            lines.append(f"{name}: {said}")
+    return "\n".join(lines)
+
+
+def summary(value):
+    """Return what a value is, in a few words, or None of what does not matter to a numeric test."""
+    if isinstance(value, np.ndarray):
+        listed = f" = {value.tolist()}" if value.size <= 8 else ""
+        strides = "" if value.flags.c_contiguous else f" strides {value.strides}"
+        return f"{value.dtype} {value.shape}{strides}{listed}"
+    if value is None or isinstance(value, (bool, int, float, str, np.generic, np.dtype)):
+        return repr(value) if not isinstance(value, str) or len(value) < 200 else None
+    if isinstance(value, dict) and len(value) <= 20:
+        parts = {key: summary(x) for key, x in value.items()}
+        return "{" + ", ".join(f"{key}: {x}" for key, x in parts.items() if x is not None) + "}"
+    if isinstance(value, (tuple, list)) and len(value) <= 20:
+        parts = [summary(x) for x in value]
+        return f"({', '.join(parts)})" if all(x is not None for x in parts) else None
+    return repr(value) if type(value).__name__ == "Case" else None
+
+
 def assert_close(actual, expected, tolerance, what="out"):
     """Assert |actual - expected| <= tolerance, and the same NaN and infinities in the same places."""
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"

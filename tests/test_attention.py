@@ -87,8 +87,8 @@ def test_batch_of_many_axes():
         fastattn.attention(query[(None,) * 13], key, value)
 
 
-def test_head_dim_limits():
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(512, 512), (512, 1), (1, 512), (511, 509)])
+def test_head_dim_limits(head_dim, head_dim_v):
     rng = make_rng()
-    for head_dim, head_dim_v in [(512, 512), (512, 1), (1, 512), (511, 509)]:
-        query, key, value = qkv(rng, (1, 2, 1, 17, 33, head_dim), head_dim_v=head_dim_v)
-        check(query, key, value)
+    query, key, value = qkv(rng, (1, 2, 1, 17, 33, head_dim), head_dim_v=head_dim_v)
+    check(query, key, value)

@@ -10,7 +10,7 @@ from oracle import python
 
 import fastattn
 from fastattn import bench, reference
-from fastattn.bench.contenders import STEPS
+from fastattn.bench.baselines import STEPS
 
 SMALL = ("--shapes", "1,2,1,16,16,8", "1,2,2,8,24,16,causal", "--seconds", "0.01", "--peers", "none", "--threads", "1")
 
@@ -29,6 +29,7 @@ def run_bench(*arguments):
     return done
 
 
+@pytest.mark.slow
 def test_table():
     done = run_bench(*SMALL, "--dtypes", "float32,float64")
     for word in ("float32", "float64", "%"):
@@ -46,16 +47,18 @@ def test_json_file(tmp_path):
     assert json.loads(path.read_text())
 
 
-def test_numpy_is_a_contender():
+def test_numpy_is_a_baseline():
     done = run_bench("--shapes", "1,2,1,16,16,8", "--seconds", "0.01", "--peers", "numpy", "--dtypes", "float32")
     assert "numpy" in done.stdout.lower()
 
 
-def test_unknown_words_are_refused():
-    for arguments in (["--shapes", "no-such-shape"], ["--dtypes", "float8"], ["--peers", "abacus"], ["--threads", "0"]):
-        done = python("-m", "fastattn", "bench", *arguments)
-        assert done.returncode == 2
-        assert arguments[1] in done.stderr
+@pytest.mark.parametrize(
+    "arguments", [["--shapes", "no-such-shape"], ["--dtypes", "float8"], ["--peers", "abacus"], ["--threads", "0"]]
+)
+def test_unknown_words_are_refused(arguments):
+    done = python("-m", "fastattn", "bench", *arguments)
+    assert done.returncode == 2
+    assert arguments[1] in done.stderr
 
 
 def test_peers_agree_on_causal_with_more_keys_than_queries():
@@ -70,6 +73,7 @@ def test_peers_agree_on_causal_with_more_keys_than_queries():
     assert all(peer["ratio"] > 0 for row in rows for peer in row["peers"].values())
 
 
+@pytest.mark.slow
 def test_share_of_the_read_bandwidth():
     done = run_bench(
         "--shapes", "1,4,2,1,8192,64", "1,4,2,1,70,16", "1,2,2,17,8192,64",
@@ -137,10 +141,10 @@ def test_a_decoding_step_appends_and_attends(dtype):
     step = TINY.costs("step", through="cache")
     problem = bench.Problem(step, np.dtype(dtype))
     cache, ids = problem.cache
-    (make,) = bench.FastAttn(fastattn.get_num_threads()).ways(problem)
-    way = make()
+    (make,) = bench.FastAttn(fastattn.get_num_threads()).variants(problem)
+    variant = make()
     for turn in range(2 * STEPS):
-        out = way.run()
+        out = variant.run()
         length = 70 + turn % STEPS
         assert [cache.lengths[sequence] for sequence in ids] == [length] * 2
         if length == 70:
@@ -170,6 +174,7 @@ def test_a_layer_is_checked_and_timed(dtype):
     assert problem.error(wrong) > problem.tolerance
 
 
+@pytest.mark.slow
 def test_sentences_are_real_and_different():
     case = bench.CASES["sentences-256"]
     if needed := bench.absence(case):

@@ -18,6 +18,7 @@ PACKAGE = Path(fastattn.__file__).parent
 needs_source = pytest.mark.skipif(not (SOURCE / "setup.py").exists(), reason="the source tree is not there")
 
 
+@pytest.mark.slow
 @needs_source
 def test_a_build_without_a_compiler_says_so(tmp_path):
     for package in ("Cython", "setuptools"):

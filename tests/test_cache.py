@@ -461,12 +461,14 @@ assert_sound(cache)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_child_of_fork_has_a_change_of_another_thread_whole_or_not_at_all(change):
     run_script(FORKED.format(change=change))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_change_goes_on_in_the_child_that_its_own_thread_forked():
     """As a signal handler may do: parent and child both end with the whole change."""
@@ -892,13 +894,13 @@ def test_save_without_the_pages(tmp_path, dtype):
         assert_holds(loaded, sequence, *cache.get(sequence))
 
 
-def test_save_an_empty_cache(tmp_path):
+@pytest.mark.parametrize("pages", [True, False])
+def test_save_an_empty_cache(tmp_path, pages):
     cache = new_cache()
-    for pages in (True, False):
-        cache.save(tmp_path / "cache.npz", pages=pages)
-        loaded = KVCache.load(tmp_path / "cache.npz", store=np.empty(10**5, np.uint8))
-        assert len(loaded) == 0
-        assert loaded.pages_free == loaded.num_pages
+    cache.save(tmp_path / "cache.npz", pages=pages)
+    loaded = KVCache.load(tmp_path / "cache.npz", store=np.empty(10**5, np.uint8))
+    assert len(loaded) == 0
+    assert loaded.pages_free == loaded.num_pages
 
 
 def test_save_to_an_open_file(tmp_path):
@@ -909,11 +911,16 @@ def test_save_to_an_open_file(tmp_path):
         assert_same_caches(KVCache.load(file), cache)
 
 
-def test_load_by_the_name_that_save_was_given(tmp_path):
+@pytest.mark.parametrize("name", ["plain", "with.dot", "full.npz"])
+def test_load_by_the_name_that_save_was_given(tmp_path, name):
     cache = family(F32)
-    for name in ("plain", "with.dot", "full.npz"):
-        cache.save(str(tmp_path / name))
-        assert_same_caches(KVCache.load(str(tmp_path / name)), cache)
+    cache.save(str(tmp_path / name))
+    assert_same_caches(KVCache.load(str(tmp_path / name)), cache)
+
+
+def test_load_of_a_file_that_was_renamed(tmp_path):
+    cache = family(F32)
+    cache.save(tmp_path / "full.npz")
     (tmp_path / "full.npz").rename(tmp_path / "renamed")
     assert_same_caches(KVCache.load(tmp_path / "renamed"), cache)
 
@@ -991,15 +998,15 @@ def test_bad_load(tmp_path, case):
     assert_raises(ValueError, words, lambda: KVCache.load(path, **keywords))
 
 
-def test_load_of_what_save_did_not_write(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"no archive at all", b"PK\x03\x04 cut off"])
+def test_load_of_what_save_did_not_write(tmp_path, content):
     path = tmp_path / "other.npz"
     np.savez(path, geometry=np.zeros(5))
     assert_raises(ValueError, ["not a saved KVCache", "lacks dtype, next_id"], lambda: KVCache.load(path))
     np.save(tmp_path / "array.npy", np.zeros(5))
     assert_raises(ValueError, ["not a saved KVCache", "not a zip"], lambda: KVCache.load(tmp_path / "array.npy"))
-    for content in (b"", b"no archive at all", b"PK\x03\x04 cut off"):
-        path.write_bytes(content)
-        assert_raises(ValueError, ["not a saved KVCache"], lambda: KVCache.load(path))
+    path.write_bytes(content)
+    assert_raises(ValueError, ["not a saved KVCache"], lambda: KVCache.load(path))
     with pytest.raises(FileNotFoundError):
         KVCache.load(tmp_path / "nothing.npz")
 
@@ -1047,6 +1054,7 @@ def damages(draw):
     return bytes(content)
 
 
+@pytest.mark.slow
 @settings(max_examples=1500)
 @given(content=damages())
 def test_load_of_a_damaged_file_is_a_value_error_or_the_same_cache(content):
@@ -1127,11 +1135,11 @@ def test_load_of_no_file():
         KVCache.load(os.curdir)
 
 
-def test_load_without_pages_needs_the_store(tmp_path):
+@pytest.mark.parametrize("keywords", [{}, {"num_pages": 10}], ids=str)
+def test_load_without_pages_needs_the_store(tmp_path, keywords):
     path = tmp_path / "cache.npz"
     family(F32).save(path, pages=False)
-    for keywords in ({}, {"num_pages": 10}):
-        assert_raises(ValueError, ["pages=False", "store"], lambda: KVCache.load(path, **keywords))  # noqa: B023
+    assert_raises(ValueError, ["pages=False", "store"], lambda: KVCache.load(path, **keywords))
     small = np.zeros(2 * 7168, np.uint8)
     assert_raises(ValueError, ["pages up to", "only 2 pages"], lambda: KVCache.load(path, store=small))
 

@@ -44,6 +44,7 @@ def test_the_console_script_is_declared():
     assert {script.value for script in scripts} == {"fastattn.__main__:main"}
 
 
+@pytest.mark.slow
 def test_info():
     done = run("info")
     assert done.returncode == 0, done.stderr
@@ -52,6 +53,7 @@ def test_info():
         assert f"{dtype} peak" in done.stdout
 
 
+@pytest.mark.slow
 def test_info_without_ml_dtypes(tmp_path, monkeypatch):
     (tmp_path / "ml_dtypes.py").write_text("raise ImportError('not here', name='ml_dtypes')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -60,6 +62,7 @@ def test_info_without_ml_dtypes(tmp_path, monkeypatch):
     assert "bfloat16 peak" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

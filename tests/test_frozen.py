@@ -25,6 +25,7 @@ view.save(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_frozen_program_runs(tmp_path):
     pytest.importorskip("PyInstaller")
     if '"editable": true' in (importlib.metadata.distribution("fastattn").read_text("direct_url.json") or ""):

@@ -204,7 +204,7 @@ def test_float32_errs_no_more_than_numpy():
 
 
 @pytest.mark.parametrize("half", [F16, BF16], ids=str)
-def test_half_types_are_widened(half):
+def test_half_types_are_upcast(half):
     rng = make_rng(10)
     weights, x = drawn(rng, dtype=half), normal(rng, (5, EMBED), half)
     wide = {name: weight.astype(F32) for name, weight in weights.items()}

@@ -37,6 +37,13 @@ def test_import_brings_nothing_but_numpy():
     assert not {name for name in foreign if not name.startswith(("_cython", "cython_runtime", "_virtualenv"))}
 
 
+@pytest.mark.parametrize("other", ["cache", "layer", "encoder", "checkpoints"])
+@pytest.mark.parametrize("module", ["view", "_checks", "_pages", "_cache_file", "rotary"])
+def test_rooms_do_not_lean_on_what_is_above_them(module, other):
+    source = importlib.resources.files("fastattn").joinpath(f"{module}.py").read_text()
+    assert not re.search(rf"^\s*(from|import) fastattn\.{other}\b", source, re.MULTILINE)
+
+
 def test_importing_does_not_change_the_floating_point_mode():
     assert run_script("import fastattn; print(5e-324 * 1.0 > 0, 1e-310 / 10 > 0)").split() == ["True", "True"]
 
@@ -70,6 +77,18 @@ TYPES = {
     "fastattn.plan(x, x, x).flops": "int",
     "cache.dtype": "np.dtype[Any]",
 }
+# A type checker knows every keyword, wherever it is taken.
+DENSE = "mask=x, bias=x, key_lengths=[1]"
+PACKED = "scale=1.0, window=(1, None), alibi_slopes=x, softcap=1.0, sinks=x, num_threads=1"
+TYPES |= {
+    f"fastattn.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
+    f"fastattn.plan(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE}).items": "int",
+    f"fastattn.top_keys(x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "tuple[Indices, Array]",
+    f"fastattn.attention_varlen(x, x, x, [0], [0], causal=True, query_offset=0, {PACKED})": "Array",
+    f"cache.attention(x, 0, causal=True, query_offset=0, {PACKED})": "Array",
+    f"layer(x, causal=True, {PACKED}, {DENSE})": "Array",
+    f"reference.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
+}
 REFUSED = [
     "fastattn.attention(x, x, x, no_such_keyword=1)",
     "fastattn.attention(x, x, x, x)",
@@ -78,6 +97,8 @@ REFUSED = [
     "cache.attention(x, 0, no_such_keyword=1)",
     "layer(x, no_such_keyword=1)",
     "reference.attention(x, x, x, no_such_keyword=1)",
+    "fastattn.attention_varlen(x, x, x, [0], [0], mask=x)",
+    "layer(x, query_offset=0)",
 ]
 USE = """from typing import Any, assert_type
 import numpy as np
@@ -114,11 +135,13 @@ def complaints(tmp_path_factory):
     return {uses[index]: said for index, said in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", TYPES)
 def test_a_type_checker_knows_the_results(complaints, use):
     assert complaints.get(use) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", REFUSED)
 def test_a_type_checker_refuses(complaints, use):
     assert use in complaints
@@ -139,8 +162,8 @@ def test_show_config(capsys):
         fastattn.show_config(mode="no such mode")
 
 
-def test_measurements_are_plausible():
-    for dtype in (np.float32, np.float64, "bfloat16"):
-        peak = fastattn.measure_peak(dtype, num_threads=1)
-        assert 1e8 < peak < 1e13
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16"])
+def test_measurements_are_plausible(dtype):
+    peak = fastattn.measure_peak(dtype, num_threads=1)
+    assert 1e8 < peak < 1e13
     assert 1e8 < fastattn.measure_bandwidth(2**24, num_threads=1) < 1e13

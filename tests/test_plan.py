@@ -11,7 +11,7 @@ from strategies import cases
 import fastattn
 from fastattn import reference
 
-ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline", "neon")
+ISAS = fastattn.show_config(mode="dicts")["isas"]
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)

@@ -88,21 +88,25 @@ def test_query_offset_and_key_lengths_per_batch():
     assert (weights[:, 0, 0] > 0).tolist() == [[True, False, False], [True, True, False]]
 
 
-def test_a_row_without_keys():
-    for keywords in ({"mask": [[False, False]]}, {"bias": [[-np.inf, -np.inf]]}, {"key_lengths": 0}):
-        out, lse, weights = one_head([1.0, 2.0], **keywords)
-        assert (out, lse, weights.tolist()) == (0.0, -np.inf, [0.0, 0.0])
-        out, lse, weights = one_head([1.0, 2.0], sinks=[0.5], **keywords)
-        assert (out, lse, weights.tolist()) == (0.0, 0.5, [0.0, 0.0])
+@pytest.mark.parametrize(
+    "keywords", [{"mask": [[False, False]]}, {"bias": [[-np.inf, -np.inf]]}, {"key_lengths": 0}], ids=str
+)
+def test_a_row_without_keys(keywords):
+    out, lse, weights = one_head([1.0, 2.0], **keywords)
+    assert (out, lse, weights.tolist()) == (0.0, -np.inf, [0.0, 0.0])
+    out, lse, weights = one_head([1.0, 2.0], sinks=[0.5], **keywords)
+    assert (out, lse, weights.tolist()) == (0.0, 0.5, [0.0, 0.0])
     out, lse, weights = one_head([])
     assert (out, lse, weights.tolist()) == (0.0, -np.inf, [])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_masked_key_contributes_nothing(bad):
-    for keywords in ({"mask": [[True, False]]}, {"bias": [[0.0, -np.inf]]}, {"key_lengths": 1}):
-        out, lse, weights = one_head([1.0, bad], values=(3.0, bad), **keywords)
-        assert (out, lse, weights.tolist()) == (3.0, 1.0, [1.0, 0.0])
+@pytest.mark.parametrize(
+    "keywords", [{"mask": [[True, False]]}, {"bias": [[0.0, -np.inf]]}, {"key_lengths": 1}], ids=str
+)
+def test_masked_key_contributes_nothing(bad, keywords):
+    out, lse, weights = one_head([1.0, bad], values=(3.0, bad), **keywords)
+    assert (out, lse, weights.tolist()) == (3.0, 1.0, [1.0, 0.0])
 
 
 def test_visible_nan_and_inf_spread_as_in_ieee_arithmetic():

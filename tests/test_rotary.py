@@ -5,7 +5,6 @@ import pytest
 from oracle import BF16, F16, F32, F64, UNIT, assert_close, assert_same_bits, make_rng, normal
 
 import fastattn
-from fastattn import layer
 
 each_convention = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 
@@ -79,7 +78,7 @@ def test_scores_depend_on_the_difference_of_positions(interleaved):
 
 @each_convention
 def test_many_rows_are_turned_in_blocks(interleaved, monkeypatch):
-    monkeypatch.setattr(layer, "ROTARY_BLOCK", 3 * 4 * 8)
+    monkeypatch.setitem(fastattn.rotary.__globals__, "ROTARY_BLOCK", 3 * 4 * 8)
     x = normal(make_rng(3), (4, 32, 8), F64)
     out = fastattn.rotary(x, 3, interleaved=interleaved)
     assert_close(out, turned(x, np.arange(3, 35)[:, None], interleaved=interleaved), tolerance(x, 35, F64))

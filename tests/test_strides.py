@@ -1,4 +1,4 @@
-"""Arrays are read, and out written, where they lie: any strides, nothing changed that is not out."""
+"""Arrays are read, and out written, in place: any strides, nothing changed that is not out."""
 
 import numpy as np
 import pytest
@@ -65,14 +65,14 @@ def test_layouts(dtypes, layout):
         "fortran",
     ],
 )
-def test_layouts_of_whole_vectors_and_tails(dtypes, layout):
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 80), (33, 32), (80, 17), (96, 49)])
+def test_layouts_of_whole_vectors_and_tails(dtypes, layout, head_dim, head_dim_v):
     """Vectors that are shuffled or transposed on their way, whole ones and tails, from even keys and odd ones."""
     lay = LAYOUTS[layout]
-    for head_dim, head_dim_v in [(64, 80), (33, 32), (80, 17), (96, 49)]:
-        arrays = [lay(x) for x in qkv(make_rng(), (1, 2, 2, 70, 135, head_dim), dtypes, head_dim_v)]
-        check(*arrays)
-        check(*arrays, window=(40, 3), query_offset=45)
-        check(arrays[0][:, :, :3], *arrays[1:], window=(70, 1))
+    arrays = [lay(x) for x in qkv(make_rng(), (1, 2, 2, 70, 135, head_dim), dtypes, head_dim_v)]
+    check(*arrays)
+    check(*arrays, window=(40, 3), query_offset=45)
+    check(arrays[0][:, :, :3], *arrays[1:], window=(70, 1))
 
 
 @each_dtype

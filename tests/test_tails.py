@@ -14,58 +14,65 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 
 @pytest.mark.isa
 @each_dtype
-def test_seqlen_q(dtypes):
-    for seqlen_q in SEQLENS_Q:
-        query, key, value = qkv(make_rng(seqlen_q), (1, 2, 2, seqlen_q, 67, 19), dtypes)
-        check(query, key, value)
-        check(query, key, value, causal=True, query_offset=0)
+@pytest.mark.parametrize("seqlen_q", SEQLENS_Q)
+def test_seqlen_q(dtypes, seqlen_q):
+    query, key, value = qkv(make_rng(seqlen_q), (1, 2, 2, seqlen_q, 67, 19), dtypes)
+    check(query, key, value)
+    check(query, key, value, causal=True, query_offset=0)
 
 
 @pytest.mark.isa
 @each_dtype
-def test_seqlen_k(dtypes):
-    for seqlen_k in SEQLENS_K:
-        rng = make_rng(seqlen_k)
-        for seqlen_q in (1, 5, 50):
-            query, key, value = qkv(rng, (1, 2, 1, seqlen_q, seqlen_k, 17), dtypes)
-            check(query, key, value)
-            check(query, key, value, causal=True)
+@pytest.mark.parametrize("seqlen_k", SEQLENS_K)
+@pytest.mark.parametrize("seqlen_q", [1, 5, 50])
+def test_seqlen_k(dtypes, seqlen_k, seqlen_q):
+    rng = make_rng(seqlen_k)
+    query, key, value = qkv(rng, (1, 2, 1, seqlen_q, seqlen_k, 17), dtypes)
+    check(query, key, value)
+    check(query, key, value, causal=True)
 
 
 @pytest.mark.isa
 @each_dtype
-def test_head_dim(dtypes):
-    for head_dim in HEAD_DIMS:
-        rng = make_rng(head_dim)
-        for seqlen_q in (1, 21):
-            check(*qkv(rng, (1, 1, 1, seqlen_q, 35, head_dim), dtypes))
-        # The two head dimensions have tails of their own.
-        check(*qkv(rng, (1, 1, 1, 21, 35, head_dim), dtypes, head_dim_v=9))
-        check(*qkv(rng, (1, 1, 1, 21, 35, 9), dtypes, head_dim_v=head_dim))
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("seqlen_q", [1, 21])
+def test_head_dim(dtypes, head_dim, seqlen_q):
+    rng = make_rng(head_dim)
+    check(*qkv(rng, (1, 1, 1, seqlen_q, 35, head_dim), dtypes))
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims_that_differ(dtypes, head_dim):
+    """The two head dimensions have tails of their own."""
+    rng = make_rng(head_dim)
+    check(*qkv(rng, (1, 1, 1, 21, 35, head_dim), dtypes, head_dim_v=9))
+    check(*qkv(rng, (1, 1, 1, 21, 35, 9), dtypes, head_dim_v=head_dim))
 
 
 @each_dtype
-def test_group_rows(dtypes):
+@pytest.mark.parametrize("seqlen_q", [1, 2, 3, 4, 7, 8, 15, 16, 17])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 7, 8, 12, 16])
+def test_group_rows(dtypes, seqlen_q, group_size):
     """With few queries, the rows of a whole group share a tile."""
-    for seqlen_q in (1, 2, 3, 4, 7, 8, 15, 16, 17):
-        for group in (1, 2, 3, 4, 5, 7, 8, 12, 16):
-            query, key, value = qkv(make_rng(seqlen_q, group), (1, 2 * group, 2, seqlen_q, 70, 24), dtypes)
-            check(query, key, value, causal=True)
+    query, key, value = qkv(make_rng(seqlen_q, group_size), (1, 2 * group_size, 2, seqlen_q, 70, 24), dtypes)
+    check(query, key, value, causal=True)
 
 
 @each_dtype
-def test_decoding_long_caches(dtypes):
+@pytest.mark.parametrize("seqlen_k", [511, 512, 513, 1023, 1025, 2047, 4099])
+def test_decoding_long_caches(dtypes, seqlen_k):
     """One query over many keys is split along the keys; the splits have tails too."""
-    for seqlen_k in (511, 512, 513, 1023, 1025, 2047, 4099):
-        query, key, value = qkv(make_rng(seqlen_k), (1, 4, 2, 1, seqlen_k, 40), dtypes)
-        check(query, key, value)
-        check(query, key, value, key_lengths=seqlen_k - 5, window=(700, None))
+    query, key, value = qkv(make_rng(seqlen_k), (1, 4, 2, 1, seqlen_k, 40), dtypes)
+    check(query, key, value)
+    check(query, key, value, key_lengths=seqlen_k - 5, window=(700, None))
 
 
 @each_dtype
-def test_causal_and_window_edges_at_each_position(dtypes):
+@pytest.mark.parametrize("offset", [*range(-40, 160, 7), 47, 48, 49, 63, 64, 65, 127, 128, 129])
+def test_causal_and_window_edges_at_each_position(dtypes, offset):
     query, key, value = qkv(make_rng(), (1, 1, 1, 37, 150, 16), dtypes)
-    for offset in [*range(-40, 160, 7), 47, 48, 49, 63, 64, 65, 127, 128, 129]:
-        check(query, key, value, causal=True, query_offset=offset)
-        check(query, key, value, window=(3, 1), query_offset=offset)
-        check(query, key, value, window=(64, None), query_offset=offset)
+    check(query, key, value, causal=True, query_offset=offset)
+    check(query, key, value, window=(3, 1), query_offset=offset)
+    check(query, key, value, window=(64, None), query_offset=offset)

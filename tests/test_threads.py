@@ -49,14 +49,14 @@ def assert_same_results(actual, expected):
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits_for_any_number_of_threads(dtypes, shape):
+@pytest.mark.parametrize("keywords", [{}, {"causal": True, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("num_threads", [2, 3, 5, 16])
+def test_same_bits_for_any_number_of_threads(dtypes, shape, keywords, num_threads):
     arrays = qkv(make_rng(*shape), shape, dtypes)
-    for keywords in ({}, {"causal": True, "softcap": 5.0}):
-        one = call(*arrays, num_threads=1, **keywords)
-        plain = fastattn.attention(*arrays, num_threads=1, **keywords)
-        for num_threads in (2, 3, 5, 16):
-            assert_same_results(call(*arrays, num_threads=num_threads, **keywords), one)
-            assert_same_bits(fastattn.attention(*arrays, num_threads=num_threads, **keywords), plain)
+    one = call(*arrays, num_threads=1, **keywords)
+    plain = fastattn.attention(*arrays, num_threads=1, **keywords)
+    assert_same_results(call(*arrays, num_threads=num_threads, **keywords), one)
+    assert_same_bits(fastattn.attention(*arrays, num_threads=num_threads, **keywords), plain)
 
 
 @settings(max_examples=80)
@@ -110,13 +110,13 @@ def test_same_bits_whatever_lies_past_key_lengths(dtypes, shape):
 
 @pytest.mark.isa
 @each_dtype
-def test_same_bits_for_a_causal_row_and_its_own_slice(dtypes):
+@pytest.mark.parametrize("position", [0, 1, 63, 64, 130, 298])
+def test_same_bits_for_a_causal_row_and_its_own_slice(dtypes, position):
     """A row that sees keys up to its position gives what it gives when the later keys are not there."""
     query, key, value = qkv(make_rng(), (1, 4, 2, 1, 300, 32), dtypes)
-    for position in (0, 1, 63, 64, 130, 298):
-        causal = fastattn.attention(query, key, value, causal=True, query_offset=position)
-        sliced = fastattn.attention(query, key[:, :, : position + 1], value[:, :, : position + 1])
-        assert_same_bits(causal, sliced)
+    causal = fastattn.attention(query, key, value, causal=True, query_offset=position)
+    sliced = fastattn.attention(query, key[:, :, : position + 1], value[:, :, : position + 1])
+    assert_same_bits(causal, sliced)
 
 
 @pytest.mark.isa
@@ -124,20 +124,21 @@ def test_same_bits_for_a_causal_row_and_its_own_slice(dtypes):
 @pytest.mark.parametrize(
     "keywords", [{}, {"causal": True}, {"window": (40, 3)}, {"window": (90, 0), "softcap": 4.0}], ids=str
 )
-def test_same_bits_for_some_of_the_rows(dtypes, keywords):
+@pytest.mark.parametrize(("begin", "end"), [(0, 150), (30, 130), (77, 200), (101, 160)])
+def test_same_bits_for_some_of_the_rows(dtypes, keywords, begin, end):
     """Rows in other company lie in other tiles, which begin at other keys."""
     query, key, value = qkv(make_rng(), (1, 4, 2, 200, 200, 32), dtypes)
     together = call(query, key, value, query_offset=0, **keywords)
-    for begin, end in ((0, 150), (30, 130), (77, 200), (101, 160)):
-        some = call(query[:, :, begin:end], key, value, query_offset=begin, **keywords)
-        assert_same_results(some, [x[:, :, begin:end] for x in together])
+    some = call(query[:, :, begin:end], key, value, query_offset=begin, **keywords)
+    assert_same_results(some, [x[:, :, begin:end] for x in together])
 
 
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("kind", ["bias", "alibi", "softcap", "softcap and bias", "mask"])
 @pytest.mark.parametrize("causal", [False, True], ids=["whole", "causal"])
-def test_same_bits_whatever_modifies_other_rows(dtypes, kind, causal):
+@pytest.mark.parametrize(("begin", "end"), [(0, 150), (30, 130), (101, 160)])
+def test_same_bits_whatever_modifies_other_rows(dtypes, kind, causal, begin, end):
     """Which modifiers meet a tile depends on all of its rows; head_dim 32, whose scale is no power of two."""
     rng = make_rng()
     query, key, value = qkv(rng, (1, 2, 2, 200, 200, 32), dtypes)
@@ -155,23 +156,22 @@ def test_same_bits_whatever_modifies_other_rows(dtypes, kind, causal):
     alike = call(query, key, value, causal=causal, **{**keywords, "mask": own_mask})
     other = call(query, key, value, causal=causal, **{**keywords, "mask": hides})
     assert_same_results([x[:, :, 40:] for x in other], [x[:, :, 40:] for x in alike])
-    for begin, end in ((0, 150), (30, 130), (101, 160)):
-        part = {name: x[begin:end] if name in ("bias", "mask") else x for name, x in keywords.items()}
-        together = call(query, key, value, query_offset=0, causal=causal, **keywords)
-        some = call(query[:, :, begin:end], key, value, query_offset=begin, causal=causal, **part)
-        assert_same_results(some, [x[:, :, begin:end] for x in together])
+    part = {name: x[begin:end] if name in ("bias", "mask") else x for name, x in keywords.items()}
+    together = call(query, key, value, query_offset=0, causal=causal, **keywords)
+    some = call(query[:, :, begin:end], key, value, query_offset=begin, causal=causal, **part)
+    assert_same_results(some, [x[:, :, begin:end] for x in together])
 
 
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("keywords", [{"alibi_slopes": np.full(8, 0.1)}, {"softcap": 2.0}], ids=["alibi", "softcap"])
-def test_same_bits_for_any_number_of_threads_of_long_rows(dtypes, keywords):
+@pytest.mark.parametrize("num_threads", [2, 3, 4])
+def test_same_bits_for_any_number_of_threads_of_long_rows(dtypes, keywords, num_threads):
     """More threads cut the rows in other tiles."""
     arrays = qkv(make_rng(), (1, 8, 8, 1040, 200, 32), dtypes)
     one = fastattn.attention(*arrays, causal=True, query_offset=0, num_threads=1, **keywords)
-    for num_threads in (2, 3, 4):
-        more = fastattn.attention(*arrays, causal=True, query_offset=0, num_threads=num_threads, **keywords)
-        assert_same_bits(more, one)
+    more = fastattn.attention(*arrays, causal=True, query_offset=0, num_threads=num_threads, **keywords)
+    assert_same_bits(more, one)
 
 
 @each_dtype
@@ -522,29 +522,32 @@ def test_quota_where_there_is_no_proc(tmp_path):
     assert _core.quota_cpus(tmp_path) == 0
 
 
-def test_set_num_threads():
+@pytest.fixture
+def number_of_threads():
+    """Set back, at the end, how many threads calls use."""
     before = fastattn.get_num_threads()
+    yield before
+    fastattn.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.usefixtures("number_of_threads")
+def test_set_num_threads(number):
     arrays = qkv(make_rng(), (4, 8, 8, 256, 256, 64))
-    try:
-        for n in (1, 2, 3):
-            fastattn.set_num_threads(n)
-            assert fastattn.get_num_threads() == n
-            assert fastattn.plan(*arrays).threads <= n
-            assert_close(fastattn.attention(*arrays), exact(*arrays), tolerances(*arrays)[0])
-        fastattn.set_num_threads(1)
-        assert fastattn.plan(*arrays, num_threads=2).threads == 2, "the argument comes first"
-        for bad, exception in (
-            (0, ValueError),
-            (-1, ValueError),
-            (1.5, TypeError),
-            ("2", TypeError),
-            (None, TypeError),
-        ):
-            with pytest.raises(exception):
-                fastattn.set_num_threads(bad)
-            assert fastattn.get_num_threads() == 1
-    finally:
-        fastattn.set_num_threads(before)
+    fastattn.set_num_threads(number)
+    assert fastattn.get_num_threads() == number
+    assert fastattn.plan(*arrays).threads <= number
+    assert fastattn.plan(*arrays, num_threads=2).threads == 2, "the argument comes first"
+    assert_close(fastattn.attention(*arrays), exact(*arrays), tolerances(*arrays)[0])
+
+
+@pytest.mark.parametrize(
+    ("bad", "exception"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), ("2", TypeError), (None, TypeError)]
+)
+def test_a_bad_number_of_threads_changes_nothing(number_of_threads, bad, exception):
+    with pytest.raises(exception):
+        fastattn.set_num_threads(bad)
+    assert fastattn.get_num_threads() == number_of_threads
 
 
 def test_threadpoolctl_sees_and_limits():

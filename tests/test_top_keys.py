@@ -50,10 +50,12 @@ def test_any_call(case, k):
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("shape", [(2, 4, 2, 1, 700, 32), (1, 6, 2, 40, 300, 16), (1, 2, 2, 200, 130, 8)], ids=str)
-def test_shapes(dtypes, shape):
+@pytest.mark.parametrize("keywords", [{}, {"causal": True}, {"window": (20, 3)}, {"sinks": 1.0}], ids=str)
+def test_shapes(dtypes, shape, keywords):
     query, key, _ = qkv(make_rng(*shape), shape, dtypes)
-    for keywords in ({}, {"causal": True}, {"window": (20, 3)}, {"sinks": np.ones(shape[1])}):
-        check(query, key, 8, **keywords)
+    if "sinks" in keywords:
+        keywords = {"sinks": np.full(shape[1], keywords["sinks"])}
+    check(query, key, 8, **keywords)
 
 
 def test_against_the_reference():
@@ -68,24 +70,26 @@ def test_against_the_reference():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-def test_the_reference_lists_the_same_keys(seqlen_q, dtype):
+@pytest.mark.parametrize(
+    "key",
+    [[-900, -950, 0, 900, 5], [0, np.nan, -900, 3, 5], [0, np.inf, 3, 1, 5], [0, -np.inf, 3, 1, 5]],
+    ids=["underflow", "NaN", "infinite", "minus infinite"],
+)
+def test_the_reference_lists_the_same_keys(seqlen_q, dtype, key):
     """Keys whose weight is 0 are listed by their scores, and hidden or NaN ones not, in rows of NaN either."""
-    keys = {
-        "underflow": [-900, -950, 0, 900, 5],
-        "NaN": [0, np.nan, -900, 3, 5],
-        "infinite": [0, np.inf, 3, 1, 5],
-        "minus infinite": [0, -np.inf, 3, 1, 5],
-    }
-    mask = [True, True, True, True, False]
-    for case, key in keys.items():
-        query = np.ones((seqlen_q, 1), dtype)
-        arguments = {"mask": mask, "return_totals": True}
-        mine = fastattn.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
-        theirs = reference.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
-        for got, expected in zip(mine, theirs, strict=True):
-            assert got.dtype == expected.dtype
-            np.testing.assert_allclose(got, expected, rtol=1e-5, err_msg=case)
-    # Totals of the other rows: three rows are one tile, of which each counts by itself.
+    query = np.ones((seqlen_q, 1), dtype)
+    arguments = {"mask": [True, True, True, True, False], "return_totals": True}
+    mine = fastattn.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
+    theirs = reference.top_keys(query, np.array(key, dtype)[:, None], 7, **arguments)
+    for got, expected in zip(mine, theirs, strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_totals_leave_out_rows_of_nan(dtype):
+    """Three rows are one tile, of which each counts by itself."""
     query = np.array([[1], [np.nan], [1]], dtype)
     results = [f.top_keys(query, np.eye(3, 1, dtype=dtype), 2, return_totals=True) for f in (fastattn, reference)]
     for got, expected in zip(*results, strict=True):
@@ -93,11 +97,11 @@ def test_the_reference_lists_the_same_keys(seqlen_q, dtype):
 
 
 @each_dtype
-def test_equal_keys_come_in_their_order(dtypes):
-    for seqlen_q in (1, 50):
-        query, key, _ = qkv(make_rng(), (1, 2, 2, seqlen_q, 1, 16), dtypes)
-        indices, _ = fastattn.top_keys(query, np.repeat(key, 200, axis=-2), 5)
-        np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(5), indices.shape))
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_equal_keys_come_in_their_order(dtypes, seqlen_q):
+    query, key, _ = qkv(make_rng(), (1, 2, 2, seqlen_q, 1, 16), dtypes)
+    indices, _ = fastattn.top_keys(query, np.repeat(key, 200, axis=-2), 5)
+    np.testing.assert_array_equal(indices, np.broadcast_to(np.arange(5), indices.shape))
 
 
 def test_fewer_keys_than_k():
@@ -169,6 +173,7 @@ def test_bad_k(k, error, words):
         fastattn.top_keys(query, key, k)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_sequence():
     """16384 keys by 16384 queries by 8 heads are 8 GB of weights; what is taken beyond the results is small."""
     source = """

@@ -68,28 +68,32 @@ def test_each_sequence_is_attended_alone(sizes, dtypes, keywords, sinks, alibi, 
 
 @pytest.mark.isa
 @each_dtype
-def test_against_the_reference(dtypes):
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"causal": True}, {"window": (20, 3)}, {"alibi_slopes": [0.1, 0.2, 0.0, 0.3]}],
+    ids=str,
+)
+def test_against_the_reference(dtypes, keywords):
     lengths_q, lengths_k = [1, 0, 50, 3, 0, 7], [600, 5, 70, 0, 0, 130]
     query, key, value, cu_q, cu_k = packed(make_rng(), lengths_q, lengths_k, dtypes)
-    for keywords in ({}, {"causal": True}, {"window": (20, 3)}, {"alibi_slopes": [0.1, 0.2, 0.0, 0.3]}):
-        out, lse = fastattn.attention_varlen(query, key, value, cu_q, cu_k, return_lse=True, **keywords)
-        wide = (x.astype(np.float64) for x in (query, key, value))
-        expected, expected_lse = reference.attention_varlen(*wide, cu_q, cu_k, return_lse=True, **keywords)
-        for b in range(len(lengths_q)):
-            rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
-            own = (x.swapaxes(0, 1) for x in (query[rows], key[keys], value[keys]))
-            out_tol, lse_tol, _ = tolerances(*own, **keywords)
-            assert_close(out[rows].swapaxes(0, 1), expected[rows].swapaxes(0, 1), out_tol)
-            assert_close(lse[rows].swapaxes(0, 1), expected_lse[rows].swapaxes(0, 1), lse_tol, "lse")
+    out, lse = fastattn.attention_varlen(query, key, value, cu_q, cu_k, return_lse=True, **keywords)
+    wide = (x.astype(np.float64) for x in (query, key, value))
+    expected, expected_lse = reference.attention_varlen(*wide, cu_q, cu_k, return_lse=True, **keywords)
+    for b in range(len(lengths_q)):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        own = (x.swapaxes(0, 1) for x in (query[rows], key[keys], value[keys]))
+        out_tol, lse_tol, _ = tolerances(*own, **keywords)
+        assert_close(out[rows].swapaxes(0, 1), expected[rows].swapaxes(0, 1), out_tol)
+        assert_close(lse[rows].swapaxes(0, 1), expected_lse[rows].swapaxes(0, 1), lse_tol, "lse")
 
 
-def test_one_sequence_far_longer_than_the_rest():
+@pytest.mark.parametrize("num_threads", [2, 4])
+def test_one_sequence_far_longer_than_the_rest(num_threads):
     """It is shared out, among the threads and in the plan, without a change in any bit."""
     rng = make_rng()
     query, key, value, cu_q, cu_k = packed(rng, [1] * 40, [5] * 39 + [30000])
     out = fastattn.attention_varlen(query, key, value, cu_q, cu_k, num_threads=1)
-    for num_threads in (2, 4):
-        assert_same_bits(fastattn.attention_varlen(query, key, value, cu_q, cu_k, num_threads=num_threads), out)
+    assert_same_bits(fastattn.attention_varlen(query, key, value, cu_q, cu_k, num_threads=num_threads), out)
 
 
 @pytest.mark.parametrize("integers", [np.int32, np.int64, np.uint16])

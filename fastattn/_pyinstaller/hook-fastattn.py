@@ -2,4 +2,4 @@
 
 from PyInstaller.utils.hooks import collect_data_files
 
-datas = collect_data_files("fastattn", includes=["page/*"])
+datas = collect_data_files("fastattn", includes=["html/*"])

@@ -1,10 +1,10 @@
-"""The benchmark: one table of shapes, one flop count, and contenders timed in alternation.
+"""The benchmark: one table of shapes, one flop count, and baselines timed in alternation.
 
 ``python -m fastattn bench`` runs it; ``bench/test_speed.py`` in the source tree feeds the same shapes and
-contenders to pytest-benchmark.
+baselines to pytest-benchmark.
 """
 
-from fastattn.bench.contenders import PEERS, Contender, FastAttn
+from fastattn.bench.baselines import PEERS, Baseline, FastAttn
 from fastattn.bench.models import absence, problem_for
 from fastattn.bench.report import report
 from fastattn.bench.run import Row, Run, run
@@ -17,8 +17,8 @@ __all__ = [
     "FLOATS",
     "GROUPS",
     "PEERS",
+    "Baseline",
     "Case",
-    "Contender",
     "FastAttn",
     "Problem",
     "Row",

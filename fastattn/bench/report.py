@@ -69,12 +69,12 @@ def means_table(means: dict[str, dict[str, float]]) -> str:
 
 
 def remarks(run: Run) -> list[str]:
-    """Return a line for each reason why a peer has no figure or lost a way, with the cases it holds for."""
+    """Return a line for each reason why a peer has no figure or lost a variant, with the cases it holds for."""
     where: dict[str, list[str]] = {}
     for row in run.rows:
         for name, peer in row.peers.items():
             reasons = [f"{name} has no figure ({peer.absent})"] if peer.absent else []
-            reasons += [f"{name} runs without one of its ways ({rejected})" for rejected in peer.rejected]
+            reasons += [f"{name} runs without one of its variants ({rejected})" for rejected in peer.rejected]
             for reason in reasons:
                 where.setdefault(reason, []).append(f"{row.name} {row.dtype}")
     if not where:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import fastattn
-from fastattn.bench.contenders import PEERS, Contender, FastAttn
+from fastattn.bench.baselines import PEERS, Baseline, FastAttn
 from fastattn.bench.models import absence, problem_for
 from fastattn.bench.shapes import Case, Problem, find_dtype
 from fastattn.bench.timing import Entry, MachineSpeed, WrongResult, alternate, prepare, ratio
@@ -33,8 +33,8 @@ class PeerTime:
     """A peer's times on one case, or why it has none."""
 
     absent: str | None = None
-    rejected: list[str] = field(default_factory=list)  # ways that failed or were wrong, while another was right
-    way: str | None = None
+    rejected: list[str] = field(default_factory=list)  # variants that failed or were wrong, while another was right
+    variant: str | None = None
     error: float | None = None
     best_ms: float | None = None
     median_ms: float | None = None
@@ -112,7 +112,7 @@ def run(
     num_threads : int
         Threads for everyone.
     seconds : float
-        Time for each contender on each case.
+        Time for each baseline on each case.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def run(
         isa=fastattn.show_config(mode="dicts")["isa"],
         num_threads=num_threads,
         other_load=None if math.isnan(machine) else max(0.0, machine - own) / elapsed,
-        versions={contender.name: contender.version for contender in (us, *them)},
+        versions={baseline.name: baseline.version for baseline in (us, *them)},
         notes=notes,
         rows=rows,
     )
@@ -182,7 +182,7 @@ def summary(row: Row) -> str:
     return ", ".join(parts)
 
 
-def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender], seconds: float) -> Row:
+def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline], seconds: float) -> Row:
     problem = problem_for(case, dtype)
     num_threads = case.num_threads or us.num_threads
     entry = prepare(us, problem)
@@ -204,7 +204,7 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Contender
     for name, their in running.items():
         peers[name] = PeerTime(
             rejected=their.rejected,
-            way=their.way.name,
+            variant=their.variant.name,
             error=their.error,
             best_ms=1e3 * their.best,
             median_ms=1e3 * their.median,

