@@ -21,14 +21,18 @@ def test_the_first_is_chosen():
     assert run_script(source, FASTATTN_ISA="").strip() == CONFIG["isas"][0]
 
 
+# The instruction set in use has all cases in the run that this is part of. On one thread some do: that results are the
+# same for any number of threads is what some of these tests are about.
+RUNS = [*((isa, 2) for isa in CONFIG["isas"] if isa != CONFIG["isa"]), *((isa, 1) for isa in CONFIG["isas"])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("isa", CONFIG["isas"])
+@pytest.mark.parametrize(("isa", "threads"), RUNS)
 def test_representative_tests(isa, threads):
     here = Path(__file__).parent
     done = python(
         *("-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(here.parent / "pyproject.toml")),
-        *("--hypothesis-profile", "each-isa", str(here)),
+        *("--hypothesis-profile", "each-isa", *(["--quick"] if threads == 1 else []), str(here)),
         FASTATTN_ISA=isa,
         FASTATTN_NUM_THREADS=str(threads),
     )
