@@ -11,10 +11,11 @@ extern const fa_kernel fa_float32_baseline, fa_float64_baseline;
 #if defined(__x86_64__)
 extern const fa_kernel fa_float32_avx2, fa_float64_avx2;
 extern const fa_kernel fa_float32_avx512, fa_float64_avx512;
-extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx;
+extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx, fa_bf16tile_amx_emulated;
 #endif
 
-/* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column. */
+/* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column. Behind the
+ * baseline, which every CPU has: what is for tests, chosen by name alone and not listed. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
@@ -27,6 +28,10 @@ static const struct {
     {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL},
 #endif
     {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL},
+#if defined(__x86_64__)
+    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
+     &fa_bf16tile_amx_emulated},
+#endif
 };
 
 enum { NUM_ISAS = sizeof table / sizeof *table };
@@ -52,10 +57,13 @@ const char *fa_selected_isa(void)
 const char *const *fa_available_isas(void)
 {
     static const char *names[NUM_ISAS + 1];
+    bool listed = true;
     int count = 0;
-    for (int row = 0; row < NUM_ISAS; row++)
+    for (int row = 0; row < NUM_ISAS && listed; row++) {
         if (table[row].is_supported())
             names[count++] = table[row].isa;
+        listed = strcmp(table[row].isa, "baseline") != 0;
+    }
     return names;
 }
 

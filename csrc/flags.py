@@ -27,6 +27,7 @@ INSTRUCTION_SETS = {
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+        "amxemulated": [*AVX512, "-mavx512bf16"],
     },
 }
 ELEMENTS = {
@@ -35,6 +36,7 @@ ELEMENTS = {
     "avx512": ["float32", "float64"],
     "avx512bf16": ["bf16dot"],
     "amx": ["bf16tile"],
+    "amxemulated": ["bf16tile"],
 }
 
 FRAMEWORK = ["forward", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]

@@ -25,6 +25,10 @@ def test_the_first_is_chosen():
 # same for any number of threads is what some of these tests are about.
 RUNS = [*((isa, 2) for isa in CONFIG["isas"] if isa != CONFIG["isa"]), *((isa, 1) for isa in CONFIG["isas"])]
 
+# The kernel of the tile unit runs, with the unit emulated, wherever there is AVX512-BF16.
+EMULATED = ["amx-emulated"] if "avx512bf16" in CONFIG["isas"] else []
+RUNS += [(isa, 2) for isa in EMULATED]
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("isa", "threads"), RUNS)
@@ -39,7 +43,7 @@ def test_representative_tests(isa, threads):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("isa", CONFIG["isas"])
+@pytest.mark.parametrize("isa", [*CONFIG["isas"], *EMULATED])
 def test_the_environment_chooses(isa):
     source = "import fastattn; print(fastattn.show_config(mode='dicts')['isa'])"
     assert run_script(source, FASTATTN_ISA=isa).strip() == isa
@@ -63,3 +67,25 @@ def test_an_unknown_or_unsupported_isa_is_refused(isa):
     assert "FASTATTN_ISA" in last
     assert isa in last
     assert not [name for name in CONFIG["isas"] if name not in last]
+
+
+DIGESTS = """
+import hashlib
+import ml_dtypes, numpy as np, fastattn
+rng = np.random.default_rng(0)
+for seqlen_q, seqlen_k, dim, keywords in [
+    (100, 333, 64, {}), (70, 200, 128, {"causal": True}), (40, 130, 96, {"window": (60, 3)}),
+    (33, 70, 20, {"softcap": 2.0}), (40, 300, 256, {"alibi_slopes": np.array([1.0, 0.1])}), (50, 64, 64, {"scale": 30.0}),
+]:
+    query = rng.standard_normal((2, seqlen_q, dim)).astype(ml_dtypes.bfloat16)
+    key, value = rng.standard_normal((2, 1, seqlen_k, dim)).astype(ml_dtypes.bfloat16)
+    for x in fastattn.attention(query, key, value, return_lse=True, **keywords):
+        print(hashlib.sha256(x.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif("amx" not in CONFIG["isas"], reason="needs the tile unit that is emulated")
+def test_the_emulated_tile_unit_gives_the_bits_of_the_real_one():
+    real, emulated = (run_script(DIGESTS, FASTATTN_ISA=isa) for isa in ("amx", "amx-emulated"))
+    assert len(real.split()) == 12
+    assert emulated == real

@@ -15,12 +15,7 @@
 
 #ifdef FA_EMULATE_TILES
 
-typedef union {
-    float f[16];
-    uint32_t pair[16];
-} tmm_row;
-
-static _Thread_local tmm_row tmm_registers[8][TMM_ROWS];
+static _Thread_local vec tmm_registers[8][TMM_ROWS];
 
 FA_INLINE void tmm_configure(void) {}
 
@@ -34,7 +29,7 @@ FA_INLINE void tmm_zero(int t)
 FA_INLINE void tmm_load(int t, const void *src, ptrdiff_t stride)
 {
     for (int r = 0; r < TMM_ROWS; r++)
-        memcpy(&tmm_registers[t][r], (const char *)src + r * stride, sizeof(tmm_row));
+        tmm_registers[t][r] = vec_load((const char *)src + r * stride);
 }
 
 FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
@@ -45,32 +40,23 @@ FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
 FA_INLINE void tmm_store(int t, void *dst, ptrdiff_t stride)
 {
     for (int r = 0; r < TMM_ROWS; r++)
-        memcpy((char *)dst + r * stride, &tmm_registers[t][r], sizeof(tmm_row));
+        vec_store((char *)dst + r * stride, tmm_registers[t][r]);
 }
 
-/* bfloat16 in the upper (lower) half of a pair; a subnormal one is 0 to the unit. */
-FA_INLINE float tmm_half(uint32_t pair, bool upper)
-{
-    const uint32_t bits = upper ? pair & 0xffff0000 : pair << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return (bits & 0x7f800000) == 0 ? 0 : x;
-}
-
-/* The even and the odd elements are summed apart, by fused multiply-adds that flush subnormal results, as the
- * float mode of the kernel's threads does; then both are added to c. */
+/* The even and the odd elements are summed apart, by fused multiply-adds that take subnormal numbers for 0,
+ * as the float mode of the kernels' threads makes those here; then both are added to c. */
 static __attribute__((noinline)) void tmm_dot(int c, int a, int b)
 {
-    for (int i = 0; i < TMM_ROWS; i++)
-        for (int j = 0; j < 16; j++) {
-            float even = 0, odd = 0;
-            for (int k = 0; k < 16; k++) {
-                const uint32_t x = tmm_registers[a][i].pair[k], y = tmm_registers[b][k].pair[j];
-                even = __builtin_fmaf(tmm_half(x, false), tmm_half(y, false), even);
-                odd = __builtin_fmaf(tmm_half(x, true), tmm_half(y, true), odd);
-            }
-            tmm_registers[c][i].f[j] += even + odd;
+    for (int i = 0; i < TMM_ROWS; i++) {
+        const uvec row = (uvec)tmm_registers[a][i];
+        vec even = vec_splat(0), odd = vec_splat(0);
+        for (int k = 0; k < TMM_ROWS; k++) {
+            const uvec x = row[k] - (uvec){0}, y = (uvec)tmm_registers[b][k];
+            even += (vec)(x << 16) * (vec)(y << 16);
+            odd += (vec)(x & 0xffff0000) * (vec)(y & 0xffff0000);
         }
+        tmm_registers[c][i] += even + odd;
+    }
 }
 
 #else
