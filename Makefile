@@ -75,6 +75,9 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	flags=$$($(PYTHON) csrc/flags.py headers) && for header in $$(git ls-files 'csrc/*.h'); do \
+	    gcc $$flags -Werror -fsyntax-only -x c $$header || exit 1; \
+	done
 	PATH="$(BIN):$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd
 	$(BIN)/mypy
 	cd / && $(BIN)/stubtest --ignore-missing-stub fastattn._core

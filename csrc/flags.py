@@ -4,6 +4,7 @@ Needs nothing but Python itself:
 
     python3 csrc/flags.py make              # the flags as variables for make
     python3 csrc/flags.py compile-commands  # compile_commands.json, on standard output
+    python3 csrc/flags.py headers           # those under which every header compiles alone
 """
 
 import json
@@ -61,6 +62,12 @@ def make_variables() -> Iterator[str]:
         yield f"FLAGS_{isa}_{element} = {' '.join(flags)} -DTEST_ISA={isa} -DTEST_ELEMENT={element}"
 
 
+def header_flags() -> list[str]:
+    """Those of all instruction sets at once."""
+    flags = [flag for _, _, flags in kernels() for flag in flags]
+    return [*CFLAGS, *dict.fromkeys(flags), "-Wno-unused-function", "-Icsrc"]
+
+
 def compile_commands() -> list[dict[str, object]]:
     """Entries of compile_commands.json; tests/c/kernel_test.c as for the best instruction set."""
     root = Path(__file__).resolve().parent.parent
@@ -78,6 +85,8 @@ def compile_commands() -> list[dict[str, object]]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["make"]:
         print(*make_variables(), sep="\n")
+    elif sys.argv[1:] == ["headers"]:
+        print(*header_flags())
     elif sys.argv[1:] == ["compile-commands"]:
         print(json.dumps(compile_commands(), indent=1))
     else:

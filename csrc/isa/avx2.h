@@ -1,6 +1,10 @@
 /* AVX2, FMA and F16C: 16 registers of 32 bytes.
  *
  * Registers of the micro-kernel at 4 × 3: 12 accumulators + 3 panel vectors + 1 broadcast = 16/16. */
+#ifndef FA_KERNEL_ELEMENT_H /* in an editor */
+#include "../kernel/element_float32.h"
+#endif
+
 #ifndef FA_ISA_AVX2_H
 #define FA_ISA_AVX2_H
 

@@ -2,6 +2,10 @@
  *
  * Registers of the micro-kernel at 8 × 3: 24 accumulators + 3 panel vectors + 1 broadcast = 28/32.
  * On the CPUs at hand maximum, rounding, comparison and scaling run beside the multiply-adds. */
+#ifndef FA_KERNEL_ELEMENT_H /* in an editor */
+#include "../kernel/element_float32.h"
+#endif
+
 #ifndef FA_ISA_AVX512_H
 #define FA_ISA_AVX512_H
 

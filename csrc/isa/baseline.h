@@ -1,6 +1,10 @@
 /* Whatever the compiler's default target has, in GNU vectors alone: 16-byte vectors, no overrides.
  *
  * Registers of the micro-kernel at 4 × 2: 8 accumulators + 2 panel vectors + 2 products = 12/16. */
+#ifndef FA_KERNEL_ELEMENT_H /* in an editor */
+#include "../kernel/element_float32.h"
+#endif
+
 #ifndef FA_ISA_BASELINE_H
 #define FA_ISA_BASELINE_H
 

@@ -2,6 +2,8 @@
  * less often.
  *
  * Requires state.h; provides attend_decode. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_ATTEND_DECODE_H
 #define FA_KERNEL_ATTEND_DECODE_H
 

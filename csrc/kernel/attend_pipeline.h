@@ -14,6 +14,8 @@
  * reference raised. Each row decides for itself, so it does not depend on its company.
  *
  * Requires product_amx.h; provides attend_wide. */
+#include "for_editors_amx.h"
+
 #ifndef FA_KERNEL_ATTEND_PIPELINE_H
 #define FA_KERNEL_ATTEND_PIPELINE_H
 

@@ -2,6 +2,8 @@
  * with both products, the softmax between them and the packing as phases of a block and tile.
  *
  * Requires state.h and a product; provides attend_wide. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_ATTEND_WIDE_H
 #define FA_KERNEL_ATTEND_WIDE_H
 

@@ -1,7 +1,10 @@
 /* Products of a decode tile. A few query rows leave next to no arithmetic: what counts is to read K and V
  * once, at the speed of memory, in vectors as they lie. So here lanes run along the head dims, and a score is
  * a sum over lanes. A row of the score panel holds LANES / rows_pow2 keys, key by key, `rows_pow2` rows each.
- */
+ *
+ * Requires prefetch.h; provides multiply_decode_query_key and multiply_decode_value. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_DECODE_H
 #define FA_KERNEL_DECODE_H
 

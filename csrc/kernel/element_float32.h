@@ -1,4 +1,6 @@
-/* Kernels that compute in float32. */
+/* Kernels that compute in float32.
+ *
+ * Provides real and its integers. */
 #ifndef FA_KERNEL_ELEMENT_H
 #define FA_KERNEL_ELEMENT_H
 

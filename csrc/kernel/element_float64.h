@@ -1,4 +1,6 @@
-/* Kernels that compute in float64. */
+/* Kernels that compute in float64.
+ *
+ * Provides real and its integers. */
 #ifndef FA_KERNEL_ELEMENT_H
 #define FA_KERNEL_ELEMENT_H
 

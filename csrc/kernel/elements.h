@@ -1,4 +1,8 @@
-/* Elements of any dtype and any stride, to and from vectors of `real`. */
+/* Elements of any dtype and any stride, to and from vectors of `real`.
+ *
+ * Requires vec.h; provides loads, stores, gathers and transpositions of stored elements. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_ELEMENTS_H
 #define FA_KERNEL_ELEMENTS_H
 

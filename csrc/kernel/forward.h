@@ -1,5 +1,9 @@
 /* Forward attention of one work item. Included last by a kernel's source file, which defines
- * FA_KERNEL (the symbol), FA_ISA and FA_NAME (its labels). */
+ * FA_KERNEL (the symbol), FA_ISA and FA_NAME (its labels).
+ *
+ * Requires an element type, an instruction set, an operand and a product; provides the kernel. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_FORWARD_H
 #define FA_KERNEL_FORWARD_H
 

@@ -1,5 +1,9 @@
 /* An item's arrays, and the beginning and end of its tiles: which row a lane is, what it may see, where its
- * results go. */
+ * results go.
+ *
+ * Requires scores.h; provides item_arrays, locate_rows and finish_tile. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_ITEM_H
 #define FA_KERNEL_ITEM_H
 

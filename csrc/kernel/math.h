@@ -1,4 +1,8 @@
-/* exp2 and tanh of vectors. */
+/* exp2 and tanh of vectors.
+ *
+ * Requires vec.h; provides vec_exp2 and vec_tanh. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_MATH_H
 #define FA_KERNEL_MATH_H
 

@@ -1,5 +1,9 @@
 /* The micro-kernel: MICRO_ROWS rows of operands, each broadcast against the vectors of a packed row, summed
- * in registers. The instruction set's file has its register budget. */
+ * in registers. The instruction set's file has its register budget.
+ *
+ * Requires an operand and MICRO_ROWS; provides micro_kernel. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_MICRO_KERNEL_H
 #define FA_KERNEL_MICRO_KERNEL_H
 

@@ -1,5 +1,9 @@
 /* Products of bfloat16 pairs: the operand of the micro-kernel is a pair along the reduction axis, broadcast
- * against lanes of pairs. Keys lie in pairs already; values are interleaved by two keys. */
+ * against lanes of pairs. Keys lie in pairs already; values are interleaved by two keys.
+ *
+ * Requires dot_pairs and round_pairs; provides operand, TILE_K and the packing of keys and values. */
+#include "for_editors_bf16dot.h"
+
 #ifndef FA_KERNEL_OPERAND_H
 #define FA_KERNEL_OPERAND_H
 

@@ -2,7 +2,12 @@
  * are packed as lanes of pairs; a decode tile reads keys as the pairs that they are, and interleaves values
  * by two keys.
  *
- * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`. */
+ * The instruction set's file defines `dot_pairs(uvec a, uvec b, vec c)` and `round_pairs`.
+ *
+ * Requires dot_pairs and round_pairs of the instruction set; provides the packing of pairs and their
+ * products. */
+#include "for_editors_bf16dot.h"
+
 #ifndef FA_KERNEL_PAIRS_H
 #define FA_KERNEL_PAIRS_H
 

@@ -1,4 +1,8 @@
-/* The running softmaxes of a tile over disjoint keys, and their merging. */
+/* The running softmaxes of a tile over disjoint keys, and their merging.
+ *
+ * Requires softmax.h; provides save_partial, load_partial and merge_partial. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_PARTIAL_H
 #define FA_KERNEL_PARTIAL_H
 

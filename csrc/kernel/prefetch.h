@@ -1,3 +1,8 @@
+/* Lines that are needed soon, prefetched while the present ones are computed.
+ *
+ * Requires tile.h; provides key_range, row_stream and the prefetch plans of wide and decode tiles. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_PREFETCH_H
 #define FA_KERNEL_PREFETCH_H
 

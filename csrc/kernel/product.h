@@ -8,6 +8,8 @@
  * is written to its last whole product. product_fma.h and product_amx.h fulfil it; wide.h calls it.
  *
  * Requires tile sizes and an operand; provides what the two share. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_PRODUCT_H
 #define FA_KERNEL_PRODUCT_H
 

@@ -7,6 +7,8 @@
  *
  * Requires tile_unit.h's CPU or its emulation, MAX_VECTORS = 2; provides product.h's contract and the panels
  * below. */
+#include "for_editors_amx.h"
+
 #ifndef FA_KERNEL_PRODUCT_AMX_H
 #define FA_KERNEL_PRODUCT_AMX_H
 

@@ -1,4 +1,8 @@
-/* The product by multiply-adds: an operand is broadcast against the vectors of a packed row. */
+/* The product by multiply-adds: an operand is broadcast against the vectors of a packed row.
+ *
+ * Requires an operand and MICRO_ROWS; provides product.h's contract. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_PRODUCT_FMA_H
 #define FA_KERNEL_PRODUCT_FMA_H
 

@@ -1,7 +1,11 @@
 /* All that changes or hides scores, in this order: softcap, bias, ALiBi, mask, interval.
  *
  * One pass over the panel does it all, and finds the largest scores. It goes by squares of LANES rows,
- * because bias lies with keys along its rows and must be transposed. */
+ * because bias lies with keys along its rows and must be transposed.
+ *
+ * Requires decode.h and math.h; provides score_mods, load_mask and modify_scores. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_SCORE_MODS_H
 #define FA_KERNEL_SCORE_MODS_H
 

@@ -1,5 +1,9 @@
 /* Scores of a tile against a block of keys, scaled, and what their units are. Row r of the score panel is key
- * first + r, or of a decode tile some keys. */
+ * first + r, or of a decode tile some keys.
+ *
+ * Requires score_mods.h and wide.h; provides compute_scores and the unit of its results. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_SCORES_H
 #define FA_KERNEL_SCORES_H
 

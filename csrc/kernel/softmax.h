@@ -5,7 +5,11 @@
  * then the sums so far are rescaled. The quotient at the end is the same, and p <= 2^LAG cannot overflow.
  * Each lane decides for itself, so a row does not depend on the others of its tile.
  *
- * The subtraction comes first: it is exact where it matters, however large the scores are. */
+ * The subtraction comes first: it is exact where it matters, however large the scores are.
+ *
+ * Requires scores.h; provides update_row_max, exponentiate and rescale_out. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_SOFTMAX_H
 #define FA_KERNEL_SOFTMAX_H
 

@@ -2,6 +2,8 @@
  * their sums, and the packing of probabilities to pairs, two rows of the score panel at a time.
  *
  * Requires the tile unit's instruction set (isa/amx.h). */
+#include "for_editors_amx.h"
+
 #ifndef FA_KERNEL_SOFTMAX_STREAM_H
 #define FA_KERNEL_SOFTMAX_STREAM_H
 

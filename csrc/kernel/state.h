@@ -2,6 +2,8 @@
  * what is prefetched behind them.
  *
  * Requires item.h and softmax.h; provides item_state and what the three ways of attending share. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_STATE_H
 #define FA_KERNEL_STATE_H
 

@@ -1,5 +1,9 @@
 /* A tile: query rows as lanes, with what each lane may see and its running softmax; and the scratch
- * of a work item, which is some tiles that share key blocks. */
+ * of a work item, which is some tiles that share key blocks.
+ *
+ * Requires an operand and a product; provides tile, workspace and lay_out. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_TILE_H
 #define FA_KERNEL_TILE_H
 

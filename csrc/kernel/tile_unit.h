@@ -3,6 +3,8 @@
  * without it.
  *
  * Requires vec_types.h. */
+#include "for_editors_amx.h"
+
 #ifndef FA_KERNEL_TILE_UNIT_H
 #define FA_KERNEL_TILE_UNIT_H
 

@@ -1,10 +1,15 @@
-/* What is kept of the weights where nobody can hold them all: each row's largest, and each key's total. */
+/* What is kept of the weights where nobody can hold them all: each row's largest, and each key's total.
+ *
+ * Requires item.h and softmax.h; provides update_top, store_top and add_column_sums. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_TOP_H
 #define FA_KERNEL_TOP_H
 
 #include <stdatomic.h>
 
 #include "item.h"
+#include "softmax.h"
 
 /* A row's list, as a heap whose first entry is the one that the next larger score replaces. */
 typedef struct {

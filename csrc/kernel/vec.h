@@ -1,7 +1,11 @@
 /* Vectors of `real`, and the few operations on them that the language lacks.
  *
  * Included after the instruction set's file, which overrides an operation by defining it first, with
- * `#define NAME NAME`; every operation here is the portable version of one. */
+ * `#define NAME NAME`; every operation here is the portable version of one.
+ *
+ * Requires vec_types.h and the instruction set's overrides; provides every vector operation. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_VEC_H
 #define FA_KERNEL_VEC_H
 

@@ -1,6 +1,10 @@
 /* The vector of `real` of an instruction set, and its integer twins.
  *
- * Included by the instruction set's file, after element_*.h and FA_VECTOR_BYTES. */
+ * Included by the instruction set's file, after element_*.h and FA_VECTOR_BYTES.
+ *
+ * Requires element_*.h and FA_VECTOR_BYTES; provides vec, ivec, uvec and LANES. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_VEC_TYPES_H
 #define FA_KERNEL_VEC_TYPES_H
 

@@ -1,4 +1,8 @@
-/* Products of a tile whose lanes are query rows, and what is prefetched in their course. */
+/* Products of a tile whose lanes are query rows, and what is prefetched in their course.
+ *
+ * Requires prefetch.h and a product; provides multiply_query_key and multiply_value. */
+#include "for_editors.h"
+
 #ifndef FA_KERNEL_WIDE_H
 #define FA_KERNEL_WIDE_H
 
