@@ -60,7 +60,7 @@ FA_INLINE vec vec_scale_exponent(vec x, vec n)
     return (vec)_mm512_scalef_ps((__m512)x, (__m512)n);
 }
 
-/* 16 halves at src, as lanes: GCC would widen them eight at a time. */
+/* 16 halves at src, as lanes: GCC would convert them eight at a time. */
 FA_INLINE uvec uvec_load_halves(const void *src)
 {
     return (uvec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(src));

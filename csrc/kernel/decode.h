@@ -1,5 +1,5 @@
 /* Products of a decode tile. A few query rows leave next to no arithmetic: what counts is to read K and V
- * once, at the speed of memory, in vectors as they lie. So here lanes run along the head dims, and a score is
+ * once, at the speed of memory, in vectors in place. So here lanes run along the head dims, and a score is
  * a sum over lanes. A row of the score panel holds LANES / rows_pow2 keys, key by key, `rows_pow2` rows each.
  *
  * Requires prefetch.h; provides multiply_decode_query_key and multiply_decode_value. */
@@ -11,13 +11,13 @@
 #include "../cpu.h"
 #include "prefetch.h"
 
-/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, run by
- * run. While it reads a row, it asks line by line for the one that comes this far behind. */
+/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, stream
+ * by stream. While it reads a row, it prefetches line by line the one that comes this far behind. */
 #define PREFETCH_DISTANCE_BYTES 16384
 
-/* Whether lines are asked for at all. A row that is read alone leaves its lines to the CPU, which sees where
- * they come from (Zen 4: 8 % faster than asking into L1 in float32, 24 % in bfloat16); not so where bytes are
- * upcast, or the CPU is one that wants to be asked (fa_prefetch_to_l1). */
+/* Whether lines are prefetched at all. A row that is read alone leaves its lines to the CPU, which sees where
+ * they come from (Zen 4: 8 % faster than prefetching into L1 in float32, 24 % in bfloat16); not so where
+ * bytes are upcast, or the CPU is one that gains by it (fa_prefetch_to_l1). */
 FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
 {
     return rows > 1 || dtype == FA_INT8 || to_l1;
@@ -31,7 +31,7 @@ FA_INLINE void prefetch_line(const char *line, bool to_l1)
         __builtin_prefetch(line, 0, 2);
 }
 
-/* The rows to ask for while the n-th of the first run, which lies at `row`, and those behind it are read,
+/* The rows to prefetch while the n-th of the first stream, which is at `row`, and those behind it are read,
  * `distance` rows ahead: the first of these, if no others are to come. For some rows at once: in a loop over
  * rows this would cost as much as their arithmetic. */
 FA_INLINE row_stream rows_to_prefetch(const row_stream *streams, int distance, int n, const char *row)
@@ -90,14 +90,14 @@ FA_INLINE void multiply_keys(const char *const *key, ptrdiff_t offset, fa_dtype 
     }
 }
 
-/* Rows to ask for while others are read: line by line, `next_key` and `next_line` bytes apart. */
+/* Rows to prefetch while others are read: line by line, `next_key` and `next_line` bytes apart. */
 typedef struct {
     const char *data;
     ptrdiff_t row, next_key, next_line;
     bool to_l1; /* not L2 */
 } line_prefetch;
 
-/* Of keys abreast that touch, lines one after another, as memory serves them best. */
+/* Of unrolled keys that touch, lines one after another, as memory serves them best. */
 FA_INLINE line_prefetch spread_line_prefetch(const row_stream *run, ptrdiff_t row_bytes, int unroll,
                                              bool to_l1)
 {
@@ -106,7 +106,8 @@ FA_INLINE line_prefetch spread_line_prefetch(const row_stream *run, ptrdiff_t ro
     return (line_prefetch){run->data, run->row, run->row, 64, to_l1};
 }
 
-/* sums[g * rows + r] = Σ_d key[g][d] query[r][d], lane by lane. Asks for as many keys from `soon` on. */
+/* sums[g * rows + r] = Σ_d key[g][d] query[r][d], lane by lane. Prefetches as many keys from `prefetch` on.
+ */
 FA_INLINE void dot_unrolled_keys(const char *const *key, fa_dtype dtype, const packed_vec *query, int vectors,
                                  int rows, const line_prefetch *requests, const char *prefetch, vec *sums)
 {
@@ -152,7 +153,7 @@ FA_INLINE vec dot_keys(const product_rows *keys, int n, fa_dtype dtype, const pa
 #define VALUE_VECTORS(rows) (VALUE_SUMS / (rows) < 8 ? VALUE_SUMS / (rows) : 8)
 
 /* Values whose rows are summed before others are read: so few that a second pass over them, for more of their
- * columns, finds them in L1, and that what is asked for ahead is not asked for too late. */
+ * columns, finds them in L1, and that what is prefetched is not prefetched too late. */
 #define VALUE_BLOCK 32
 
 /* out[r][i] (+)= Σ_n p[n][r] value[n][i] over the vectors i of a row, and the keys [lead, num_keys). */
@@ -166,10 +167,10 @@ typedef struct {
     vec *out;
     const row_stream *streams;
     int distance;
-    bool to_l1; /* lines are asked for into L1, not L2 */
+    bool to_l1; /* lines are prefetched into L1, not L2 */
 } value_product;
 
-/* Values of which a part is asked for, `width` vectors of each. */
+/* Values of which a part is prefetched, `width` vectors of each. */
 FA_INLINE void prefetch_values(const char *prefetch, ptrdiff_t next, ptrdiff_t vector_bytes, int width,
                                bool to_l1)
 {
@@ -193,7 +194,7 @@ FA_INLINE void add_value(const packed_vec v[8], const operand *p, int rows, int 
             sums[r][i] = multiply_add(p[r], nan_safe ? mask_values(p[r], v[i]) : v[i], sums[r][i]);
 }
 
-/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are asked for one
+/* `width` vectors of all keys, from `first` on. Of rows that touch, as many bytes are prefetched one
  * after another, as memory serves them best. */
 FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int rows, int width,
                           bool nan_safe)

@@ -170,8 +170,9 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 #endif
 #endif
 
-/* Asks for the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
- * with a line. Four lines a turn, because where sequences are short, asking is a twentieth of the work. */
+/* Prefetches the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
+ * with a line. Four lines a turn, because where sequences are short, prefetching is a twentieth of the work.
+ */
 FA_INLINE void prefetch_bytes(const char *data, ptrdiff_t bytes)
 {
     const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
@@ -326,7 +327,7 @@ FA_INLINE bool are_adjacent(char *const *rows, int size)
     return adjacent;
 }
 
-/* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole squares
+/* LANES rows of `count` <= LANES elements, transposed: x[i] holds element i of every row. Whole blocks
  * of the usual dtypes stay in registers. */
 FA_INLINE void load_transposed(char *const *rows, ptrdiff_t offset, ptrdiff_t step, int count, fa_dtype dtype,
                                vec x[LANES])
@@ -384,7 +385,7 @@ FA_INLINE int vectors_of(int64_t columns)
     return (int)((columns + LANES - 1) / LANES);
 }
 
-/* Rows of keys or values where they lie, `array->row` bytes apart, with the scales of int8 (NULL: none). */
+/* Rows of keys or values in place, `array->row` bytes apart, with the scales of int8 (NULL: none). */
 typedef struct {
     const char *data;
     const fa_array *array;
@@ -422,7 +423,7 @@ FA_INLINE source_rows gather_rows(const source_rows *src, int num_rows, int colu
     return (source_rows){to, gathered, src->scale, src->scale_step};
 }
 
-/* pack_rows by squares, which are transposed. */
+/* pack_rows by blocks of LANES × LANES, which are transposed. */
 FA_INLINE void pack_rows_transposed(const source_rows *src, int num_keys, int head_dim, char *packed)
 {
     const fa_array *array = src->array;
@@ -484,7 +485,7 @@ FA_INLINE bool is_deinterleaved(fa_dtype dtype)
     return FA_REAL_BYTES == 4 && dtype == FA_BFLOAT16;
 }
 
-/* Whether a decode tile takes rows as they lie: they can be loaded in vectors, to their end. */
+/* Whether a decode tile takes rows in place: they can be loaded in vectors, to their end. */
 FA_INLINE bool is_vector_aligned(const fa_array *array, int64_t columns)
 {
     const int at_once = is_deinterleaved(array->dtype) ? 2 * LANES : LANES;

@@ -1,5 +1,5 @@
 /* Products of bfloat16 in the tile unit (AMX), which multiplies 16 rows of 32 elements by 32 rows of 16
- * lanes: the operand is 32 elements along the reduction. Keys are read in place where they lie in whole tile
+ * lanes: the operand is 32 elements along the reduction. Keys are read in place where they are whole tile
  * rows, else packed in rows that end in zeros; values are packed transposed, 32 keys to a row. A block that
  * is cut at its ends is packed whole, with zeros.
  *

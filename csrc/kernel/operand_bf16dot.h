@@ -65,7 +65,7 @@ FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
     return packed_row_bytes(head_dim_v);
 }
 
-/* pack_value without a lead, by squares, which are transposed. */
+/* pack_value without a lead, by blocks, which are transposed. */
 FA_INLINE void pack_value_transposed(const source_rows *src, int num_keys, int head_dim_v, char *packed)
 {
     const fa_array *value = src->array;

@@ -36,7 +36,7 @@ FA_INLINE vec multiply_add_nan_safe(operand a, packed_vec b, vec c)
     return c + (vec)((ivec)vec_splat(a) & ivec_nonzero((ivec)b ^ hidden)) * b;
 }
 
-/* Elements [d, d + count) of LANES rows, times `sign`, to columns[i * vectors]. A whole square stays in
+/* Elements [d, d + count) of LANES rows, times `sign`, to columns[i * vectors]. A whole block stays in
  * registers, and is not inlined: in a loop, the compiler would keep an address for each row in memory. */
 static __attribute__((noinline)) void pack_transposed(char *const *rows, ptrdiff_t offset, ptrdiff_t col,
                                                       int count, fa_dtype dtype, int vectors, real sign,
@@ -158,7 +158,7 @@ FA_INLINE packed_vec mask_values(operand probability, packed_vec v)
     return probability == 0 && signbit(probability) ? vec_splat(0) : v;
 }
 
-/* Whether keys (and values) can be broadcast from where they lie: if they need no conversion, and an element
+/* Whether keys (and values) can be broadcast in place: if they need no conversion, and an element
  * shares its cache line with the next one of its row or its column. */
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {

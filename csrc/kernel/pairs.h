@@ -97,7 +97,7 @@ FA_INLINE void load_pairs_across(const char *src, ptrdiff_t row, ptrdiff_t col, 
                                load_halves(src + col, row, 2 * i + 1 < columns ? count : 0));
 }
 
-FA_INLINE void load_whole_pair_square(char *const *rows, ptrdiff_t offset, vec x[LANES])
+FA_INLINE void load_whole_pairs_transposed(char *const *rows, ptrdiff_t offset, vec x[LANES])
 {
 #pragma GCC unroll 16
     for (int j = 0; j < LANES; j++)
@@ -106,10 +106,10 @@ FA_INLINE void load_whole_pair_square(char *const *rows, ptrdiff_t offset, vec x
 }
 
 /* x[i]: elements 2i and 2i + 1 of LANES rows, from element d of `head_dim` on. */
-FA_INLINE void load_pair_square(char *const *rows, ptrdiff_t col, int d, int head_dim, vec x[LANES])
+FA_INLINE void load_pairs_transposed(char *const *rows, ptrdiff_t col, int d, int head_dim, vec x[LANES])
 {
     if (col == 2 && d + 2 * LANES <= head_dim) {
-        load_whole_pair_square(rows, d * col, x);
+        load_whole_pairs_transposed(rows, d * col, x);
     } else if (are_adjacent(rows, 2)) {
         load_pairs_across(rows[0] + d * col, 2, col, LANES, head_dim - d, x);
     } else {
@@ -128,7 +128,7 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     for (int m = 0; m < vectors; m++) {
         for (int d = 0; d < head_dim; d += 2 * LANES) {
             vec x[LANES];
-            load_pair_square(rows + m * LANES, col, d, head_dim, x);
+            load_pairs_transposed(rows + m * LANES, col, d, head_dim, x);
 #pragma GCC unroll 16
             for (int j = 0; j < LANES; j++)
                 query[(d / 2 + j) * vectors + m] = times_sign((uvec)x[j], sign);
@@ -136,7 +136,7 @@ FA_INLINE void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int 
     }
 }
 
-/* Of a decode tile, whose keys are read as they lie: a row of queries times `sign`, in pairs that end in
+/* Of a decode tile, whose keys are read in place: a row of queries times `sign`, in pairs that end in
  * zeros, in vectors that are `step` apart. */
 FA_INLINE void pack_decode_query(const char *row, const fa_problem *p, real sign, int step, packed_vec *query)
 {

@@ -41,7 +41,7 @@ typedef struct {
     int count;
 } row_stream;
 
-/* Of the runs that a decode tile reads, as many are looked at for what is to be asked for. */
+/* Of the streams that a decode tile reads, so many are looked at for what is to be prefetched. */
 #define STREAM_WINDOW 3
 
 /* Rows at `data`, or none if they are not dense. */
@@ -50,10 +50,10 @@ FA_INLINE row_stream dense_stream(const char *data, const fa_array *array, int64
     return (row_stream){data, array->row, prefetch_span(array->col, columns) > 0 ? count : 0};
 }
 
-/* Rows that will be needed soon, asked for while the present ones are worked on: the CPU cannot guess
- * where a row of 256 bytes is followed by another. The requests are spread over the work, keys and queries
+/* Rows that will be needed soon, prefetched while the present ones are worked on: the CPU cannot guess
+ * where a row of 256 bytes is followed by another. The prefetches are spread over the work, keys and queries
  * over the rows of the first product, values and results over those of the second: memory serves few
- * lines at a time, and in one burst the work would wait for them. The micro-kernel asks for those of
+ * lines at a time, and in one burst the work would wait for them. The micro-kernel prefetches those of
  * masks and biases, which are many, in both. */
 typedef struct {
     const char *key, *value;
@@ -77,7 +77,7 @@ FA_INLINE void prefetch_rows(const char *data, ptrdiff_t row, ptrdiff_t span, in
         prefetch_bytes(data + r * row, span);
 }
 
-/* Rows [begin, begin + count) of those that are asked for. */
+/* Rows [begin, begin + count) of those that are prefetched. */
 FA_INLINE int rows_left(int begin, int count, int rows)
 {
     return begin + count <= rows ? count : rows - begin;
@@ -108,12 +108,12 @@ FA_INLINE int share_of_step(int count, int64_t columns, int step)
     return steps > 0 ? (count + steps - 1) / steps : 0;
 }
 
-/* Lines that a product asks for at once: L1 of Zen 4 has as many places for what it has missed. Products of
- * pairs ask for all at once: their rows are half as long, and cut into stretches they took 2 % longer there.
+/* Lines that a product prefetches at once: L1 of Zen 4 has as many fill buffers. Products of
+ * pairs prefetch all at once: their rows are half as long, and cut into stretches they took 2 % longer there.
  */
 #define MAX_PREFETCH_BURST (TILE_K == 1 ? 24 : INT_MAX)
 
-/* Rows that the products over a block ask for, `share` each. Of the last product it may be rows that are not
+/* Rows that the products over a block prefetch, `share` each. Of the last product it may be rows that are not
  * there, which does no harm. */
 typedef struct {
     product_prefetch first;

@@ -1,6 +1,6 @@
-/* All that changes or hides scores, in this order: softcap, bias, ALiBi, mask, interval.
+/* All that changes or masks scores, in this order: softcap, bias, ALiBi, mask, interval.
  *
- * One pass over the panel does it all, and finds the largest scores. It goes by squares of LANES rows,
+ * One pass over the panel does it all, and finds the largest scores. It goes by blocks of LANES rows,
  * because bias lies with keys along its rows and must be transposed.
  *
  * Requires decode.h and math.h; provides score_mods, load_mask and modify_scores. */
@@ -152,7 +152,7 @@ static mask_state load_mask(const fa_problem *p, tile *t, const key_range *range
     return MASK_PARTIAL;
 }
 
-/* Where panel row r + j lets the lanes of vector m see its key; a square's bits lie in one word. */
+/* Where panel row r + j lets the lanes of vector m see its key; a block's bits are in one word. */
 FA_INLINE vmask load_mask_lanes(const tile *t, bool decode, int r, int j, int m)
 {
     const int first = decode ? (r + j) << t->key_shift : r;
@@ -210,7 +210,7 @@ FA_INLINE void modify_lanes(const fa_problem *p, const tile *t, const key_range 
     *block_max = lane_max;
 }
 
-/* By vectors, and then along the rows of bias: its lines are shared by squares that follow each other. */
+/* By vectors, and then along the rows of bias: its lines are shared by blocks that follow each other. */
 FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
                            const score_mod_terms *terms, int rows, vec *scores, vec *block_max)
 {

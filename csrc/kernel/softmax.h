@@ -1,9 +1,10 @@
 /* The running softmax, down the registers: a lane is a query row, so no step is horizontal.
  *
  * Probabilities are p = 2^((s - row_max) to_log2), where row_max lags behind the true maximum: it is raised
- * only when a score exceeds it by more than LAG in units of log2, which is rare after the first block, and
- * then the sums so far are rescaled. The quotient at the end is the same, and p <= 2^LAG cannot overflow.
- * Each lane decides for itself, so a row does not depend on the others of its tile.
+ * only when a score exceeds it by more than RESCALE_THRESHOLD in units of log2, which is rare after the first
+ * block, and then the sums so far are rescaled. The quotient at the end is the same, and p <=
+ * 2^RESCALE_THRESHOLD cannot overflow. Each lane decides for itself, so a row does not depend on the others
+ * of its tile.
  *
  * The subtraction comes first: it is exact where it matters, however large the scores are.
  *
