@@ -46,11 +46,12 @@ typedef struct {
     ptrdiff_t value_bytes;
 } superblock;
 
+/* A block whose second half is behind the last key is half as long. */
 FA_INLINE key_range block_range(const superblock *b, const tile *t, int block)
 {
-    const int64_t first = b->first + (int64_t)block * KEY_BLOCK;
-    return (key_range){first, first + KEY_BLOCK, max_i64(max_i64(first, b->key_lo), t->key_lo),
-                       min_i64(min_i64(first + KEY_BLOCK, b->key_hi), t->key_hi)};
+    const int64_t first = b->first + (int64_t)block * KEY_BLOCK, end = min_i64(first + KEY_BLOCK, b->key_hi);
+    return (key_range){first, end - first <= TILE_K ? first + TILE_K : first + KEY_BLOCK,
+                       max_i64(max_i64(first, b->key_lo), t->key_lo), min_i64(end, t->key_hi)};
 }
 
 /* False if no row of the tile sees any key. Reads the block's mask into the tile. */
@@ -107,7 +108,7 @@ static panel_product scores_product(const superblock *b, const unit *u, vec *sco
                            .a_step = key->col,
                            .b = u->t->query,
                            .c = scores,
-                           .blocks = KEY_BLOCK / TMM_ROWS,
+                           .blocks = num_keys(&u->range) / TMM_ROWS,
                            .steps = (int)((p->head_dim + TILE_K - 1) / TILE_K),
                            .empty = true};
 }
@@ -121,7 +122,7 @@ static panel_product value_product_of(const superblock *b, const unit *u)
                            .b = b->s->w.probabilities,
                            .c = u->t->out,
                            .blocks = (int)((head_dim_v + TMM_ROWS - 1) / TMM_ROWS),
-                           .steps = KEY_BLOCK / TILE_K,
+                           .steps = num_keys(&u->range) / TILE_K,
                            .empty = u->t->empty};
 }
 
@@ -131,7 +132,7 @@ static void finish_scores(const superblock *b, const unit *u, vec *scores)
     const fa_problem *p = b->s->problem;
     vec block_max[MAX_VECTORS];
     const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
-    for (int i = 0; i < KEY_BLOCK * MAX_VECTORS && scale != 1; i++)
+    for (int i = 0; i < num_keys(&u->range) * MAX_VECTORS && scale != 1; i++)
         scores[i] *= scale;
     mask_rows_behind(u->t, &u->range, scores);
     if (count_score_mods(u->mods) > 0)
@@ -151,10 +152,11 @@ FA_INLINE vmask without_reference(const tile *t, int m)
 }
 
 /* Rows that have seen no key take their reference from these scores. */
-static void find_references(tile *t, const vec *scores)
+static void find_references(const unit *u, const vec *scores)
 {
+    tile *t = u->t;
     vec block_max[MAX_VECTORS];
-    find_block_max(scores, KEY_BLOCK, MAX_VECTORS, block_max);
+    find_block_max(scores, num_keys(&u->range), MAX_VECTORS, block_max);
     for (int m = 0; m < MAX_VECTORS; m++)
         t->row_max[m] = vec_select(without_reference(t, m), block_max[m], t->row_max[m]);
 }
@@ -165,7 +167,8 @@ FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     softmax_stream f = {.scores = scores,
                         .probabilities = b->s->w.probabilities,
-                        .rows = KEY_BLOCK,
+                        .rows = num_keys(&u->range),
+                        .income = num_keys(&u->range) / 2,
                         .to_log2 = vec_splat(to_log2)};
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++) {
@@ -221,7 +224,7 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     const panel_product product = scores_product(b, &again, scores);
     multiply_panel_alone(&product);
     finish_scores(b, &again, scores);
-    find_block_max(scores, KEY_BLOCK, MAX_VECTORS, block_max);
+    find_block_max(scores, num_keys(&again.range), MAX_VECTORS, block_max);
     for (int m = 0; m < MAX_VECTORS; m++) {
         const vmask raised = exceeding[m] & vec_greater(block_max[m], t->row_max[m]);
         rescale[m] = vec_select(raised, vec_exp2((t->row_max[m] - block_max[m]) * to_log2), vec_splat(1));
@@ -243,15 +246,16 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
 FA_INLINE void run_stages(const panel_product *before, const panel_product *behind, pending_store *pending,
                           softmax_stream *f, bool exact_sums, softmax_pace pace)
 {
-    const int value_products = before->blocks * 2 * MAX_VECTORS;
-    const int score_products = KEY_BLOCK / TMM_ROWS * MAX_VECTORS * behind->steps;
+    const int value_products = before->blocks * before->steps * MAX_VECTORS;
+    const int score_products = behind->blocks * behind->steps * MAX_VECTORS;
     f->cost = value_products + score_products;
-    if (before->blocks > 0 && behind->blocks > 0 && behind->steps > 0) {
+    /* Of a whole block alone are the scores read before those behind it are stored in their place. */
+    if (f->rows == KEY_BLOCK && before->steps == 2 && before->blocks > 0 && score_products > 0) {
         multiply_two_steps(before, pending, f, exact_sums, pace);
         multiply_panel(behind, pending, f, exact_sums, pace);
-    } else { /* the first unit, the last, or no dims */
+    } else { /* the first unit, the last, half a block, or no dims */
         if (before->blocks > 0)
-            multiply_two_steps(before, pending, f, exact_sums, PACE_NONE);
+            multiply_panel(before, pending, f, exact_sums, PACE_NONE);
         soften_down_to(f, exact_sums, 0);
         if (behind->blocks > 0)
             multiply_panel(behind, pending, f, exact_sums, PACE_NONE);
@@ -263,9 +267,10 @@ FA_INLINE void run_stages(const panel_product *before, const panel_product *behi
 FA_INLINE void run_unit(const panel_product *before, const panel_product *behind, pending_store *pending,
                         softmax_stream *f, bool exact_sums)
 {
-    if (before->blocks == 4 && behind->blocks == 4 && behind->steps == 2)
+    const bool whole = f->rows == KEY_BLOCK && before->steps == 2 && behind->blocks == 4;
+    if (whole && before->blocks == 4 && behind->steps == 2)
         run_stages(before, behind, pending, f, exact_sums, PACE_ROWS);
-    else if (before->blocks == 8 && behind->blocks == 4 && behind->steps == 4)
+    else if (whole && before->blocks == 8 && behind->steps == 4)
         run_stages(before, behind, pending, f, exact_sums, PACE_VECTOR);
     else
         run_stages(before, behind, pending, f, exact_sums, PACE_CREDIT);
@@ -293,7 +298,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
             if (p->top_count > 0)
                 update_top(p, t, &now.range, s->w.scores, MAX_VECTORS, false);
             if (begins)
-                find_references(t, s->w.scores);
+                find_references(&now, s->w.scores);
         }
         if (count % UNITS_PER_POLL == 0) {
             finish_pending(&pending);
@@ -362,7 +367,7 @@ static void add_not_finite(const superblock *b, const unit *u, const char *value
 {
     const item_state *s = b->s;
     const ptrdiff_t half_block = packed_value_bytes(s->problem->head_dim_v);
-    for (int n = 0; n < KEY_BLOCK; n++) {
+    for (int n = 0; n < num_keys(&u->range); n++) {
         for (int e = 0; e < s->problem->head_dim_v; e++) {
             const float value = packed_value(values, half_block, n, e);
             if (isfinite(value))
@@ -394,7 +399,7 @@ static bool attend_superblock_nan_safe(superblock *b)
         finish_scores(b, &u, s->w.scores);
         if (s->problem->top_count > 0)
             update_top(s->problem, u.t, &u.range, s->w.scores, MAX_VECTORS, false);
-        find_references(u.t, s->w.scores);
+        find_references(&u, s->w.scores);
         softmax_stream f = begin_softmax(b, &u, s->w.scores);
         soften_down_to(&f, true, 0);
         block_sums sums = sums_of(&f);
@@ -406,7 +411,8 @@ static bool attend_superblock_nan_safe(superblock *b)
         panel_product values = value_product_of(b, &u);
         const char *packed = values.a;
         values.a = s->w.finite_values;
-        const bool all_finite = !copy_finite(packed, b->value_bytes, s->w.finite_values);
+        const ptrdiff_t bytes = values.steps * values.a_step;
+        const bool all_finite = !copy_finite(packed, bytes, s->w.finite_values);
         multiply_panel_alone(&values);
         u.t->empty = false;
         if (!all_finite)

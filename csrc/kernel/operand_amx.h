@@ -71,7 +71,8 @@ FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head
     const packed_pairs to = {packed, packed_key_row(head_dim), packed_key_step()};
     clear_pairs(&to, 0, lead, head_dim);
     pack_pairs(key, lead, num_keys, head_dim, &to);
-    clear_pairs(&to, lead + num_keys, FA_KEY_BLOCK, head_dim);
+    const int end = lead + num_keys;
+    clear_pairs(&to, end, (end + TILE_K - 1) / TILE_K * TILE_K, head_dim);
 }
 
 /* Of TILE_K keys: [head_dim_v][TILE_K], in whole vectors of columns. */
@@ -138,12 +139,12 @@ static void pack_whole_value(const char *src, ptrdiff_t row, int head_dim_v, cha
     }
 }
 
-/* Transposes a block, of which the first `lead` keys and those behind num_keys are missing. */
+/* Transposes groups of TILE_K keys, of which the first `lead` ones and those behind num_keys are missing. */
 FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
 {
     const fa_array *value = src->array;
     const bool dense = value->col == 2 && head_dim_v % (2 * LANES) == 0;
-    for (int n = -lead; n < FA_KEY_BLOCK - lead; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
+    for (int n = -lead; n < num_keys; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
         if (dense && n >= 0 && n + TILE_K <= num_keys) {
             pack_whole_value(src->data + n * value->row, value->row, head_dim_v, packed);
             continue;

@@ -15,8 +15,8 @@
 
 #define MAX_MICRO_ROWS 8
 
-/* Rows that a product may write beyond the last. */
-#define MAX_SPARE_ROWS 16
+/* Rows that a product may write beyond the last: the tile unit writes two blocks of 16 rows at a time. */
+#define MAX_SPARE_ROWS 31
 
 /* Rows of A: operand k of row i lies at data + i * row + k * step. Rows outside [first, last) may not be
  * read: where a product takes them all the same, the nearest stands for them. */

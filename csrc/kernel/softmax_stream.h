@@ -18,8 +18,8 @@ typedef struct {
     vec reference[MAX_VECTORS], sum[MAX_VECTORS];
     vec row_max[MAX_VECTORS], exact_sum[MAX_VECTORS];
     vec to_log2;
-    int credit,
-        cost; /* a product earns a credit of FA_KEY_BLOCK / 2; two rows cost as many as there are products */
+    int credit, income, cost; /* a product earns half as much as there are rows; two rows cost as much as
+                               * there are products */
 } softmax_stream;
 
 /* How much of the softmax follows each product. */
@@ -66,7 +66,7 @@ FA_INLINE void soften_beside(softmax_stream *f, bool exact_sums, softmax_pace pa
     if (pace == PACE_ROWS)
         soften_rows(f, exact_sums);
     if (pace == PACE_CREDIT)
-        for (f->credit += FA_KEY_BLOCK / 2; f->credit >= f->cost && f->rows > 0; f->credit -= f->cost)
+        for (f->credit += f->income; f->credit >= f->cost && f->rows > 0; f->credit -= f->cost)
             soften_rows(f, exact_sums);
 }
 
