@@ -40,6 +40,9 @@ ELEMENTS = {
     "amxemulated": ["bf16tile"],
 }
 
+# What a kernel asks of the CPU, where that is not the instruction set of its name.
+RUNS_ON = {"amxemulated": "avx512bf16"}
+
 FRAMEWORK = ["forward", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]
 
 
@@ -59,7 +62,8 @@ def make_variables() -> Iterator[str]:
     yield f"CFLAGS = {' '.join(CFLAGS)}"
     yield f"KERNELS = {' '.join(f'{isa}_{element}' for isa, element, _ in kernels())}"
     for isa, element, flags in kernels():
-        yield f"FLAGS_{isa}_{element} = {' '.join(flags)} -DTEST_ISA={isa} -DTEST_ELEMENT={element}"
+        tested = f"-DTEST_ISA={isa} -DTEST_ELEMENT={element} -DTEST_CPU={RUNS_ON.get(isa, isa)}"
+        yield f"FLAGS_{isa}_{element} = {' '.join(flags)} {tested}"
 
 
 def header_flags() -> list[str]:
@@ -75,7 +79,12 @@ def compile_commands() -> list[dict[str, object]]:
     sources |= {f"tests/c/{path.name}": [] for path in sorted((root / "tests" / "c").glob("*.c"))}
     for isa, element, flags in kernels():
         sources[f"csrc/isa/{isa}_{element}.c"] = flags
-        sources["tests/c/kernel_test.c"] = [*flags, f"-DTEST_ISA={isa}", f"-DTEST_ELEMENT={element}"]
+        sources["tests/c/kernel_test.c"] = [
+            *flags,
+            f"-DTEST_ISA={isa}",
+            f"-DTEST_ELEMENT={element}",
+            "-DTEST_CPU=baseline",
+        ]
     return [
         {"directory": str(root), "file": file, "arguments": ["cc", *CFLAGS, *flags, "-Icsrc", "-c", file]}
         for file, flags in sources.items()

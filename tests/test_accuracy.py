@@ -3,7 +3,22 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import DTYPE_IDS, DTYPES, F16, F32, F64, UNIT, assert_close, exact, make_rng, normal, qkv, tolerances
+from oracle import (
+    BF16,
+    DTYPE_IDS,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    UNIT,
+    assert_close,
+    check,
+    exact,
+    make_rng,
+    normal,
+    qkv,
+    tolerances,
+)
 
 import fastattn
 
@@ -259,3 +274,68 @@ def test_scale_over_softcap_beyond_the_precision(dtype, huge, tiny, cap, seqlen_
     plain = fastattn.attention(query, key, value, scale=tiny)
     np.testing.assert_allclose(out, plain, rtol=2 * 8 * 4 * UNIT[dtype])
     assert plain[0, 0, 0, 3] > 0.6
+
+
+# Scores that grow along the keys, or are far apart: what the reference of a row's exponentials has to follow. In tiles
+# of many rows, over several blocks of keys, and in a decode tile.
+@pytest.mark.isa
+@pytest.mark.parametrize("rows", [3, 40, 150])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16)], ids=str)
+@pytest.mark.parametrize("kind", ["left padding", "all padding", "rising", "rising by leaps", "one far above"])
+def test_scores_far_apart_by_a_bias(kind, dtypes, rows):
+    query, key, value = qkv(make_rng(), (1, 2, 2, rows, 300, 64), dtypes)
+    lowest = np.finfo(F32).min
+    bias = {
+        "left padding": np.where(np.arange(300) < 130, lowest, 0),
+        "all padding": np.full(300, lowest),
+        "rising": np.arange(300) * 0.7,
+        "rising by leaps": np.arange(300) // 64 * 60.0,
+        "one far above": np.where(np.arange(300) == 170, 200.0, 0),
+    }[kind].astype(F32)
+    if "padding" in kind:
+        check_out(query, key, value, bias)
+    else:
+        check(query, key, value, bias=bias)
+
+
+def check_out(query, key, value, bias):
+    """Against the reference without the keys at the lowest number, or, where all are, with the mean of the values."""
+    seen = bias > np.finfo(F32).min
+    seen = seen if seen.any() else ~seen
+    scale = None if (bias == 0).any() else 0.0
+    out, weights = fastattn.attention(query, key, value, bias=bias, return_weights=True)
+    keys, values = key[..., seen, :], value[..., seen, :]
+    expected = exact(query, keys, values, scale=scale)
+    out_tol, _, _ = tolerances(query, keys, values, scale=scale)
+    assert_close(out, expected, out_tol)
+    assert not weights[..., ~seen].any()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("scale", [1e6, 1e9, 1e20, 1e36])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16)], ids=str)
+def test_huge_scales_pick_the_largest_score(dtypes, scale):
+    query, key, value = qkv(make_rng(), (1, 1, 1, 40, 256, 64), dtypes)
+    out = fastattn.attention(query, key, value, scale=scale)
+    largest = (query.astype(F64) @ key.astype(F64).swapaxes(-1, -2)).argmax(axis=-1)
+    np.testing.assert_array_equal(out, np.take_along_axis(value, largest[..., None], axis=-2))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("rows", [2, 40])
+def test_large_values_under_rising_scores_do_not_overflow(rows):
+    query, key, _ = qkv(make_rng(), (1, 1, 1, rows, 256, 64), (BF16, BF16))
+    value = np.full(key.shape, 1e34, BF16)
+    for rise in (5.0, 12.0, 16.0, 40.0):
+        out = fastattn.attention(query, key, value, bias=np.where(np.arange(256) < 64, 0.0, rise).astype(F32))
+        np.testing.assert_allclose(out.astype(F64), np.float64(value[0, 0, 0, 0]), rtol=2**-8)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+def test_values_without_columns(dtypes):
+    query, key, value = qkv(make_rng(), (1, 2, 2, 64, 512, 64), dtypes)
+    _, lse = fastattn.attention(query, key, value, return_lse=True)
+    out, alone = fastattn.attention(query, key, value[..., :0], return_lse=True)
+    assert out.shape == (1, 2, 64, 0)
+    np.testing.assert_array_equal(alone, lse)

@@ -75,7 +75,8 @@ import ml_dtypes, numpy as np, fastattn
 rng = np.random.default_rng(0)
 for seqlen_q, seqlen_k, dim, keywords in [
     (100, 333, 64, {}), (70, 200, 128, {"causal": True}), (40, 130, 96, {"window": (60, 3)}),
-    (33, 70, 20, {"softcap": 2.0}), (40, 300, 256, {"alibi_slopes": np.array([1.0, 0.1])}), (50, 64, 64, {"scale": 30.0}),
+    (33, 70, 20, {"softcap": 2.0}), (40, 300, 256, {"alibi_slopes": np.array([1.0, 0.1])}),
+    (50, 64, 64, {"scale": 30.0}),
 ]:
     query = rng.standard_normal((2, seqlen_q, dim)).astype(ml_dtypes.bfloat16)
     key, value = rng.standard_normal((2, 1, seqlen_k, dim)).astype(ml_dtypes.bfloat16)

@@ -9,9 +9,10 @@
  * the item, a superblock of keys at a time; then a tile goes over all blocks of it, so that its sums stay in
  * L1 (16 KiB for 64 columns with scores, probabilities and queries).
  *
- * There is no pass for the maximum: a row takes it from the first block it sees. Scores of later blocks may
- * exceed it by MAX_EXCESS_LOG2; a block in which a row's sum goes beyond is computed again, with that row's
- * reference raised. Each row decides for itself, so it does not depend on its company.
+ * There is no pass for the maximum: a row takes it from the first block it sees, and it is raised only where
+ * a later one exceeds it by more than MAX_EXCESS_LOG2. That shows in the block's sum, and the block is then
+ * computed again. Of a tile to which that has happened, the maximum is looked for in each later block, to the
+ * same end. Each row decides for itself, so it does not depend on its company.
  *
  * Requires product_amx.h; provides attend_wide. */
 #include "for_editors_amx.h"
@@ -23,7 +24,7 @@
 #include "state.h"
 #include "top.h"
 
-#define MAX_EXCESS_LOG2 30
+#define MAX_EXCESS_LOG2 24
 
 /* Units between two looks at whether to stop; the tile unit is set up anew after each. */
 #define UNITS_PER_POLL 32
@@ -171,10 +172,8 @@ FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const
                         .income = num_keys(&u->range) / 2,
                         .to_log2 = vec_splat(to_log2)};
 #pragma GCC unroll 2
-    for (int m = 0; m < MAX_VECTORS; m++) {
+    for (int m = 0; m < MAX_VECTORS; m++)
         f.row_max[m] = finite_row_max(u->t, m);
-        f.reference[m] = f.row_max[m] * to_log2;
-    }
     return f;
 }
 
@@ -187,7 +186,7 @@ FA_INLINE block_sums sums_of(const softmax_stream *f)
     block_sums sums;
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++) {
-        sums.sum[m] = f->sum[m];
+        sums.sum[m] = f->sum[m] * OUT_UNIT;
         sums.exact[m] = f->exact_sum[m];
     }
     return sums;
@@ -201,32 +200,37 @@ FA_INLINE void add_sums(tile *t, const block_sums *sums)
     }
 }
 
-/* Rows whose sum over the block went too far, and were not NaN already. */
-FA_INLINE vmask exceeds(const tile *t, int m, vec sum)
+/* Rows in whose block a score may exceed the reference by more than MAX_EXCESS_LOG2; those that were NaN
+ * already do not count. The coarse exponential may be too small by a little. */
+FA_INLINE vmask may_exceed(const tile *t, int m, vec sum)
 {
-    const vec most = vec_splat((real)((int64_t)1 << MAX_EXCESS_LOG2));
+    const vec most = vec_splat((real)(0.99 * ((int64_t)1 << MAX_EXCESS_LOG2)));
     const vmask fits = vec_equal(vec_max(sum, most), most); /* NaN does not: vec_max gives its second */
     const vmask is_number = vec_equal(sum, sum), was_number = vec_equal(t->row_sum[m], t->row_sum[m]);
     return (vmask)(~(fits & is_number) & was_number);
 }
 
-/* The block again, from its products on, with the references of such rows raised. Not inlined, nor given the
- * address of the pipeline's own softmax: that would then live in memory. */
-static __attribute__((noinline)) void attend_again(const superblock *b, const unit *u, bool exact_sums,
-                                                   const vmask exceeding[MAX_VECTORS], block_sums *sums)
+FA_INLINE bool any_may_exceed(const tile *t, const block_sums *sums)
+{
+    return may_exceed(t, 0, sums->sum[0]) | may_exceed(t, 1, sums->sum[1]);
+}
+
+/* Rows whose scores exceed their reference by more than MAX_EXCESS_LOG2, by each lane's largest. */
+FA_INLINE vmask exceeds(const superblock *b, const tile *t, int m, const vec block_max[MAX_VECTORS])
+{
+    const real max_finite = 1e38f,
+               threshold = MAX_EXCESS_LOG2 / (real)(deferred_scale(b->s->problem) * LOG2E);
+    return vec_greater(block_max[m], t->row_max[m] + (threshold < max_finite ? threshold : max_finite));
+}
+
+/* Raises the references of such rows; what they have summed is there. */
+static void raise_references(const superblock *b, tile *t, const vec block_max[MAX_VECTORS])
 {
     const fa_problem *p = b->s->problem;
-    tile *t = u->t;
-    vec *scores = b->s->w.scores_again, block_max[MAX_VECTORS], rescale[MAX_VECTORS];
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
-    unit again;
-    find_unit(b, t, u->block, &again);
-    const panel_product product = scores_product(b, &again, scores);
-    multiply_panel_alone(&product);
-    finish_scores(b, &again, scores);
-    find_block_max(scores, num_keys(&again.range), MAX_VECTORS, block_max);
+    vec rescale[MAX_VECTORS];
     for (int m = 0; m < MAX_VECTORS; m++) {
-        const vmask raised = exceeding[m] & vec_greater(block_max[m], t->row_max[m]);
+        const vmask raised = exceeds(b, t, m, block_max);
         rescale[m] = vec_select(raised, vec_exp2((t->row_max[m] - block_max[m]) * to_log2), vec_splat(1));
         t->row_max[m] = vec_select(raised, block_max[m], t->row_max[m]);
         t->row_sum[m] *= rescale[m];
@@ -234,9 +238,48 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     }
     if (!t->empty)
         rescale_out(t, p->head_dim_v, MAX_VECTORS, rescale, t->out);
+    t->rises = true;
+}
+
+/* The block again, from its products on, with the references raised that call for it. Not inlined, nor given
+ * the address of the pipeline's own softmax: that would then live in memory. */
+static __attribute__((noinline)) void attend_again(const superblock *b, const unit *u, bool exact_sums,
+                                                   block_sums *sums)
+{
+    vec *scores = b->s->w.scores_again, block_max[MAX_VECTORS];
+    unit again;
+    find_unit(b, u->t, u->block, &again);
+    const panel_product product = scores_product(b, &again, scores);
+    multiply_panel_alone(&product);
+    finish_scores(b, &again, scores);
+    find_block_max(scores, num_keys(&again.range), MAX_VECTORS, block_max);
+    raise_references(b, u->t, block_max);
     softmax_stream f = begin_softmax(b, u, scores);
     soften_down_to(&f, exact_sums, 0);
     *sums = sums_of(&f);
+}
+
+/* P V by itself; there is nothing to add if no unit came before. */
+static void multiply_values_alone(const superblock *b, unit *before)
+{
+    if (!before->t)
+        return;
+    const panel_product product = value_product_of(b, before);
+    multiply_panel_alone(&product);
+    before->t->empty = false;
+    before->t = NULL;
+}
+
+/* Before the softmax of a unit of a tile that rises: the same as attend_again finds out afterwards. */
+static __attribute__((noinline)) void raise_ahead(const superblock *b, const unit *u, unit *before,
+                                                  const vec *scores)
+{
+    vec block_max[MAX_VECTORS];
+    find_block_max(scores, num_keys(&u->range), MAX_VECTORS, block_max);
+    if (!vmask_any((vmask)(exceeds(b, u->t, 0, block_max) | exceeds(b, u->t, 1, block_max))))
+        return;
+    multiply_values_alone(b, before); /* with the references they were computed with */
+    raise_references(b, u->t, block_max);
 }
 
 /* --- the pipeline ------------------------------------------------------------------------------- */
@@ -256,6 +299,7 @@ FA_INLINE void run_stages(const panel_product *before, const panel_product *behi
     } else { /* the first unit, the last, half a block, or no dims */
         if (before->blocks > 0)
             multiply_panel(before, pending, f, exact_sums, PACE_NONE);
+        finish_pending(pending); /* of the scores, if P V has not pushed it out */
         soften_down_to(f, exact_sums, 0);
         if (behind->blocks > 0)
             multiply_panel(behind, pending, f, exact_sums, PACE_NONE);
@@ -292,13 +336,15 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         bool begins = false;
         for (int m = 0; m < MAX_VECTORS; m++)
             begins |= vmask_any(without_reference(t, m));
-        if (begins || changes_scores(b, &now)) {
+        if (begins || t->rises || changes_scores(b, &now)) {
             finish_pending(&pending);
             finish_scores(b, &now, s->w.scores);
             if (p->top_count > 0)
                 update_top(p, t, &now.range, s->w.scores, MAX_VECTORS, false);
             if (begins)
                 find_references(&now, s->w.scores);
+            if (t->rises)
+                raise_ahead(b, &now, &before, s->w.scores);
         }
         if (count % UNITS_PER_POLL == 0) {
             finish_pending(&pending);
@@ -306,7 +352,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
                 return false;
             begin_products();
         }
-        const bool more = next_unit(b, &behind);
+        const bool is_checked = t->rises, more = next_unit(b, &behind);
         panel_product values = {0}, scores = {0};
         if (before.t)
             values = value_product_of(b, &before);
@@ -316,14 +362,10 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         run_unit(&values, &scores, &pending, &f, exact_sums);
         if (before.t)
             before.t->empty = false;
-        vmask exceeding[MAX_VECTORS];
         block_sums sums = sums_of(&f);
-#pragma GCC unroll 2
-        for (int m = 0; m < MAX_VECTORS; m++)
-            exceeding[m] = exceeds(t, m, sums.sum[m]);
-        if (__builtin_expect(exceeding[0] | exceeding[1], 0)) {
+        if (__builtin_expect(!is_checked && any_may_exceed(t, &sums), 0)) {
             finish_pending(&pending);
-            attend_again(b, &now, exact_sums, exceeding, &sums);
+            attend_again(b, &now, exact_sums, &sums);
             if (more)
                 find_unit(b, behind.t, behind.block, &behind); /* its mask, where the other's is now */
         }
@@ -334,9 +376,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         now = behind;
     }
     finish_pending(&pending);
-    const panel_product last = value_product_of(b, &before);
-    multiply_panel_alone(&last);
-    before.t->empty = false;
+    multiply_values_alone(b, &before);
     return true;
 }
 
@@ -403,11 +443,8 @@ static bool attend_superblock_nan_safe(superblock *b)
         softmax_stream f = begin_softmax(b, &u, s->w.scores);
         soften_down_to(&f, true, 0);
         block_sums sums = sums_of(&f);
-        vmask exceeding[MAX_VECTORS];
-        for (int m = 0; m < MAX_VECTORS; m++)
-            exceeding[m] = exceeds(u.t, m, sums.sum[m]);
-        if (exceeding[0] | exceeding[1])
-            attend_again(b, &u, true, exceeding, &sums);
+        if (any_may_exceed(u.t, &sums))
+            attend_again(b, &u, true, &sums);
         panel_product values = value_product_of(b, &u);
         const char *packed = values.a;
         values.a = s->w.finite_values;

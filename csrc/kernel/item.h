@@ -219,6 +219,7 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, bool with_sink
         }
     }
     memcpy(t->exact_sum, t->row_sum, sizeof t->exact_sum);
+    t->rises = false;
     t->empty = true;
 }
 
@@ -307,7 +308,7 @@ static bool finish_tile(const fa_problem *p, tile *t)
     if (is_decode(t))
         return finish_decode_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
-        vec inverse_sum = inverse_or_zero(t->row_sum[m]);
+        vec inverse_sum = inverse_or_zero(t->row_sum[m]) * OUT_UNIT;
         int e = 0;
         for (; e + LANES <= p->head_dim_v; e += LANES)
             sums += finish_lanes(p, t, m, e, LANES, inverse_sum);

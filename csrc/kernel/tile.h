@@ -43,6 +43,7 @@ typedef struct {
     int rows_pow2;            /* 0, or in a decode tile `rows`, rounded up to a power of two */
     int key_shift;            /* 2^key_shift keys in a row of the score panel: LANES / rows_pow2, or 1 */
     bool packed;              /* `query` is there */
+    bool rises;               /* scores have exceeded row_max by far; of the pipeline */
     bool empty;               /* no key block yet: `out` is not there, and stands for 0 */
     int64_t key_lo, key_hi;   /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t full_lo, full_hi; /* keys that no row's interval hides: [full_lo, full_hi) */

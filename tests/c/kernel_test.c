@@ -1,6 +1,7 @@
 /* Checks what a kernel is made of against scalar loops: vector operations, dtype conversions, transpositions,
  * packing and products. Compiled once for each file of csrc/isa/, with its flags and with TEST_ISA and
- * TEST_ELEMENT (csrc/flags.py). On a CPU without the instruction set nothing is checked. */
+ * TEST_ELEMENT, and TEST_CPU for what the CPU must have (csrc/flags.py). On a CPU without the instruction set
+ * nothing is checked. */
 #pragma GCC diagnostic ignored "-Wunused-function" /* headers of which only a part is called */
 
 /* The instruction set's own file, up to forward.h, which this makes empty. */
@@ -686,7 +687,7 @@ static void check_decode_values(void)
 
 int main(void)
 {
-    if (!NAME(fa_cpu_has_, TEST_ISA)())
+    if (!NAME(fa_cpu_has_, TEST_CPU)())
         return 0;
     check_scalar_conversions();
     if (FA_REAL_BYTES == 4)
