@@ -10,7 +10,7 @@
  * L1 (16 KiB for 64 columns with scores, probabilities and queries).
  *
  * There is no pass for the maximum: a row takes it from the first block it sees, and it is raised only where
- * a later one exceeds it by more than MAX_EXCESS_LOG2. That shows in the block's sum, and the block is then
+ * a later one exceeds it by more than max_excess_log2. That shows in the block's sum, and the block is then
  * computed again. Of a tile to which that has happened, the maximum is looked for in each later block, to the
  * same end. Each row decides for itself, so it does not depend on its company.
  *
@@ -23,8 +23,6 @@
 #include "partial.h"
 #include "state.h"
 #include "top.h"
-
-#define MAX_EXCESS_LOG2 24
 
 /* Units between two looks at whether to stop; the tile unit is set up anew after each. */
 #define UNITS_PER_POLL 32
@@ -170,7 +168,8 @@ FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const
                         .probabilities = b->s->w.probabilities,
                         .rows = num_keys(&u->range),
                         .income = num_keys(&u->range) / 2,
-                        .to_log2 = vec_splat(to_log2)};
+                        .to_log2 = vec_splat(to_log2),
+                        .shift = vec_splat((real)probability_shift(p))};
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++)
         f.row_max[m] = finite_row_max(u->t, m);
@@ -181,12 +180,12 @@ typedef struct {
     vec sum[MAX_VECTORS], exact[MAX_VECTORS];
 } block_sums;
 
-FA_INLINE block_sums sums_of(const softmax_stream *f)
+FA_INLINE block_sums sums_of(const superblock *b, const softmax_stream *f)
 {
     block_sums sums;
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++) {
-        sums.sum[m] = f->sum[m] * OUT_UNIT;
+        sums.sum[m] = f->sum[m] * shift_factor(b->s->problem);
         sums.exact[m] = f->exact_sum[m];
     }
     return sums;
@@ -200,26 +199,26 @@ FA_INLINE void add_sums(tile *t, const block_sums *sums)
     }
 }
 
-/* Rows in whose block a score may exceed the reference by more than MAX_EXCESS_LOG2; those that were NaN
+/* Rows in whose block a score may exceed the reference by more than max_excess_log2; those that were NaN
  * already do not count. The coarse exponential may be too small by a little. */
-FA_INLINE vmask may_exceed(const tile *t, int m, vec sum)
+FA_INLINE vmask may_exceed(const superblock *b, const tile *t, int m, vec sum)
 {
-    const vec most = vec_splat((real)(0.99 * ((int64_t)1 << MAX_EXCESS_LOG2)));
+    const vec most = vec_splat((real)(0.99 * (double)((int64_t)1 << max_excess_log2(b->s->problem))));
     const vmask fits = vec_equal(vec_max(sum, most), most); /* NaN does not: vec_max gives its second */
     const vmask is_number = vec_equal(sum, sum), was_number = vec_equal(t->row_sum[m], t->row_sum[m]);
     return (vmask)(~(fits & is_number) & was_number);
 }
 
-FA_INLINE bool any_may_exceed(const tile *t, const block_sums *sums)
+FA_INLINE bool any_may_exceed(const superblock *b, const tile *t, const block_sums *sums)
 {
-    return may_exceed(t, 0, sums->sum[0]) | may_exceed(t, 1, sums->sum[1]);
+    return may_exceed(b, t, 0, sums->sum[0]) | may_exceed(b, t, 1, sums->sum[1]);
 }
 
-/* Rows whose scores exceed their reference by more than MAX_EXCESS_LOG2, by each lane's largest. */
+/* Rows whose scores exceed their reference by more than max_excess_log2, by each lane's largest. */
 FA_INLINE vmask exceeds(const superblock *b, const tile *t, int m, const vec block_max[MAX_VECTORS])
 {
-    const real max_finite = 1e38f,
-               threshold = MAX_EXCESS_LOG2 / (real)(deferred_scale(b->s->problem) * LOG2E);
+    const fa_problem *p = b->s->problem;
+    const real max_finite = 1e38f, threshold = (real)max_excess_log2(p) / (real)(deferred_scale(p) * LOG2E);
     return vec_greater(block_max[m], t->row_max[m] + (threshold < max_finite ? threshold : max_finite));
 }
 
@@ -256,7 +255,7 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     raise_references(b, u->t, block_max);
     softmax_stream f = begin_softmax(b, u, scores);
     soften_down_to(&f, exact_sums, 0);
-    *sums = sums_of(&f);
+    *sums = sums_of(b, &f);
 }
 
 /* P V by itself; there is nothing to add if no unit came before. */
@@ -362,8 +361,8 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         run_unit(&values, &scores, &pending, &f, exact_sums);
         if (before.t)
             before.t->empty = false;
-        block_sums sums = sums_of(&f);
-        if (__builtin_expect(!is_checked && any_may_exceed(t, &sums), 0)) {
+        block_sums sums = sums_of(b, &f);
+        if (__builtin_expect(!is_checked && any_may_exceed(b, t, &sums), 0)) {
             finish_pending(&pending);
             attend_again(b, &now, exact_sums, &sums);
             if (more)
@@ -442,8 +441,8 @@ static bool attend_superblock_nan_safe(superblock *b)
         find_references(&u, s->w.scores);
         softmax_stream f = begin_softmax(b, &u, s->w.scores);
         soften_down_to(&f, true, 0);
-        block_sums sums = sums_of(&f);
-        if (any_may_exceed(u.t, &sums))
+        block_sums sums = sums_of(b, &f);
+        if (any_may_exceed(b, u.t, &sums))
             attend_again(b, &u, true, &sums);
         panel_product values = value_product_of(b, &u);
         const char *packed = values.a;

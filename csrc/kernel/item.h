@@ -308,7 +308,7 @@ static bool finish_tile(const fa_problem *p, tile *t)
     if (is_decode(t))
         return finish_decode_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
-        vec inverse_sum = inverse_or_zero(t->row_sum[m]) * OUT_UNIT;
+        vec inverse_sum = inverse_or_zero(t->row_sum[m]) * shift_factor(p);
         int e = 0;
         for (; e + LANES <= p->head_dim_v; e += LANES)
             sums += finish_lanes(p, t, m, e, LANES, inverse_sum);

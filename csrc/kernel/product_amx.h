@@ -17,7 +17,6 @@
 #include "tile_unit.h"
 
 _Static_assert(MAX_VECTORS == 2, "panels are of two vectors");
-_Static_assert(PROBABILITY_SHIFT == 38, "OUT_UNIT is as much");
 
 #define PRODUCT_ROWS(vectors) (2 * TMM_ROWS)
 
@@ -28,9 +27,6 @@ _Static_assert(PROBABILITY_SHIFT == 38, "OUT_UNIT is as much");
  * do not show beside those of probabilities in bfloat16. */
 #define MAX_TILES 16
 #define ITEMS_PER_THREAD 4
-/* What the output of a wide tile is to be multiplied by, beside the inverse of row_sum. */
-#define OUT_UNIT 0x1p38f
-
 #define SPLITS_MANY_ROWS false
 #define PANEL_ROW ((ptrdiff_t)(MAX_VECTORS * sizeof(vec)))
 #define PANEL_BLOCK (TMM_ROWS * MAX_VECTORS) /* vectors of 16 rows */

@@ -16,9 +16,6 @@
 /* Of half types, whose packing tiles share, eight tiles take 3 % less time than four (Zen 5). */
 #define MAX_TILES 8
 #define ITEMS_PER_THREAD 24
-/* What the output of a wide tile is to be multiplied by, beside the inverse of row_sum. */
-#define OUT_UNIT 1
-
 #define SPLITS_MANY_ROWS true
 
 /* The CPU needs to be in no state of its own. */

@@ -11,17 +11,12 @@
 #include "pairs.h"
 #include "product.h"
 
-/* Probabilities, and with them `sum` and the output that is not yet normalised, are 2^-PROBABILITY_SHIFT
- * times as large: a row's reference may be exceeded by far before it is raised, and values times what exceeds
- * it must not overflow. */
-#define PROBABILITY_SHIFT 38
-
 typedef struct {
     const vec *scores;         /* the next two rows */
     packed_vec *probabilities; /* of theirs */
     int rows;                  /* left to do */
     vec row_max[MAX_VECTORS], sum[MAX_VECTORS], exact_sum[MAX_VECTORS];
-    vec to_log2;
+    vec to_log2, shift;       /* probabilities, and their sum, are 2^-shift times as large */
     int credit, income, cost; /* a product earns half as much as there are rows; two rows cost as much as
                                * there are products */
 } softmax_stream;
@@ -39,8 +34,8 @@ typedef enum {
 FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
 {
     const vec a = f->scores[m] - f->row_max[m], b = f->scores[MAX_VECTORS + m] - f->row_max[m];
-    const vec p = vec_exp2_coarse(a * f->to_log2 - PROBABILITY_SHIFT);
-    const vec q = vec_exp2_coarse(b * f->to_log2 - PROBABILITY_SHIFT);
+    const vec p = vec_exp2_coarse(a * f->to_log2 - f->shift);
+    const vec q = vec_exp2_coarse(b * f->to_log2 - f->shift);
     if (exact_sums) {
         f->exact_sum[m] += vec_exp2(a * f->to_log2);
         f->exact_sum[m] += vec_exp2(b * f->to_log2);
