@@ -11,6 +11,12 @@
 
 #include "avx512bf16.h"
 
+/* a · b - c, rounded once whatever else is made of a · b. */
+FA_INLINE vec vec_multiply_subtract(vec a, vec b, vec c)
+{
+    return (vec)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
 /* 2^x to 8.6e-5 of it, in 6 operations: q(x - floor x) · 2^floor x, with q of degree 3, minimax on [0, 1) but
  * for q(0) = 1, so that 2^0 is exact. 0 for x = -inf. Enough for what is then rounded to 8 bits. */
 FA_INLINE vec vec_exp2_coarse(vec x)

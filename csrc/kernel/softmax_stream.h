@@ -34,8 +34,8 @@ typedef enum {
 FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
 {
     const vec a = f->scores[m] - f->row_max[m], b = f->scores[MAX_VECTORS + m] - f->row_max[m];
-    const vec p = vec_exp2_coarse(a * f->to_log2 - f->shift);
-    const vec q = vec_exp2_coarse(b * f->to_log2 - f->shift);
+    const vec p = vec_exp2_coarse(vec_multiply_subtract(a, f->to_log2, f->shift));
+    const vec q = vec_exp2_coarse(vec_multiply_subtract(b, f->to_log2, f->shift));
     if (exact_sums) {
         f->exact_sum[m] += vec_exp2(a * f->to_log2);
         f->exact_sum[m] += vec_exp2(b * f->to_log2);
