@@ -9,7 +9,7 @@ import threading
 
 import numpy as np
 import pytest
-from oracle import python
+from oracle import HANG_SECONDS, python
 
 import fastattn
 
@@ -218,7 +218,7 @@ def test_what_is_saved_to_stdout_lies_between_what_is_printed(name, kind, path, 
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     with open(tmp_path / "printed", "w+b") as file:
         output = subprocess.PIPE if kind == "pipe" else file
-        done = subprocess.run(command, stdout=output, env=environment, check=True, timeout=600)
+        done = subprocess.run(command, stdout=output, env=environment, check=True, timeout=HANG_SECONDS)
         file.seek(0)
         printed = done.stdout if kind == "pipe" else file.read()
     first, _, rest = printed.partition(b"\n")
@@ -233,7 +233,7 @@ def test_what_is_saved_to_stdout_lies_between_what_is_printed(name, kind, path, 
 def test_a_cache_that_went_through_a_pipe_is_loaded(tmp_path):
     command = [sys.executable, "-P", "-c", "import test_files; test_files.cache().save('/proc/self/fd/1')"]
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    printed = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, timeout=600).stdout
+    printed = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, timeout=HANG_SECONDS).stdout
     (tmp_path / "cache.npz").write_bytes(printed)
     assert fastattn.KVCache.load(tmp_path / "cache.npz").lengths == {0: 5}
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from oracle import HANG_SECONDS
 
 PROGRAM = """
 import sys
@@ -35,12 +36,12 @@ def test_a_frozen_program_runs(tmp_path):
     # Takes half a minute; the limit is for what hangs.
     frozen = subprocess.run(
         [sys.executable, "-P", "-m", "PyInstaller", "program.py"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False,
     )  # fmt: skip
     assert frozen.returncode == 0, frozen.stderr
     ran = subprocess.run(
         [tmp_path / "dist" / "program" / "program", "page.html"],
-        cwd=tmp_path, env={}, capture_output=True, text=True, timeout=600, check=False,
+        cwd=tmp_path, env={}, capture_output=True, text=True, timeout=HANG_SECONDS, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert '"a" attends to' in ran.stdout

@@ -223,7 +223,7 @@ FA_INLINE vmask exceeds(const superblock *b, const tile *t, int m, const vec blo
 }
 
 /* Raises the references of such rows; what they have summed is there. */
-static void raise_references(const superblock *b, tile *t, const vec block_max[MAX_VECTORS])
+static void rescale_exceeded(const superblock *b, tile *t, const vec block_max[MAX_VECTORS])
 {
     const fa_problem *p = b->s->problem;
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
@@ -252,7 +252,7 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     multiply_panel_alone(&product);
     finish_scores(b, &again, scores);
     find_block_max(scores, num_keys(&again.range), MAX_VECTORS, block_max);
-    raise_references(b, u->t, block_max);
+    rescale_exceeded(b, u->t, block_max);
     softmax_stream f = begin_softmax(b, u, scores);
     soften_down_to(&f, exact_sums, 0);
     *sums = sums_of(b, &f);
@@ -270,15 +270,15 @@ static void multiply_values_alone(const superblock *b, unit *before)
 }
 
 /* Before the softmax of a unit of a tile that rises: the same as attend_again finds out afterwards. */
-static __attribute__((noinline)) void raise_ahead(const superblock *b, const unit *u, unit *before,
-                                                  const vec *scores)
+static __attribute__((noinline)) void rescale_before_softmax(const superblock *b, const unit *u, unit *before,
+                                                             const vec *scores)
 {
     vec block_max[MAX_VECTORS];
     find_block_max(scores, num_keys(&u->range), MAX_VECTORS, block_max);
     if (!vmask_any((vmask)(exceeds(b, u->t, 0, block_max) | exceeds(b, u->t, 1, block_max))))
         return;
     multiply_values_alone(b, before); /* with the references they were computed with */
-    raise_references(b, u->t, block_max);
+    rescale_exceeded(b, u->t, block_max);
 }
 
 /* --- the pipeline ------------------------------------------------------------------------------- */
@@ -343,7 +343,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
             if (begins)
                 find_references(&now, s->w.scores);
             if (t->rises)
-                raise_ahead(b, &now, &before, s->w.scores);
+                rescale_before_softmax(b, &now, &before, s->w.scores);
         }
         if (count % UNITS_PER_POLL == 0) {
             finish_pending(&pending);

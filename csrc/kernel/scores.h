@@ -29,8 +29,8 @@ FA_INLINE int scale_sign(const fa_problem *p)
 /* |scale|, finite in `real`. */
 FA_INLINE double scale_magnitude(const fa_problem *p)
 {
-    const double block_max = FA_REAL_BYTES == 4 ? 1e38 : 1e308;
-    return fmin(fabs(p->scale), block_max);
+    const double max_finite = FA_REAL_BYTES == 4 ? 1e38 : 1e308;
+    return fmin(fabs(p->scale), max_finite);
 }
 
 /* What the scores of the panel are to be multiplied by to be in natural units. At scale 0 the queries are
