@@ -12,31 +12,35 @@ extern const fa_kernel fa_float32_baseline, fa_float64_baseline;
 extern const fa_kernel fa_float32_avx2, fa_float64_avx2;
 extern const fa_kernel fa_float32_avx512, fa_float64_avx512;
 extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx, fa_bf16tile_amx_emulated;
+extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
 #endif
 
-/* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column. Behind the
- * baseline, which every CPU has: what is for tests, chosen by name alone and not listed. */
+/* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column; float32 is
+ * not split. Behind the baseline, which every CPU has: what is for tests, chosen by name alone and not
+ * listed. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
-    const fa_kernel *float32, *float64, *bfloat16;
+    const fa_kernel *float32, *float64, *bfloat16, *split;
 } table[] = {
 #if defined(__x86_64__)
-    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx},
-    {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16},
-    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL},
-    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL},
+    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx},
+    {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16,
+     NULL},
+    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL},
+    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL},
 #endif
-    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL},
+    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL},
 #if defined(__x86_64__)
     {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
-     &fa_bf16tile_amx_emulated},
+     &fa_bf16tile_amx_emulated, &fa_split_amx_emulated},
 #endif
 };
 
 enum { NUM_ISAS = sizeof table / sizeof *table };
 
 static atomic_int selected = -1;
+static atomic_bool splits = true;
 
 static int selected_row(void)
 {
@@ -93,4 +97,29 @@ const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype)
 const fa_kernel *fa_select_kernel(const fa_problem *problem)
 {
     return fa_kernel_for_dtype(problem->key.dtype == FA_INT8 ? FA_FLOAT32 : problem->query.dtype);
+}
+
+void fa_allow_split(bool allowed)
+{
+    atomic_store(&splits, allowed);
+}
+
+bool fa_splits(void)
+{
+    return table[selected_row()].split && atomic_load(&splits);
+}
+
+/* Fewer rows leave a tile empty, fewer keys a block; what is split and packed must be met by enough of both.
+ */
+#define MIN_SPLIT_ROWS 32
+#define MIN_SPLIT_KEYS 64
+#define MIN_SPLIT_DIMS 32
+
+const fa_kernel *fa_select_group_kernel(const fa_problem *p, int64_t rows, int64_t keys)
+{
+    const bool is_splittable = p->query.dtype == FA_FLOAT32 || p->query.dtype == FA_FLOAT16;
+    if (is_splittable && fa_splits() && rows >= MIN_SPLIT_ROWS && keys >= MIN_SPLIT_KEYS &&
+        p->head_dim >= MIN_SPLIT_DIMS)
+        return table[selected_row()].split;
+    return fa_select_kernel(p);
 }

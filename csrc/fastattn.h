@@ -95,6 +95,11 @@ const char *fa_selected_isa(void);
 /* Restricts dispatch to an instruction set and those below it; false if this CPU lacks it. */
 bool fa_select_isa(const char *name);
 
+/* Whether float32 and float16 may be split into bfloat16, where the instruction set has a unit for these and
+ * that is faster; at first they may. And whether some are. */
+void fa_allow_split(bool allowed);
+bool fa_splits(void);
+
 /* Visible in the built module: threadpoolctl recognises it by them. */
 __attribute__((visibility("default"))) int fa_get_num_threads(void);
 __attribute__((visibility("default"))) void fa_set_num_threads(int num_threads);

@@ -36,8 +36,8 @@ ELEMENTS = {
     "avx2": ["float32", "float64"],
     "avx512": ["float32", "float64"],
     "avx512bf16": ["bf16dot"],
-    "amx": ["bf16tile"],
-    "amxemulated": ["bf16tile"],
+    "amx": ["bf16tile", "split"],
+    "amxemulated": ["bf16tile", "split"],
 }
 
 # What a kernel asks of the CPU, where that is not the instruction set of its name.

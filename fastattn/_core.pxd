@@ -58,6 +58,8 @@ cdef extern from "fastattn.h" nogil:
     const char *const *fa_available_isas()
     const char *fa_selected_isa()
     c_bool fa_select_isa(const char *name)
+    void fa_allow_split(c_bool allowed)
+    c_bool fa_splits()
     int fa_get_num_threads()
     void fa_set_num_threads(int num_threads)
     double fa_measure_peak(fa_dtype dtype, int num_threads)

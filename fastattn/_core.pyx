@@ -1205,6 +1205,17 @@ def select_isa_from_environment():
         raise RuntimeError(f"FASTATTN_ISA is {name!r}; this CPU has {', '.join(available_isas())}")
 
 
+def allow_split_from_environment():
+    text = os.environ.get("FASTATTN_SPLIT", "").strip()
+    if text not in ("", "0", "1"):
+        raise RuntimeError(f"FASTATTN_SPLIT is {text!r}; accepted are 0 and 1")
+    fa_allow_split(text != "0")
+
+
+def splits():
+    return fa_splits()
+
+
 def check_num_threads_from_environment():
     """C reads the number by itself, when it is first needed, and would take what is none for an unset variable."""
     text = os.environ.get("FASTATTN_NUM_THREADS", "").strip()
@@ -1213,4 +1224,5 @@ def check_num_threads_from_environment():
 
 
 select_isa_from_environment()
+allow_split_from_environment()
 check_num_threads_from_environment()

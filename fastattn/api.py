@@ -456,12 +456,13 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     --------
     >>> import fastattn
     >>> sorted(fastattn.show_config(mode="dicts"))
-    ['compiler', 'isa', 'isas', 'numpy', 'threads', 'version']
+    ['compiler', 'isa', 'isas', 'numpy', 'split', 'threads', 'version']
     """
     config = {
         "version": __version__,
         "isa": _core.selected_isa(),
         "isas": _core.available_isas(),
+        "split": _core.splits(),
         "threads": get_num_threads(),
         "numpy": np.__version__,
         "compiler": _core.compiler_version,

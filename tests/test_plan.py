@@ -77,7 +77,8 @@ def test_tile_does_not_depend_on_threads():
 
 def test_a_few_rows_take_more_keys_at_once():
     few, many = (fastattn.plan(*qkv(make_rng(), (1, 8, 8, rows, 1000, 64))) for rows in (1, 100))
-    assert few.path == many.path + "-decode"
+    assert few.path.endswith("-decode")
+    assert not many.path.endswith("-decode")
     assert few.tile[1] > many.tile[1]
 
 

@@ -11,6 +11,11 @@
 
 #include "avx512bf16.h"
 
+FA_INLINE ivec ivec_max(ivec a, ivec b)
+{
+    return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+
 /* a · b - c, rounded once whatever else is made of a · b. */
 FA_INLINE vec vec_multiply_subtract(vec a, vec b, vec c)
 {
@@ -28,15 +33,20 @@ FA_INLINE vec vec_exp2_coarse(vec x)
     return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
 }
 
-/* Lanes (low, high) of numbers that are not negative, rounded to bfloat16: by additions, which leave the
- * multiply-adds' port alone, and one masked shuffle of bytes. */
-FA_INLINE uvec round_pairs_fast(vec low, vec high)
+/* Lanes (low, high) of the upper halves, by one masked shuffle of bytes. */
+FA_INLINE uvec truncate_pairs(vec low, vec high)
 {
     const __m512i upper_halves =
         _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 0, 0, 6, 7, 0, 0, 10, 11, 0, 0, 14, 15, 0, 0));
+    return (uvec)_mm512_mask_shuffle_epi8((__m512i)high, 0x3333333333333333, (__m512i)low, upper_halves);
+}
+
+/* Lanes (low, high) of numbers that are not negative, rounded to bfloat16: by additions, which leave the
+ * multiply-adds' port alone, and the shuffle. */
+FA_INLINE uvec round_pairs_fast(vec low, vec high)
+{
     const uvec half = (uvec)ivec_splat(0x8000);
-    return (uvec)_mm512_mask_shuffle_epi8((__m512i)((uvec)high + half), 0x3333333333333333,
-                                          (__m512i)((uvec)low + half), upper_halves);
+    return truncate_pairs((vec)((uvec)low + half), (vec)((uvec)high + half));
 }
 
 #endif

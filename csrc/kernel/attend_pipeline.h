@@ -32,6 +32,7 @@ typedef struct {
     int block; /* of the superblock */
     key_range range;
     score_mods mods;
+    packed_vec *probabilities;
 } unit;
 
 typedef struct {
@@ -40,9 +41,11 @@ typedef struct {
     int64_t key_lo, key_hi;
     int num_blocks;
     int tile, block; /* what the next unit begins its search with */
+    int units;       /* so far */
     operand_block keys[MAX_SUPERBLOCK_KEYS / KEY_BLOCK];
-    const char *values; /* packed: [block][2][head_dim_v][32] */
+    const char *values; /* packed: [block][2][part][head_dim_v][32] */
     ptrdiff_t value_bytes;
+    part_products key_products, value_products;
 } superblock;
 
 /* A block whose second half is behind the last key is half as long. */
@@ -57,7 +60,9 @@ FA_INLINE key_range block_range(const superblock *b, const tile *t, int block)
 static bool find_unit(const superblock *b, tile *t, int block, unit *u)
 {
     const fa_problem *p = b->s->problem;
-    *u = (unit){t, block, block_range(b, t, block), {0}};
+    u->t = t;
+    u->block = block;
+    u->range = block_range(b, t, block);
     if (u->range.key_lo >= u->range.key_hi)
         return false;
     const mask_state seen = p->mask.data ? load_mask(p, t, &u->range) : MASK_FULL;
@@ -70,9 +75,18 @@ static bool next_unit(superblock *b, unit *u)
 {
     for (; b->tile < b->s->num_tiles; b->tile++, b->block = 0)
         while (b->block < b->num_blocks)
-            if (find_unit(b, &b->s->w.tiles[b->tile], b->block++, u))
+            if (find_unit(b, &b->s->w.tiles[b->tile], b->block++, u)) {
+                u->probabilities = b->s->w.probabilities +
+                                   b->units++ % PROBABILITY_PANELS * (MAX_PARTS * PROBABILITY_PART);
                 return true;
+            }
     return false;
+}
+
+/* Scores of float16 are exact: lse is in float32. */
+FA_INLINE part_products list_score_products(const fa_problem *p)
+{
+    return list_part_products(parts_of(p->key.dtype), parts_of(p->query.dtype), p->query.dtype == FA_FLOAT16);
 }
 
 /* --- packing ------------------------------------------------------------------------------------ */
@@ -109,7 +123,10 @@ static panel_product scores_product(const superblock *b, const unit *u, vec *sco
                            .c = scores,
                            .blocks = num_keys(&u->range) / TMM_ROWS,
                            .steps = (int)((p->head_dim + TILE_K - 1) / TILE_K),
-                           .empty = true};
+                           .empty = true,
+                           .parts = &b->key_products,
+                           .a_part = key_part_bytes(p->head_dim),
+                           .b_part = query_part_rows(p->head_dim) * MAX_VECTORS};
 }
 
 static panel_product value_product_of(const superblock *b, const unit *u)
@@ -118,11 +135,44 @@ static panel_product value_product_of(const superblock *b, const unit *u)
     return (panel_product){.a = b->values + u->block * b->value_bytes,
                            .a_row = FA_VECTOR_BYTES,
                            .a_step = packed_value_bytes(head_dim_v),
-                           .b = b->s->w.probabilities,
+                           .b = u->probabilities,
                            .c = u->t->out,
                            .blocks = (int)((head_dim_v + TMM_ROWS - 1) / TMM_ROWS),
                            .steps = num_keys(&u->range) / TILE_K,
-                           .empty = u->t->empty};
+                           .empty = u->t->empty,
+                           .parts = &b->value_products,
+                           .a_part = value_part_bytes(head_dim_v),
+                           .b_part = PROBABILITY_PART};
+}
+
+FA_INLINE const packed_range *key_range_of(const superblock *b, const unit *u)
+{
+    return key_range_at(b->keys[u->block].data, b->s->problem->head_dim);
+}
+
+/* What packing has changed in the scores; see operand_split.h. */
+static void restore_scores(const superblock *b, const unit *u, vec *scores)
+{
+    const packed_range *key = key_range_of(b, u), *query = query_range(u->t->query, b->s->problem->head_dim);
+    const int count = num_keys(&u->range) * MAX_VECTORS;
+    if (key->has_infinity || query->has_infinity) {
+        vec *leading = b->s->w.leading_scores;
+        panel_product product = scores_product(b, u, leading);
+        product.parts = &one_part;
+        multiply_panel_alone(&product);
+        for (int i = 0; i < count; i++)
+            scores[i] = vec_select(vec_equal(scores[i], scores[i]), scores[i], leading[i]);
+    }
+    for (int i = 0; i < count && key->factor != 1; i++)
+        scores[i] *= 1 / key->factor;
+    for (int i = 0; i < count && query->factor != 1; i++)
+        scores[i] *= 1 / query->factor;
+}
+
+FA_INLINE bool restores_scores(const superblock *b, const unit *u)
+{
+    const packed_range *key = key_range_of(b, u), *query = query_range(u->t->query, b->s->problem->head_dim);
+    return key->factor != 1 || key->has_infinity || query->factor != 1 || query->has_infinity;
 }
 
 /* Scores that are there: scaled, changed and masked. */
@@ -130,6 +180,8 @@ static void finish_scores(const superblock *b, const unit *u, vec *scores)
 {
     const fa_problem *p = b->s->problem;
     vec block_max[MAX_VECTORS];
+    if (restores_scores(b, u))
+        restore_scores(b, u, scores);
     const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
     for (int i = 0; i < num_keys(&u->range) * MAX_VECTORS && scale != 1; i++)
         scores[i] *= scale;
@@ -142,7 +194,7 @@ FA_INLINE bool changes_scores(const superblock *b, const unit *u)
 {
     const fa_problem *p = b->s->problem;
     return count_score_mods(u->mods) > 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) ||
-           p->top_count > 0;
+           p->top_count > 0 || restores_scores(b, u);
 }
 
 FA_INLINE vmask without_reference(const tile *t, int m)
@@ -160,16 +212,24 @@ static void find_references(const unit *u, const vec *scores)
         t->row_max[m] = vec_select(without_reference(t, m), block_max[m], t->row_max[m]);
 }
 
+/* By which power of two a block's probabilities are smaller because its values are packed larger. */
+FA_INLINE int value_shift(const superblock *b, const unit *u)
+{
+    const char *values = b->values + u->block * b->value_bytes;
+    return value_range_at(values, b->s->problem->head_dim_v)->factor == 1 ? 0 : TINY_FACTOR_LOG2;
+}
+
 FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const vec *scores)
 {
     const fa_problem *p = b->s->problem;
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     softmax_stream f = {.scores = scores,
-                        .probabilities = b->s->w.probabilities,
+                        .probabilities = u->probabilities,
                         .rows = num_keys(&u->range),
+                        .parts = parts_of(p->query.dtype),
                         .income = num_keys(&u->range) / 2,
                         .to_log2 = vec_splat(to_log2),
-                        .shift = vec_splat((real)probability_shift(p))};
+                        .shift = vec_splat((real)(probability_shift(p) + value_shift(b, u)))};
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++)
         f.row_max[m] = finite_row_max(u->t, m);
@@ -180,12 +240,13 @@ typedef struct {
     vec sum[MAX_VECTORS], exact[MAX_VECTORS];
 } block_sums;
 
-FA_INLINE block_sums sums_of(const superblock *b, const softmax_stream *f)
+FA_INLINE block_sums sums_of(const superblock *b, const unit *u, const softmax_stream *f)
 {
     block_sums sums;
+    const real factor = value_shift(b, u) == 0 ? 1 : TINY_FACTOR;
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++) {
-        sums.sum[m] = f->sum[m] * shift_factor(b->s->problem);
+        sums.sum[m] = f->sum[m] * (shift_factor(b->s->problem) * factor);
         sums.exact[m] = f->exact_sum[m];
     }
     return sums;
@@ -222,6 +283,13 @@ FA_INLINE vmask exceeds(const superblock *b, const tile *t, int m, const vec blo
     return vec_greater(block_max[m], t->row_max[m] + (threshold < max_finite ? threshold : max_finite));
 }
 
+FA_INLINE void rescale_folded(tile *t, int64_t head_dim_v, const vec rescale[MAX_VECTORS])
+{
+    rescale_out(t, head_dim_v, MAX_VECTORS, rescale, t->folded_out);
+    for (int m = 0; m < MAX_VECTORS; m++)
+        t->folded_sum[m] *= rescale[m];
+}
+
 /* Raises the references of such rows; what they have summed is there. */
 static void rescale_exceeded(const superblock *b, tile *t, const vec block_max[MAX_VECTORS])
 {
@@ -237,6 +305,8 @@ static void rescale_exceeded(const superblock *b, tile *t, const vec block_max[M
     }
     if (!t->empty)
         rescale_out(t, p->head_dim_v, MAX_VECTORS, rescale, t->out);
+    if (t->folded)
+        rescale_folded(t, p->head_dim_v, rescale);
     t->rises = true;
 }
 
@@ -255,7 +325,7 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     rescale_exceeded(b, u->t, block_max);
     softmax_stream f = begin_softmax(b, u, scores);
     soften_down_to(&f, exact_sums, 0);
-    *sums = sums_of(b, &f);
+    *sums = sums_of(b, u, &f);
 }
 
 /* P V by itself; there is nothing to add if no unit came before. */
@@ -288,12 +358,12 @@ static __attribute__((noinline)) void rescale_before_softmax(const superblock *b
 FA_INLINE void run_stages(const panel_product *before, const panel_product *behind, pending_store *pending,
                           softmax_stream *f, bool exact_sums, softmax_pace pace)
 {
-    const int value_products = before->blocks * before->steps * MAX_VECTORS;
-    const int score_products = behind->blocks * behind->steps * MAX_VECTORS;
+    const int value_products = before->blocks > 0 ? count_dots(before) : 0;
+    const int score_products = behind->blocks > 0 ? count_dots(behind) : 0;
     f->cost = value_products + score_products;
     /* Of a whole block alone are the scores read before those behind it are stored in their place. */
     if (f->rows == KEY_BLOCK && before->steps == 2 && before->blocks > 0 && score_products > 0) {
-        multiply_two_steps(before, pending, f, exact_sums, pace);
+        multiply_panel(before, pending, f, exact_sums, pace);
         multiply_panel(behind, pending, f, exact_sums, pace);
     } else { /* the first unit, the last, half a block, or no dims */
         if (before->blocks > 0)
@@ -310,7 +380,7 @@ FA_INLINE void run_stages(const panel_product *before, const panel_product *behi
 FA_INLINE void run_unit(const panel_product *before, const panel_product *behind, pending_store *pending,
                         softmax_stream *f, bool exact_sums)
 {
-    const bool whole = f->rows == KEY_BLOCK && before->steps == 2 && behind->blocks == 4;
+    const bool whole = MAX_PARTS == 1 && f->rows == KEY_BLOCK && before->steps == 2 && behind->blocks == 4;
     if (whole && before->blocks == 4 && behind->steps == 2)
         run_stages(before, behind, pending, f, exact_sums, PACE_ROWS);
     else if (whole && before->blocks == 8 && behind->steps == 4)
@@ -361,7 +431,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         run_unit(&values, &scores, &pending, &f, exact_sums);
         if (before.t)
             before.t->empty = false;
-        block_sums sums = sums_of(b, &f);
+        block_sums sums = sums_of(b, &now, &f);
         if (__builtin_expect(!is_checked && any_may_exceed(b, t, &sums), 0)) {
             finish_pending(&pending);
             attend_again(b, &now, exact_sums, &sums);
@@ -376,6 +446,27 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
     }
     finish_pending(&pending);
     multiply_values_alone(b, &before);
+    return true;
+}
+
+/* The scores of a block of keys [begin, end) and the panel's range; false if no row sees any of them. */
+static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+                                key_range *range, vec *scores)
+{
+    const fa_problem *p = s->problem;
+    superblock b = {.s = s,
+                    .first = begin & -(int64_t)KEY_BLOCK,
+                    .key_lo = begin,
+                    .key_hi = end,
+                    .key_products = list_score_products(p)};
+    unit u;
+    b.keys[0] = *key;
+    if (!find_unit(&b, t, 0, &u))
+        return false;
+    const panel_product product = scores_product(&b, &u, scores);
+    multiply_panel_alone(&product);
+    finish_scores(&b, &u, scores);
+    *range = u.range;
     return true;
 }
 
@@ -412,7 +503,7 @@ static void add_not_finite(const superblock *b, const unit *u, const char *value
             if (isfinite(value))
                 continue;
             for (int m = 0; m < MAX_VECTORS; m++) {
-                const uvec pair = s->w.probabilities[n / 2 * MAX_VECTORS + m];
+                const uvec pair = (uvec)u->probabilities[n / 2 * MAX_VECTORS + m];
                 const vec p = n % 2 == 0 ? (vec)(pair << 16) : (vec)(pair & 0xffff0000);
                 const vmask hidden = vec_equal(s->w.scores[n * MAX_VECTORS + m], vec_splat(-(real)INFINITY));
                 u->t->out[e * MAX_VECTORS + m] += vec_select(hidden, vec_splat(0), p * value);
@@ -441,7 +532,7 @@ static bool attend_superblock_nan_safe(superblock *b)
         find_references(&u, s->w.scores);
         softmax_stream f = begin_softmax(b, &u, s->w.scores);
         soften_down_to(&f, true, 0);
-        block_sums sums = sums_of(b, &f);
+        block_sums sums = sums_of(b, &u, &f);
         if (any_may_exceed(b, u.t, &sums))
             attend_again(b, &u, true, &sums);
         panel_product values = value_product_of(b, &u);
@@ -458,6 +549,26 @@ static bool attend_superblock_nan_safe(superblock *b)
     return true;
 }
 
+/* Sums in the tile unit round once for each product of parts: over many keys that would show. So the sums of
+ * each superblock start anew, and are added up here. `last`: to what the tile has for its output. */
+static void fold_out(tile *t, int64_t vectors, bool last)
+{
+    vec *to = last ? t->out : t->folded_out;
+    const vec *from = last ? t->folded_out : t->out;
+    if (last ? !t->folded : t->empty)
+        return;
+    const bool adds = last ? !t->empty : t->folded;
+    for (int m = 0; m < MAX_VECTORS; m++) {
+        const vec sum = t->folded ? t->folded_sum[m] + t->row_sum[m] : t->row_sum[m];
+        t->row_sum[m] = last ? sum : vec_splat(0);
+        t->folded_sum[m] = sum;
+    }
+    for (int64_t i = 0; i < vectors; i++)
+        to[i] = adds ? to[i] + from[i] : from[i];
+    t->folded = true;
+    t->empty = !last;
+}
+
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
 static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {
@@ -465,7 +576,9 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
     const int64_t keys = superblock_keys(p);
     superblock b = {.s = s,
                     .values = s->w.packed_value,
-                    .value_bytes = KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim_v)};
+                    .value_bytes = value_block_bytes(p->head_dim_v),
+                    .key_products = list_score_products(p),
+                    .value_products = list_part_products(parts_of(p->value.dtype), parts_of(p->query.dtype), false)};
     for (b.key_lo = key_lo; b.key_lo < key_hi; b.key_lo = b.key_hi) {
         b.first = b.key_lo & -(int64_t)KEY_BLOCK;
         b.key_hi = min_i64(key_hi, b.first + keys);
@@ -476,11 +589,15 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
         pack_superblock(&b);
         begin_products();
         const bool goes_on = nan_safe      ? attend_superblock_nan_safe(&b)
-                             : p->lse.data ? attend_superblock(&b, true)
+                             : p->lse.data && MAX_PARTS == 1 ? attend_superblock(&b, true)
                                            : attend_superblock(&b, false);
         if (!goes_on)
             return;
+        for (int i = 0; i < s->num_tiles && MAX_PARTS > 1; i++)
+            fold_out(&s->w.tiles[i], p->head_dim_v * MAX_VECTORS, b.key_hi == key_hi);
     }
+    for (int i = 0; i < s->num_tiles && MAX_PARTS > 1; i++)
+        memcpy(s->w.tiles[i].exact_sum, s->w.tiles[i].row_sum, sizeof s->w.tiles[i].exact_sum);
 }
 
 #endif

@@ -75,6 +75,24 @@ static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_saf
     }
 }
 
+/* The scores of a block of keys [begin, end) and the panel's range; false if no row sees any of them. */
+static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+                                key_range *range, vec *scores)
+{
+    static const row_stream none[STREAM_WINDOW];
+    const prefetch_plan nothing = {.streams = none};
+    const fa_problem *p = s->problem;
+    vec block_max[MAX_VECTORS];
+    *range = tile_range(t, begin, end);
+    if (range->key_lo >= range->key_hi)
+        return false;
+    if (t->vectors == 1)
+        return compute_scores(p, t, range, key, &nothing, 1, false, scores, block_max);
+    if (t->vectors == 2)
+        return compute_scores(p, t, range, key, &nothing, 2, false, scores, block_max);
+    return compute_scores(p, t, range, key, &nothing, MAX_VECTORS, false, scores, block_max);
+}
+
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
 static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {

@@ -33,19 +33,6 @@ FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vecto
     }
 }
 
-/* The weights of a key block, from the finished row_max and row_sum; false if no row sees any of the keys. */
-FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                               int vectors, bool decode, vec *weights)
-{
-    static const row_stream none[STREAM_WINDOW];
-    const prefetch_plan nothing = {.streams = none};
-    vec block_max[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, &nothing, vectors, decode, weights, block_max))
-        return false;
-    normalise(p, t, panel_rows(t, range, decode), vectors, weights);
-    return true;
-}
-
 static void store_decode_weights(const fa_problem *p, const tile *t, const key_range *range, const vec *panel,
                                  char *const *rows)
 {
@@ -78,17 +65,27 @@ static void store_weights(const fa_problem *p, const item_arrays *a, const tile 
     }
 }
 
-static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *range,
-                                const operand_block *key, vec *weights)
+/* The scores of a decode tile, likewise. */
+static bool compute_decode_block(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+                                 key_range *range, vec *scores)
 {
-    if (is_decode(t))
-        return compute_weights(p, t, range, key, 1, true, weights);
-    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
-    if (vectors == 1)
-        return compute_weights(p, t, range, key, 1, false, weights);
-    if (vectors == 2)
-        return compute_weights(p, t, range, key, 2, false, weights);
-    return compute_weights(p, t, range, key, MAX_VECTORS, false, weights);
+    static const row_stream none[STREAM_WINDOW];
+    const prefetch_plan nothing = {.streams = none};
+    vec block_max[MAX_VECTORS];
+    *range = tile_range(t, begin, end);
+    return range->key_lo < range->key_hi &&
+           compute_scores(s->problem, t, range, key, &nothing, 1, true, scores, block_max);
+}
+
+/* The weights of a key block, from the finished row_max and row_sum; false if no row sees any of the keys. */
+static bool compute_weights(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+                            key_range *range, vec *weights)
+{
+    const bool decode = is_decode(t);
+    if (!(decode ? compute_decode_block : compute_wide_scores)(s, t, key, begin, end, range, weights))
+        return false;
+    normalise(s->problem, t, panel_rows(t, range, decode), decode ? 1 : t->vectors, weights);
+    return true;
 }
 
 /* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */
@@ -201,8 +198,8 @@ static void attend_weights(item_state *s)
             load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w, s->w.packed_key);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
-            key_range range = tile_range(t, begin, end);
-            if (range.key_lo >= range.key_hi || !compute_weights_any(p, t, &range, &key, s->w.scores))
+            key_range range;
+            if (!compute_weights(s, t, &key, begin, end, &range, s->w.scores))
                 continue;
             if (p->weights.data)
                 store_weights(p, &s->arrays, t, &range, s->w.scores);

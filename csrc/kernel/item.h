@@ -219,7 +219,7 @@ static void reset_tile(const fa_problem *p, const item_arrays *a, bool with_sink
         }
     }
     memcpy(t->exact_sum, t->row_sum, sizeof t->exact_sum);
-    t->rises = false;
+    t->rises = t->folded = false;
     t->empty = true;
 }
 

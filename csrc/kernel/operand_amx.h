@@ -12,6 +12,10 @@
 #include "pairs.h"
 
 #define TILE_K 32
+/* Bits of a number that the unit multiplies: all. See operand_split.h. */
+#define MAX_PARTS 1
+/* All probabilities of a block are in registers before the next ones are stored. */
+#define PROBABILITY_PANELS 1
 /* Bytes from a column of packed values to the next. */
 #define PACKED_VALUE_COL FA_VECTOR_BYTES
 #define KEY_STEP FA_KEY_BLOCK
@@ -81,23 +85,79 @@ FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
     return packed_row_bytes(head_dim_v) * LANES;
 }
 
+FA_INLINE ptrdiff_t value_block_bytes(int64_t head_dim_v)
+{
+    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v);
+}
+
+/* Numbers are packed as they are. */
+typedef struct {
+    float factor;
+    bool has_infinity;
+} packed_range;
+
+#define TINY_FACTOR_LOG2 0
+#define TINY_FACTOR 1.0f
+
+static const packed_range packed_as_is = {1, false};
+
+FA_INLINE const packed_range *query_range(const packed_vec *query, int64_t head_dim)
+{
+    (void)query, (void)head_dim;
+    return &packed_as_is;
+}
+
+FA_INLINE const packed_range *key_range_at(const char *packed, int64_t head_dim)
+{
+    (void)packed, (void)head_dim;
+    return &packed_as_is;
+}
+
+FA_INLINE const packed_range *value_range_at(const char *packed, int64_t head_dim_v)
+{
+    (void)packed, (void)head_dim_v;
+    return &packed_as_is;
+}
+
+FA_INLINE int parts_of(fa_dtype dtype)
+{
+    (void)dtype;
+    return MAX_PARTS;
+}
+
+FA_INLINE ptrdiff_t key_part_bytes(int64_t head_dim)
+{
+    return packed_key_bytes(head_dim);
+}
+
+FA_INLINE ptrdiff_t value_part_bytes(int64_t head_dim_v)
+{
+    return packed_value_bytes(head_dim_v);
+}
+
+FA_INLINE int64_t query_part_rows(int64_t head_dim)
+{
+    return query_panel_rows(head_dim);
+}
+
 FA_INLINE int64_t superblock_keys(const fa_problem *p)
 {
     const int64_t key = key_is_operand(&p->key, p->head_dim) ? 0 : packed_key_bytes(p->head_dim);
-    const int64_t bytes = key + FA_KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim_v);
+    const int64_t bytes = key + value_block_bytes(p->head_dim_v);
     const int64_t blocks = bytes > 0 ? MAX_SUPERBLOCK_BYTES / bytes : 1;
     return blocks * FA_KEY_BLOCK < MAX_SUPERBLOCK_KEYS ? blocks * FA_KEY_BLOCK : MAX_SUPERBLOCK_KEYS;
 }
 
 /* Of keys in place, those blocks are packed that are cut: the first and the last. */
-FA_INLINE int64_t packed_keys(const fa_problem *p)
+FA_INLINE size_t wide_key_bytes(const fa_problem *p)
 {
-    return key_is_operand(&p->key, p->head_dim) ? 2 * FA_KEY_BLOCK : superblock_keys(p);
+    const int64_t keys = key_is_operand(&p->key, p->head_dim) ? 2 * FA_KEY_BLOCK : superblock_keys(p);
+    return (size_t)(keys / FA_KEY_BLOCK * packed_key_bytes(p->head_dim));
 }
 
-FA_INLINE int64_t packed_values(const fa_problem *p)
+FA_INLINE size_t wide_value_bytes(const fa_problem *p)
 {
-    return superblock_keys(p);
+    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * value_block_bytes(p->head_dim_v));
 }
 
 /* Keys first, first + 1 of the group of TILE_K, as pairs of LANES columns from e on; a missing key is 0. */

@@ -10,6 +10,8 @@
 #include "pairs.h"
 
 #define TILE_K 2
+#define MAX_PARTS 1
+#define PROBABILITY_PANELS 1
 /* Bytes from a column of packed values to the next. */
 #define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
 #define KEY_STEP 1
@@ -38,16 +40,15 @@ FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head
     pack_decode_rows(key, num_keys, head_dim, packed);
 }
 
-/* Keys and values that are packed at once. */
-FA_INLINE int64_t packed_keys(const fa_problem *p)
+/* Of what is packed at once: a block. */
+FA_INLINE size_t wide_key_bytes(const fa_problem *p)
 {
-    (void)p;
-    return FA_KEY_BLOCK;
+    return (size_t)(FA_KEY_BLOCK * packed_decode_row_bytes(p->head_dim));
 }
 
-FA_INLINE int64_t packed_values(const fa_problem *p)
+FA_INLINE size_t wide_value_bytes(const fa_problem *p)
 {
-    return packed_keys(p);
+    return (size_t)(FA_KEY_BLOCK / TILE_K * packed_row_bytes(p->head_dim_v));
 }
 
 FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)

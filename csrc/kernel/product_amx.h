@@ -12,7 +12,9 @@
 #ifndef FA_KERNEL_PRODUCT_AMX_H
 #define FA_KERNEL_PRODUCT_AMX_H
 
+#if MAX_PARTS == 1
 #include "micro_kernel.h"
+#endif
 #include "softmax_stream.h"
 #include "tile_unit.h"
 
@@ -43,6 +45,32 @@ FA_INLINE void end_products(void)
     tmm_release();
 }
 
+/* The products of parts that a product consists of, each of which has an index in common with the one before:
+ * its tiles are there already. Of numbers that are one part, just one. */
+typedef struct {
+    int count;
+    struct {
+        uint8_t a, b;
+    } of[6];
+} part_products;
+
+/* exact: of two parts each, the product of the lesser ones, too. */
+FA_INLINE part_products list_part_products(int a_parts, int b_parts, bool exact)
+{
+    static const uint8_t order[][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+    part_products list = {0};
+    for (int i = 0; i < 6; i++) {
+        const int a = order[i][0], b = order[i][1];
+        if (a < a_parts && b < b_parts && (a + b < a_parts || a + b < b_parts || exact)) {
+            list.of[list.count].a = (uint8_t)a;
+            list.of[list.count++].b = (uint8_t)b;
+        }
+    }
+    return list;
+}
+
+static const part_products one_part = {1, {{0, 0}}};
+
 /* A panel of sums: 16-row blocks of A's rows, B's rows and C's. */
 typedef struct {
     const char *a;
@@ -51,7 +79,14 @@ typedef struct {
     vec *c;                  /* [16-row block][16][2] */
     int blocks, steps;
     bool empty; /* C is not there yet */
+    const part_products *parts;
+    ptrdiff_t a_part, b_part; /* from a part of A to the next in bytes, of B in vectors */
 } panel_product;
+
+FA_INLINE int count_dots(const panel_product *x)
+{
+    return x->blocks * x->steps * MAX_VECTORS * x->parts->count;
+}
 
 /* Where register 1 belongs. */
 typedef struct {
@@ -141,11 +176,62 @@ FA_INLINE void multiply_steps(const panel_product *x, pending_store *pending, so
     }
 }
 
+/* Of numbers in parts, the products of parts after each other for every step, two blocks of rows at a time;
+ * registers as above. What is beside it follows a step's first product. */
+FA_INLINE void multiply_parts(const panel_product *x, pending_store *pending, softmax_stream *f,
+                              bool exact_sums, softmax_pace pace)
+{
+    const char *rows = x->a;
+    vec *c = x->c;
+    for (int i = 0; i < x->blocks; i += 2, rows += 2 * TMM_ROWS * x->a_row, c += 2 * PANEL_BLOCK) {
+        start_sum(0, c, x->empty);
+        start_sum(2, c + PANEL_BLOCK, x->empty);
+        start_sum(3, c + PANEL_BLOCK + 1, x->empty);
+        int left = x->steps * x->parts->count;
+        bool first = true;
+        for (int k = 0; k < x->steps; k++) {
+            int a_part = -1, b_part = -1;
+            for (int q = 0; q < x->parts->count; q++) {
+                if (x->parts->of[q].a != a_part) {
+                    a_part = x->parts->of[q].a;
+                    const char *a = rows + k * x->a_step + a_part * x->a_part;
+                    tmm_load_stream(4, a, x->a_row);
+                    tmm_load_stream(5, a + TMM_ROWS * x->a_row, x->a_row);
+                }
+                if (x->parts->of[q].b != b_part) {
+                    b_part = x->parts->of[q].b;
+                    const packed_vec *b = x->b + k * PANEL_BLOCK + b_part * x->b_part;
+                    tmm_load(6, b, PANEL_ROW);
+                    tmm_load(7, b + 1, PANEL_ROW);
+                }
+                tmm_dot(0, 4, 6);
+                if (pace != PACE_NONE)
+                    soften_by_credit(f, exact_sums, 4);
+                tmm_dot(2, 5, 6);
+                if (first) {
+                    tmm_store(1, pending->at, PANEL_ROW);
+                    pending->at = c + 1;
+                    start_sum(1, c + 1, x->empty);
+                    first = false;
+                }
+                tmm_dot(3, 5, 7);
+                if (--left == 0)
+                    tmm_store(0, c, PANEL_ROW);
+                tmm_dot(1, 4, 7);
+            }
+        }
+        tmm_store(2, c + PANEL_BLOCK, PANEL_ROW);
+        tmm_store(3, c + PANEL_BLOCK + 1, PANEL_ROW);
+    }
+}
+
 FA_INLINE void multiply_panel(const panel_product *x, pending_store *pending, softmax_stream *f,
                               bool exact_sums, softmax_pace pace)
 {
     if (x->steps == 0) /* head_dim is 0 */
         memset(x->c, 0, (size_t)(x->blocks * PANEL_BLOCK) * sizeof(vec));
+    else if (MAX_PARTS > 1)
+        multiply_parts(x, pending, f, exact_sums, pace);
     else if (x->steps == 2)
         multiply_two_steps(x, pending, f, exact_sums, pace);
     else
@@ -167,7 +253,7 @@ FA_INLINE void product_scores(const product_rows *a, int i, const packed_vec *b,
                               vec block_max[MAX_VECTORS])
 {
     prefetch_burst(prefetch, prefetch->data);
-    multiply_panel_alone(&(panel_product){a->data + i * a->row, a->row, a->step, b, panel, 2, length, true});
+    multiply_panel_alone(&(panel_product){a->data + i * a->row, a->row, a->step, b, panel, 2, length, true, &one_part, 0, 0});
     for (int r = 0; r < PRODUCT_ROWS(vectors) * vectors && scale != 1; r++)
         panel[r] *= scale;
     for (int r = 0; r < PRODUCT_ROWS(vectors) && i + r < a->last; r++)
@@ -175,6 +261,7 @@ FA_INLINE void product_scores(const product_rows *a, int i, const packed_vec *b,
             block_max[m] = vec_max(panel[r * vectors + m], block_max[m]);
 }
 
+#if MAX_PARTS == 1
 /* Pair by pair: the unit multiplies all, masked or not. */
 FA_INLINE void add_nan_safe(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
                             vec *panel)
@@ -196,18 +283,22 @@ FA_INLINE void add_nan_safe(const product_rows *a, int i, const packed_vec *b, i
     }
 }
 
+#endif
+
 FA_INLINE void product_add(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
                            bool nan_safe, bool empty, const product_prefetch *prefetch, vec *panel)
 {
     const int blocks = i + TMM_ROWS < a->last ? 2 : 1;
+#if MAX_PARTS == 1
     if (nan_safe) {
         memset(panel, 0, empty ? (size_t)(blocks * PANEL_BLOCK) * sizeof(vec) : 0);
         add_nan_safe(a, i, b, length, vectors, panel);
         return;
     }
+#endif
     prefetch_burst(prefetch, prefetch->data);
     multiply_panel_alone(
-        &(panel_product){a->data + i * a->row, a->row, a->step, b, panel, blocks, length, empty});
+        &(panel_product){a->data + i * a->row, a->row, a->step, b, panel, blocks, length, empty, &one_part, 0, 0});
 }
 
 /* The unit's products with nothing else. */

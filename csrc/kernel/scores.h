@@ -71,12 +71,12 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
  * are then 0, which bfloat16 does not show; but under a sink all of a row's may be as small. */
 FA_INLINE int max_excess_log2(const fa_problem *p)
 {
-    return p->sinks.data ? 8 : 60;
+    return p->sinks.data ? 8 : MAX_PARTS > 1 ? 24 : 60;
 }
 
 FA_INLINE int probability_shift(const fa_problem *p)
 {
-    return IS_PIPELINED && !p->sinks.data ? 74 : 0;
+    return IS_PIPELINED && MAX_PARTS == 1 && !p->sinks.data ? 74 : 0;
 }
 
 /* What the shift is undone by. */

@@ -1,20 +1,23 @@
 /* The softmax of a block of scores in pieces, which run beside the products of the tile unit: exponentials,
  * their sums, and the packing of probabilities to pairs, two rows of the score panel at a time.
  *
- * Requires the tile unit's instruction set (isa/amx.h). */
+ * Requires the tile unit's instruction set (isa/amx.h) and an operand; provides softmax_stream. */
 #include "for_editors_amx.h"
 
 #ifndef FA_KERNEL_SOFTMAX_STREAM_H
 #define FA_KERNEL_SOFTMAX_STREAM_H
 
 #include "math.h"
-#include "pairs.h"
 #include "product.h"
+
+/* Vectors from a part of the probabilities to the next. */
+#define PROBABILITY_PART (FA_KEY_BLOCK / 2 * MAX_VECTORS)
 
 typedef struct {
     const vec *scores;         /* the next two rows */
     packed_vec *probabilities; /* of theirs */
     int rows;                  /* left to do */
+    int parts;                 /* of probabilities */
     vec row_max[MAX_VECTORS], sum[MAX_VECTORS], exact_sum[MAX_VECTORS];
     vec to_log2, shift;       /* probabilities, and their sum, are 2^-shift times as large */
     int credit, income, cost; /* a product earns half as much as there are rows; two rows cost as much as
@@ -29,9 +32,9 @@ typedef enum {
     PACE_CREDIT  /* as the credit allows */
 } softmax_pace;
 
-/* Two rows of vector m. Sums are of what was not rounded. exact_sums: for lse, to float32's precision, too;
- * what is divided by remains the sum of the same exponentials as meet the values. */
-FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
+/* Two rows of vector m, for one part. Sums are of what was not rounded. exact_sums: for lse, to float32's
+ * precision, too; what is divided by remains the sum of the same exponentials as meet the values. */
+FA_INLINE void soften_coarsely(softmax_stream *f, bool exact_sums, int m)
 {
     const vec a = f->scores[m] - f->row_max[m], b = f->scores[MAX_VECTORS + m] - f->row_max[m];
     const vec p = vec_exp2_coarse(vec_multiply_subtract(a, f->to_log2, f->shift));
@@ -42,7 +45,39 @@ FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
     }
     f->sum[m] += p;
     f->sum[m] += q;
-    f->probabilities[m] = round_pairs_fast(p, q);
+    f->probabilities[m] = (packed_vec)round_pairs_fast(p, q);
+}
+
+/* The shift is subtracted from the whole part of the exponent, where it rounds nothing. */
+FA_INLINE vec shifted_probability(const softmax_stream *f, int m, vec score)
+{
+    exponent t = split_exponent((score - f->row_max[m]) * f->to_log2);
+    t.n -= f->shift;
+    return vec_exp2_of(t);
+}
+
+/* Two rows of vector m to float32's precision, in parts. */
+FA_INLINE void soften_in_parts(softmax_stream *f, int m)
+{
+    vec p = shifted_probability(f, m, f->scores[m]), q = shifted_probability(f, m, f->scores[MAX_VECTORS + m]);
+    f->sum[m] += p;
+    f->sum[m] += q;
+#pragma GCC unroll 3
+    for (int i = 0; i < MAX_PARTS; i++) {
+        f->probabilities[i * PROBABILITY_PART + m] = (packed_vec)truncate_pairs(p, q);
+        if (i + 1 == f->parts)
+            break;
+        p -= (vec)((uvec)p & 0xffff0000);
+        q -= (vec)((uvec)q & 0xffff0000);
+    }
+}
+
+FA_INLINE void soften_vector(softmax_stream *f, bool exact_sums, int m)
+{
+    if (MAX_PARTS == 1)
+        soften_coarsely(f, exact_sums, m);
+    else
+        soften_in_parts(f, m);
     if (m + 1 == MAX_VECTORS) {
         f->scores += 2 * MAX_VECTORS;
         f->probabilities += MAX_VECTORS;
@@ -57,6 +92,13 @@ FA_INLINE void soften_rows(softmax_stream *f, bool exact_sums)
         soften_vector(f, exact_sums, m);
 }
 
+/* What `products` products have earned. */
+FA_INLINE void soften_by_credit(softmax_stream *f, bool exact_sums, int products)
+{
+    for (f->credit += products * f->income; f->credit >= f->cost && f->rows > 0; f->credit -= f->cost)
+        soften_rows(f, exact_sums);
+}
+
 /* What follows product i. */
 FA_INLINE void soften_beside(softmax_stream *f, bool exact_sums, softmax_pace pace, int i)
 {
@@ -65,8 +107,7 @@ FA_INLINE void soften_beside(softmax_stream *f, bool exact_sums, softmax_pace pa
     if (pace == PACE_ROWS)
         soften_rows(f, exact_sums);
     if (pace == PACE_CREDIT)
-        for (f->credit += f->income; f->credit >= f->cost && f->rows > 0; f->credit -= f->cost)
-            soften_rows(f, exact_sums);
+        soften_by_credit(f, exact_sums, 1);
 }
 
 /* All but the last `rows` rows. */

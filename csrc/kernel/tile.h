@@ -13,7 +13,9 @@
 #define TILE_ROWS (MAX_VECTORS * LANES)
 
 /* A tile of so few rows is decode: its one vector holds some keys' scores for all rows, key by key. */
+#ifndef DECODE_ROWS
 #define DECODE_ROWS (LANES / 2)
+#endif
 
 /* Keys between two updates of the running softmax. Scores of a full tile: 64 × 3 vectors = 12 KiB of
  * AVX-512 floats, which leaves L1 room for the queries of head_dim 64 and the rows of K and V. */
@@ -44,6 +46,7 @@ typedef struct {
     int key_shift;            /* 2^key_shift keys in a row of the score panel: LANES / rows_pow2, or 1 */
     bool packed;              /* `query` is there */
     bool rises;               /* scores have exceeded row_max by far; of the pipeline */
+    bool folded;              /* folded_out and folded_sum are there; of the pipeline */
     bool empty;               /* no key block yet: `out` is not there, and stands for 0 */
     int64_t key_lo, key_hi;   /* keys that some row sees lie in [key_lo, key_hi) */
     int64_t full_lo, full_hi; /* keys that no row's interval hides: [full_lo, full_hi) */
@@ -59,12 +62,14 @@ typedef struct {
     vec top_least[MAX_VECTORS]; /* of each lane's row: what a score must exceed to be listed */
     packed_vec *query;          /* [query_panel_rows][vectors]; decode: [head_dim / LANES][row] of reals */
     vec *out;                   /* unnormalised: [head_dim_v][vectors]; decode: [row][head_dim_v / LANES] */
+    vec *folded_out;            /* of superblocks before, which `out` is without, as row_sum is */
+    vec folded_sum[MAX_VECTORS];
     partial *total;             /* where keys are split: over the splits so far */
 } tile;
 
 FA_INLINE bool is_decode(const tile *t)
 {
-    return t->rows_pow2 > 0;
+    return DECODE_ROWS > 0 && t->rows_pow2 > 0;
 }
 
 /* The tile's row that a lane works for; rows that are not in use are >= t->rows. */
@@ -101,7 +106,7 @@ typedef struct {
     tile *tiles;
     vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Decode: DECODE_KEYS keys of `rows_pow2`
                   * rows each */
-    vec *scores_again, *nowhere; /* of the pipeline */
+    vec *scores_again, *leading_scores, *nowhere; /* of the pipeline */
     packed_vec *probabilities;
     char *packed_key, *packed_value;
     char *finite_values; /* a packed block of the pipeline */
@@ -171,6 +176,7 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     for (int t = 0; t < num_tiles; t++) {
         void *query = take(base, &offset, query_bytes(p));
         void *out = take(base, &offset, out_bytes(p, TILE_ROWS));
+        void *folded_out = take(base, &offset, MAX_PARTS > 1 ? out_bytes(p, TILE_ROWS) : 0);
         const bool is_split = t == 0 || SPLITS_MANY_ROWS;
         void *total = take(base, &offset, is_split ? partial_bytes(p, TILE_ROWS) : 0);
         void *top_keys = take(base, &offset, (size_t)p->top_count * TILE_ROWS * sizeof(int64_t));
@@ -178,6 +184,7 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
         if (base) {
             w->tiles[t].query = query;
             w->tiles[t].out = out;
+            w->tiles[t].folded_out = folded_out;
             w->tiles[t].total = total;
             w->tiles[t].top_keys = top_keys;
             w->tiles[t].top_scores = top_scores;
@@ -187,7 +194,8 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
     if (IS_PIPELINED) {
         const size_t panel_bytes = KEY_BLOCK * vector_row;
         w->scores_again = take(base, &offset, panel_bytes);
-        w->probabilities = take(base, &offset, panel_bytes / 2);
+        w->leading_scores = take(base, &offset, MAX_PARTS > 1 ? panel_bytes : 0);
+        w->probabilities = take(base, &offset, PROBABILITY_PANELS * MAX_PARTS * panel_bytes / 2);
         w->nowhere = take(base, &offset, panel_bytes / 4);
         w->finite_values =
             take(base, &offset, (size_t)(KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim_v)));
@@ -196,10 +204,10 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
         KEY_STEP > 1 || !key_is_operand(&p->key, p->head_dim) || !is_vector_aligned(&p->key, p->head_dim);
     bool packs_value = !value_is_operand(&p->value) || !is_vector_aligned(&p->value, p->head_dim_v);
     /* Of a decode tile, both are rows. */
-    const size_t key_bytes = (size_t)(packed_keys(p) * packed_decode_row_bytes(p->head_dim));
-    const size_t value_rows = (size_t)(KEY_BLOCK * packed_decode_row_bytes(p->head_dim_v));
+    const size_t key_bytes =
+        larger((size_t)(KEY_BLOCK * packed_decode_row_bytes(p->head_dim)), wide_key_bytes(p));
     const size_t value_bytes =
-        larger(value_rows, (size_t)(packed_values(p) / TILE_K * packed_value_bytes(p->head_dim_v)));
+        larger((size_t)(KEY_BLOCK * packed_decode_row_bytes(p->head_dim_v)), wide_value_bytes(p));
     w->packed_key = take(base, &offset, packs_key ? key_bytes : 0);
     w->packed_value = take(base, &offset, packs_value ? value_bytes : 0);
     w->gathered = take(base, &offset, packs_key || packs_value ? gathered_bytes(p) : 0);

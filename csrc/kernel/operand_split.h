@@ -1,0 +1,425 @@
+/* Products of float32 and float16 in the tile unit, which multiplies bfloat16: a number is split into parts,
+ * leading bits first, that are bfloat16 and whose sum it is, and of the products of parts those are summed
+ * that show in the result:
+ *
+ *     x = x0 + x1 + x2,  x y = Σ xi yj  for i + j < 3: six products, float32's 24 bits
+ *     x = x0 + x1,       x y = Σ xi yj  for i + j < 2: three, float16's 11 bits
+ *
+ * What is stored in fewer bits than it meets has fewer parts: bfloat16 one, float16 two. Each part is packed
+ * as tiles, and the parts lie one behind the other.
+ *
+ * The unit takes parts and products below 2^-126 for 0. What keys and queries lose by that is at most 2^-126
+ * times what they meet, which is bounded: a block of keys or a tile of queries that has a number of
+ * MAX_MAGNITUDE or more is packed LARGE_DIVISOR times smaller, and its scores are multiplied by that. A block
+ * of values without a number of 1 / TINY_FACTOR is packed that much larger, and its probabilities smaller.
+ * Infinity splits into itself and zeros, which gives NaN where it meets a part that is 0: such scores are
+ * replaced by those of the leading parts.
+ *
+ * Requires decode_operand_real.h; provides operand, TILE_K and the packing of keys, values and queries. */
+#include "for_editors_split.h"
+
+#ifndef FA_KERNEL_OPERAND_H
+#define FA_KERNEL_OPERAND_H
+
+#include "decode_operand_real.h"
+
+#define TILE_K 32
+#define MAX_PARTS 3
+/* Probabilities are read several times, while the next ones are stored. */
+#define PROBABILITY_PANELS 2
+#define KEY_STEP FA_KEY_BLOCK
+#define VALUE_STEP FA_KEY_BLOCK
+#define PACKED_VALUE_COL FA_VECTOR_BYTES
+
+/* Groups of few rows are another kernel's. */
+#define DECODE_ROWS 0
+
+/* Keys that are packed at once, for all tiles of an item: so many that the scratch stays small and they, with
+ * the tiles, in L2. */
+#define MAX_SUPERBLOCK_KEYS 2048
+#define MAX_SUPERBLOCK_BYTES (1 << 19)
+
+/* Sums of 512 products of numbers below MAX_MAGNITUDE do not overflow. */
+#define MAX_MAGNITUDE 0x1p59f
+#define LARGE_DIVISOR 0x1p69f
+#define TINY_FACTOR_LOG2 64
+#define TINY_FACTOR 0x1p64f
+
+/* What packed numbers were multiplied by, and whether there is an infinite one. */
+typedef struct {
+    float factor;
+    bool has_infinity;
+} packed_range;
+
+#define PACKED_RANGE_BYTES 64
+
+/* Parts of what is stored in this dtype. */
+FA_INLINE int parts_of(fa_dtype dtype)
+{
+    return dtype == FA_BFLOAT16 ? 1 : dtype == FA_FLOAT16 ? 2 : MAX_PARTS;
+}
+
+/* --- sizes -------------------------------------------------------------------------------------- */
+
+/* Vectors of a row of a part. */
+FA_INLINE int key_steps(int64_t head_dim)
+{
+    return (int)((head_dim + TILE_K - 1) / TILE_K);
+}
+
+/* Of a part of the packed queries: [head_dim / 2][vectors], in whole tiles. */
+FA_INLINE int64_t query_part_rows(int64_t head_dim)
+{
+    return key_steps(head_dim) * TILE_K / 2;
+}
+
+FA_INLINE int64_t query_panel_rows(int64_t head_dim)
+{
+    return MAX_PARTS * query_part_rows(head_dim) + 1;
+}
+
+/* In the last row of the panel. */
+FA_INLINE packed_range *query_range(packed_vec *query, int64_t head_dim)
+{
+    return (packed_range *)(query + MAX_PARTS * query_part_rows(head_dim) * MAX_VECTORS);
+}
+
+FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
+{
+    (void)head_dim;
+    return FA_VECTOR_BYTES;
+}
+
+FA_INLINE ptrdiff_t packed_key_step(void)
+{
+    return FA_KEY_BLOCK * FA_VECTOR_BYTES;
+}
+
+FA_INLINE ptrdiff_t key_part_bytes(int64_t head_dim)
+{
+    return key_steps(head_dim) * packed_key_step();
+}
+
+/* Of a block. */
+FA_INLINE ptrdiff_t packed_key_bytes(int64_t head_dim)
+{
+    return MAX_PARTS * key_part_bytes(head_dim) + PACKED_RANGE_BYTES;
+}
+
+FA_INLINE packed_range *key_range_at(const char *packed, int64_t head_dim)
+{
+    return (packed_range *)(packed + MAX_PARTS * key_part_bytes(head_dim));
+}
+
+/* Of TILE_K keys: [head_dim_v][TILE_K], in whole tiles. */
+FA_INLINE ptrdiff_t value_part_bytes(int64_t head_dim_v)
+{
+    return packed_row_bytes(head_dim_v) * LANES;
+}
+
+FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
+{
+    return MAX_PARTS * value_part_bytes(head_dim_v);
+}
+
+FA_INLINE ptrdiff_t value_block_bytes(int64_t head_dim_v)
+{
+    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v) + PACKED_RANGE_BYTES;
+}
+
+FA_INLINE packed_range *value_range_at(const char *packed, int64_t head_dim_v)
+{
+    return (packed_range *)(packed + FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v));
+}
+
+FA_INLINE int64_t superblock_keys(const fa_problem *p)
+{
+    const int64_t blocks =
+        MAX_SUPERBLOCK_BYTES / (packed_key_bytes(p->head_dim) + value_block_bytes(p->head_dim_v));
+    return blocks * FA_KEY_BLOCK < MAX_SUPERBLOCK_KEYS ? blocks * FA_KEY_BLOCK : MAX_SUPERBLOCK_KEYS;
+}
+
+FA_INLINE size_t wide_key_bytes(const fa_problem *p)
+{
+    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * packed_key_bytes(p->head_dim));
+}
+
+FA_INLINE size_t wide_value_bytes(const fa_problem *p)
+{
+    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * value_block_bytes(p->head_dim_v));
+}
+
+FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
+{
+    (void)key, (void)head_dim;
+    return false;
+}
+
+FA_INLINE bool value_is_operand(const fa_array *value)
+{
+    (void)value;
+    return false;
+}
+
+FA_INLINE ptrdiff_t operand_step(const fa_array *array)
+{
+    (void)array;
+    return FA_VECTOR_BYTES;
+}
+
+/* --- parts -------------------------------------------------------------------------------------- */
+
+/* x without its leading part; 0 for infinity and NaN. */
+FA_INLINE vec without_leading_part(vec x)
+{
+    const vec rest = x - (vec)((uvec)x & 0xffff0000);
+    return vec_select(vec_equal(rest, rest), rest, vec_splat(0));
+}
+
+/* Lanes (low, high), a vector for each part. */
+FA_INLINE void store_parts(vec low, vec high, int parts, char *to, ptrdiff_t part_bytes)
+{
+#pragma GCC unroll 3
+    for (int i = 0; i < parts; i++, to += part_bytes) {
+        vec_store(to, (vec)((uvec)low >> 16 | ((uvec)high & 0xffff0000)));
+        low = without_leading_part(low);
+        high = without_leading_part(high);
+    }
+}
+
+/* The bits of each lane's largest magnitude so far. */
+FA_INLINE ivec larger_magnitude(ivec largest, vec x)
+{
+    return ivec_max(largest, (ivec)x & 0x7fffffff);
+}
+
+FA_INLINE lane_int magnitude_bits(float x)
+{
+    lane_int bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+FA_INLINE bool any_reaches(ivec largest, float limit)
+{
+    const ivec reaches = (ivec)(largest >= magnitude_bits(limit));
+    return vmask_any(ivec_test(reaches, reaches));
+}
+
+/* Of numbers some of which are large. */
+typedef struct {
+    ivec largest, infinite; /* bits of the largest finite magnitude; lanes that have seen infinity */
+} magnitudes;
+
+FA_INLINE void look_at(magnitudes *seen, vec x)
+{
+    const ivec bits = (ivec)x & 0x7fffffff, infinity = ivec_splat(0x7f800000);
+    seen->largest = ivec_max(seen->largest, bits & (ivec)(bits < infinity));
+    seen->infinite |= (ivec)(bits == infinity);
+}
+
+FA_INLINE packed_range range_of(const magnitudes *seen)
+{
+    return (packed_range){any_reaches(seen->largest, MAX_MAGNITUDE) ? 1 / LARGE_DIVISOR : 1,
+                          vmask_any(ivec_test(seen->infinite, seen->infinite))};
+}
+
+/* --- keys and values ---------------------------------------------------------------------------- */
+
+/* Rows of at most TILE_K floats, which end in zeros. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row;
+    bool one_vector;
+} float_rows;
+
+/* Elements [d, d + TILE_K) of `count` rows from n on; in place, or upcast into `room`. */
+FA_INLINE float_rows load_rows(const source_rows *src, int n, int count, int d, int head_dim, char *room)
+{
+    const fa_array *array = src->array;
+    const source_rows part = {src->data + n * array->row + d * array->col, array,
+                              src->scale ? src->scale + n * src->scale_step : NULL, src->scale_step};
+    const int columns = head_dim - d < TILE_K ? head_dim - d : TILE_K;
+    if (array->dtype == FA_REAL_DTYPE && array->col == sizeof(real) && columns % LANES == 0)
+        return (float_rows){part.data, array->row, columns <= LANES};
+    pack_rows(&part, count, columns, room);
+    return (float_rows){room, packed_row_bytes(columns), columns <= LANES};
+}
+
+FA_INLINE vec load_half_row(const float_rows *rows, int n, int half)
+{
+    return half > 0 && rows->one_vector ? vec_splat(0)
+                                        : vec_load(rows->data + n * rows->row + half * FA_VECTOR_BYTES);
+}
+
+/* The block's keys times `factor`, and the bits of their largest magnitude. A pair is two elements LANES
+ * apart, as in pack_query. */
+static ivec pack_key_parts(const source_rows *src, int lead, int num_keys, int head_dim, float factor,
+                           char *packed)
+{
+    _Alignas(64) char room[FA_KEY_BLOCK * 2 * FA_VECTOR_BYTES];
+    const int parts = parts_of(src->array->dtype), end = (lead + num_keys + TILE_K - 1) / TILE_K * TILE_K;
+    const ptrdiff_t part_bytes = key_part_bytes(head_dim);
+    ivec largest = {0};
+    for (int d = 0; d < head_dim; d += TILE_K, packed += packed_key_step()) {
+        const float_rows rows = load_rows(src, 0, num_keys, d, head_dim, room);
+        for (int n = 0; n < end; n++) {
+            vec low = vec_splat(0), high = vec_splat(0);
+            if (n >= lead && n < lead + num_keys) {
+                low = load_half_row(&rows, n - lead, 0) * factor;
+                high = load_half_row(&rows, n - lead, 1) * factor;
+            }
+            largest = larger_magnitude(larger_magnitude(largest, low), high);
+            store_parts(low, high, parts, packed + n * FA_VECTOR_BYTES, part_bytes);
+        }
+    }
+    return largest;
+}
+
+static packed_range find_key_range(const source_rows *src, int num_keys, int head_dim)
+{
+    _Alignas(64) char room[FA_KEY_BLOCK * 2 * FA_VECTOR_BYTES];
+    magnitudes seen = {{0}, {0}};
+    for (int d = 0; d < head_dim; d += TILE_K) {
+        const float_rows rows = load_rows(src, 0, num_keys, d, head_dim, room);
+        for (int n = 0; n < num_keys; n++) {
+            look_at(&seen, load_half_row(&rows, n, 0));
+            look_at(&seen, load_half_row(&rows, n, 1));
+        }
+    }
+    return range_of(&seen);
+}
+
+/* A block of keys, of which the first `lead` ones and those behind num_keys are missing: they are 0. */
+FA_INLINE void pack_key(const source_rows *src, int lead, int num_keys, int head_dim, char *packed)
+{
+    packed_range *range = key_range_at(packed, head_dim);
+    *range = (packed_range){1, false};
+    const ivec largest = pack_key_parts(src, lead, num_keys, head_dim, 1, packed);
+    if (!any_reaches(largest, MAX_MAGNITUDE))
+        return;
+    *range = find_key_range(src, num_keys, head_dim);
+    if (range->factor != 1)
+        pack_key_parts(src, lead, num_keys, head_dim, range->factor, packed);
+}
+
+/* TILE_K keys from n on, of which those outside [0, num_keys) are missing, and LANES columns from e on, times
+ * `factor`: transposed to rows of TILE_K keys. */
+FA_INLINE ivec pack_value_columns(const float_rows *rows, int begin, int end, int half, float factor, int parts,
+                                  ptrdiff_t part_bytes, char *packed)
+{
+    vec even[LANES], odd[LANES];
+    ivec largest = {0};
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+        const int n = 2 * i;
+        even[i] = n >= begin && n < end ? load_half_row(rows, n - begin, half) * factor : vec_splat(0);
+        odd[i] = n + 1 >= begin && n + 1 < end ? load_half_row(rows, n + 1 - begin, half) * factor : vec_splat(0);
+        largest = larger_magnitude(larger_magnitude(largest, even[i]), odd[i]);
+    }
+    vec_transpose(even);
+    vec_transpose(odd);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        store_parts(even[i], odd[i], parts, packed + i * FA_VECTOR_BYTES, part_bytes);
+    return largest;
+}
+
+static ivec pack_value_parts(const source_rows *src, int lead, int num_keys, int head_dim_v, float factor,
+                             char *packed)
+{
+    _Alignas(64) char room[TILE_K * 2 * FA_VECTOR_BYTES];
+    const int parts = parts_of(src->array->dtype);
+    const ptrdiff_t part_bytes = value_part_bytes(head_dim_v);
+    ivec largest = {0};
+    for (int n = -lead; n < num_keys; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
+        const int first = n < 0 ? 0 : n, last = n + TILE_K < num_keys ? n + TILE_K : num_keys;
+        for (int e = 0; e < head_dim_v; e += TILE_K) {
+            const float_rows rows = load_rows(src, first, last > first ? last - first : 0, e, head_dim_v, room);
+            for (int half = 0; half < 2 && e + half * LANES < head_dim_v; half++) {
+                char *to = packed + (e + half * LANES) * FA_VECTOR_BYTES;
+                const ivec bits = last - n == TILE_K && first == n
+                                      ? pack_value_columns(&rows, 0, TILE_K, half, factor, parts, part_bytes, to)
+                                      : pack_value_columns(&rows, first - n, last - n, half, factor, parts,
+                                                           part_bytes, to);
+                largest = ivec_max(largest, bits);
+            }
+        }
+    }
+    return largest;
+}
+
+/* A block of values, likewise. */
+FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
+{
+    packed_range *range = value_range_at(packed, head_dim_v);
+    *range = (packed_range){1, false};
+    const ivec largest = pack_value_parts(src, lead, num_keys, head_dim_v, 1, packed);
+    if (any_reaches(largest, 1 / TINY_FACTOR) || !vmask_any(ivec_test(largest, largest)))
+        return;
+    range->factor = TINY_FACTOR;
+    pack_value_parts(src, lead, num_keys, head_dim_v, range->factor, packed);
+}
+
+/* --- queries ------------------------------------------------------------------------------------ */
+
+/* x[i]: element d + i of LANES rows, times `factor`; 0 beyond head_dim. */
+FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, int d, int head_dim, float factor,
+                            vec x[LANES])
+{
+    const int count = head_dim - d < LANES ? head_dim - d : LANES;
+    if (count > 0)
+        load_transposed(rows, d * col, col, count, dtype, x);
+    for (int i = 0; i < LANES; i++)
+        x[i] = i < count ? x[i] * factor : vec_splat(0);
+}
+
+static ivec pack_query_parts(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+                             float factor, packed_vec *query)
+{
+    const int parts = parts_of(dtype);
+    const ptrdiff_t part_bytes = query_part_rows(head_dim) * vectors * FA_VECTOR_BYTES;
+    ivec largest = {0};
+    for (int m = 0; m < vectors; m++)
+        for (int d = 0; d < head_dim; d += TILE_K) {
+            vec low[LANES], high[LANES];
+            load_columns(rows + m * LANES, col, dtype, d, head_dim, factor, low);
+            load_columns(rows + m * LANES, col, dtype, d + LANES, head_dim, factor, high);
+            for (int i = 0; i < LANES; i++) {
+                largest = larger_magnitude(larger_magnitude(largest, low[i]), high[i]);
+                store_parts(low[i], high[i], parts, (char *)(query + (d / 2 + i) * vectors + m), part_bytes);
+            }
+        }
+    return largest;
+}
+
+static packed_range find_query_range(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+                                     real sign)
+{
+    magnitudes seen = {{0}, {0}};
+    for (int m = 0; m < vectors; m++)
+        for (int d = 0; d < head_dim; d += LANES) {
+            vec x[LANES];
+            load_columns(rows + m * LANES, col, dtype, d, head_dim, sign, x);
+            for (int i = 0; i < LANES; i++)
+                look_at(&seen, x[i]);
+        }
+    return range_of(&seen);
+}
+
+/* Row j of the tile at rows[j], times `sign` (1, -1 or 0): [part][head_dim / 2][m] lanes of pairs, of
+ * elements LANES apart. */
+static void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors, real sign,
+                       packed_vec *query)
+{
+    packed_range *range = query_range(query, head_dim);
+    *range = (packed_range){1, false};
+    const ivec largest = pack_query_parts(rows, col, dtype, head_dim, vectors, sign, query);
+    if (!any_reaches(largest, MAX_MAGNITUDE))
+        return;
+    *range = find_query_range(rows, col, dtype, head_dim, vectors, sign);
+    if (range->factor != 1)
+        pack_query_parts(rows, col, dtype, head_dim, vectors, sign * range->factor, query);
+}
+
+#endif
