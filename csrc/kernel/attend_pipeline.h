@@ -57,8 +57,8 @@ FA_INLINE key_range block_range(const superblock *b, const tile *t, int block)
 static bool find_unit(const superblock *b, tile *t, int block, unit *u)
 {
     const fa_problem *p = b->s->problem;
-    *u = (unit){t, block, block_range(b, t, block), {0}};
-    if (u->range.key_lo >= u->range.key_hi)
+    *u = (unit){t, block, block_range(b, t, block), 0};
+    if (u->range.key_lo >= u->range.key_hi || !tile_sees(t, (fa_interval){u->range.key_lo, u->range.key_hi}))
         return false;
     const mask_state seen = p->mask.data ? load_mask(p, t, &u->range) : MASK_FULL;
     u->mods = find_score_mods(p, t, &u->range, seen == MASK_PARTIAL);
@@ -89,15 +89,16 @@ static void pack_superblock(superblock *b)
     item_state *s = b->s;
     const fa_problem *p = s->problem;
     char *packed_key = s->w.packed_key;
-    for (int i = 0; i < b->num_blocks; i++) {
-        const int64_t first = b->first + (int64_t)i * KEY_BLOCK;
-        const int64_t begin = max_i64(first, b->key_lo), end = min_i64(first + KEY_BLOCK, b->key_hi);
-        b->keys[i] = load_key_block(p, &s->arrays, begin, end, false, &s->w, packed_key);
+    fa_interval block;
+    for (int64_t begin = b->key_lo; next_block(s, begin, KEY_BLOCK, b->key_hi, &block); begin = block.hi) {
+        const int i = (int)((block.lo - b->first) / KEY_BLOCK);
+        b->keys[i] = load_key_block(p, &s->arrays, block.lo, block.hi, false, &s->w, packed_key);
         if (b->keys[i].data == packed_key)
             packed_key += packed_key_bytes(p->head_dim);
         else
             prefetch_block(&b->keys[i], 2 * p->head_dim);
-        load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value + i * b->value_bytes);
+        load_value_block(p, &s->arrays, block.lo, block.hi, false, &s->w,
+                         s->w.packed_value + i * b->value_bytes);
     }
 }
 
@@ -141,15 +142,14 @@ static void finish_scores(const superblock *b, const unit *u, vec *scores)
     for (int i = 0; i < num_keys(&u->range) * MAX_VECTORS && scale != 1; i++)
         scores[i] *= scale;
     mask_rows_behind(u->t, &u->range, scores);
-    if (count_score_mods(u->mods) > 0)
+    if (u->mods != 0)
         modify_scores(p, u->t, &u->range, u->mods, scores, block_max);
 }
 
 FA_INLINE bool changes_scores(const superblock *b, const unit *u)
 {
     const fa_problem *p = b->s->problem;
-    return count_score_mods(u->mods) > 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) ||
-           p->top_count > 0;
+    return u->mods != 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) || p->top_count > 0;
 }
 
 FA_INLINE vmask without_reference(const tile *t, int m)

@@ -57,25 +57,26 @@ static void stream_out(const item_state *s, const tile *t, next_streams *next)
     next->out.is_written = true;
 }
 
-/* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
-static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_safe)
+/* A block of keys as every tile of the item sees it. */
+static void attend_tiles(item_state *s, fa_interval block, bool nan_safe)
 {
     const fa_problem *p = s->problem;
-    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_key);
-    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value);
+    operand_block key = load_key_block(p, &s->arrays, block.lo, block.hi, false, &s->w, s->w.packed_key);
+    operand_block value =
+        load_value_block(p, &s->arrays, block.lo, block.hi, false, &s->w, s->w.packed_value);
+    const bool last_block = block.hi == s->key_hi;
     bool keys_prefetched = false; /* by one of the tiles */
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
-        key_range range = tile_range(t, begin, end);
-        bool last_block = end == s->key_hi;
-        if (range.key_lo >= range.key_hi)
+        if (!tile_sees(t, block))
             continue;
+        const key_range range = tile_range(t, block);
         next_streams next;
         clear_streams(&next);
         if (last_block)
             stream_out(s, t, &next);
         if (!keys_prefetched)
-            stream_next_keys(s, end, &next);
+            stream_next_keys(s, block.hi, &next.key, &next.value);
         if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
             stream_next_queries(s, i + 1, &next);
         if (!t->packed)
@@ -88,12 +89,12 @@ static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_saf
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
 static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {
-    for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
+    fa_interval block;
+    for (int64_t begin = key_lo; next_block(s, begin, KEY_BLOCK, key_hi, &block); begin = block.hi) {
         if (fa_should_stop(s->stop))
             return;
         begin_products();
-        end = block_end(begin, KEY_BLOCK, key_hi);
-        attend_tiles(s, begin, end, nan_safe);
+        attend_tiles(s, block, nan_safe);
     }
     for (int i = 0; i < s->num_tiles; i++)
         memcpy(s->w.tiles[i].exact_sum, s->w.tiles[i].row_sum, sizeof s->w.tiles[i].exact_sum);

@@ -192,17 +192,17 @@ static bool attend_shared_split(item_state *s)
 static void attend_weights(item_state *s)
 {
     const fa_problem *p = s->problem;
-    for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
+    fa_interval block;
+    for (int64_t begin = s->key_lo; next_block(s, begin, KEY_BLOCK, s->key_hi, &block); begin = block.hi) {
         if (fa_should_stop(s->stop))
             return;
         begin_products();
-        end = block_end(begin, KEY_BLOCK, s->key_hi);
-        operand_block key =
-            load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w, s->w.packed_key);
+        operand_block key = load_key_block(p, &s->arrays, block.lo, block.hi, is_decode(&s->w.tiles[0]),
+                                           &s->w, s->w.packed_key);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
-            key_range range = tile_range(t, begin, end);
-            if (range.key_lo >= range.key_hi || !compute_weights_any(p, t, &range, &key, s->w.scores))
+            const key_range range = tile_range(t, block);
+            if (!tile_sees(t, block) || !compute_weights_any(p, t, &range, &key, s->w.scores))
                 continue;
             if (p->weights.data)
                 store_weights(p, &s->arrays, t, &range, s->w.scores);

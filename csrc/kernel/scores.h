@@ -15,7 +15,7 @@
  */
 FA_INLINE bool scales_in_epilogue(const fa_problem *p)
 {
-    return p->softcap != 0 || p->bias.data || p->alibi_slopes.data || p->sinks.data;
+    return problem_score_mods(p) != 0 || p->sinks.data;
 }
 
 #define LOG2E 1.4426950408889634074
@@ -50,7 +50,6 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     if (seen == MASK_EMPTY)
         return false;
     const score_mods mods = find_score_mods(p, t, range, seen == MASK_PARTIAL);
-    const bool modified = count_score_mods(mods) > 0;
     const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
     if (decode) {
         multiply_decode_query_key(p, t, range, key, next, scale, scores);
@@ -58,7 +57,7 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
         multiply_query_key(p, t, range, key, next, scale, vectors, scores, block_max);
         mask_rows_behind(t, range, scores);
     }
-    if (modified)
+    if (mods != 0)
         modify_scores(p, t, range, mods, scores, block_max);
     else if (decode)
         find_block_max(scores, panel_rows(t, range, decode), vectors, block_max);

@@ -10,13 +10,13 @@
 #include "item.h"
 #include "softmax.h"
 
-/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
-FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
+/* The part of a block that the tile reads; its ends rounded out to whole operands and panel rows. */
+FA_INLINE key_range tile_range(const tile *t, fa_interval keys)
 {
     const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
     key_range range;
-    range.key_lo = max_i64(begin, t->key_lo);
-    range.key_hi = min_i64(end, t->key_hi);
+    range.key_lo = max_i64(keys.lo, t->key_lo);
+    range.key_hi = min_i64(keys.hi, t->key_hi);
     range.first = range.key_lo & ~mask;
     range.last = (range.key_hi + mask) & ~mask;
     return range;
@@ -92,40 +92,71 @@ typedef struct {
     fa_stop *stop;
 } item_state; /* at the front of the scratch */
 
+/* Whether some row of a tile may see keys of [lo, hi). A mask that hides whole blocks from tiles belongs
+ * here: next_block asks for every way of attending, and for what is packed and prefetched. */
+FA_INLINE bool tile_sees(const tile *t, fa_interval keys)
+{
+    return t->key_lo < keys.hi && keys.lo < t->key_hi;
+}
+
 /* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever
  * else its tile and its item see. */
-static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
+FA_INLINE fa_interval block_at(int64_t begin, int keys, int64_t key_hi)
 {
-    return min_i64((begin / keys + 1) * keys, key_hi);
+    return (fa_interval){begin, min_i64((begin / keys + 1) * keys, key_hi)};
 }
 
-static void stream_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                         next_streams *next)
+/* The first block of [begin, key_hi) that some tile of the item sees; false if there is none. */
+static bool next_block(const item_state *s, int64_t begin, int keys, int64_t key_hi, fa_interval *block)
 {
-    if (begin >= end)
-        return;
-    const int rows = (int)(end - begin);
-    stream_rows(&next->key, a->key + key_offset(p, a, &p->key, begin), &p->key, p->head_dim, rows);
-    stream_rows(&next->value, a->value + key_offset(p, a, &p->value, begin), &p->value, p->head_dim_v, rows);
-    if (a->key_scale) {
-        set_stream(&next->key_scale, a->key_scale + key_offset(p, a, &p->key_scale, begin), p->key_scale.row,
-                   sizeof(float), rows);
-        set_stream(&next->value_scale, a->value_scale + key_offset(p, a, &p->value_scale, begin),
-                   p->value_scale.row, sizeof(float), rows);
+    for (; begin < key_hi; begin = block->hi) {
+        *block = block_at(begin, keys, key_hi);
+        for (int i = 0; i < s->num_tiles; i++)
+            if (tile_sees(&s->w.tiles[i], *block))
+                return true;
     }
+    return false;
 }
 
-/* The keys from `begin` on; after the last, the next item's first ones. */
-static void stream_next_keys(const item_state *s, int64_t begin, next_streams *next)
+/* The next block from `begin` on, and its arrays; after the last, the next item's first one. NULL: none. */
+static const item_arrays *find_next_block(const item_state *s, int64_t begin, fa_interval *block)
+{
+    if (next_block(s, begin, s->block_keys, s->key_hi, block))
+        return &s->arrays;
+    if (!s->next)
+        return NULL;
+    const fa_sequence *sequence = &s->next->sequence;
+    const int64_t first = max_i64(sequence->key_lo, s->next->split_begin * s->next->split_keys);
+    *block = block_at(first, s->block_keys, sequence->key_hi);
+    return block->lo < block->hi ? &s->next_arrays : NULL;
+}
+
+/* The keys of that block, and their values. */
+static void stream_next_keys(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
 {
     const fa_problem *p = s->problem;
-    if (begin < s->key_hi) {
-        stream_block(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), next);
-    } else if (s->next) {
-        const fa_sequence *sequence = &s->next->sequence;
-        int64_t first = max_i64(sequence->key_lo, s->next->split_begin * s->next->split_keys);
-        stream_block(p, &s->next_arrays, first, block_end(first, s->block_keys, sequence->key_hi), next);
-    }
+    fa_interval block;
+    const item_arrays *a = find_next_block(s, begin, &block);
+    key->count = value->count = 0;
+    if (!a)
+        return;
+    const int rows = (int)(block.hi - block.lo);
+    stream_rows(key, a->key + key_offset(p, a, &p->key, block.lo), &p->key, p->head_dim, rows);
+    stream_rows(value, a->value + key_offset(p, a, &p->value, block.lo), &p->value, p->head_dim_v, rows);
+}
+
+static void stream_next_scales(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
+{
+    const fa_problem *p = s->problem;
+    fa_interval block;
+    const item_arrays *a = find_next_block(s, begin, &block);
+    if (!a)
+        return;
+    const int rows = (int)(block.hi - block.lo);
+    set_stream(key, a->key_scale + key_offset(p, a, &p->key_scale, block.lo), p->key_scale.row, sizeof(float),
+               rows);
+    set_stream(value, a->value_scale + key_offset(p, a, &p->value_scale, block.lo), p->value_scale.row,
+               sizeof(float), rows);
 }
 
 /* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
