@@ -32,8 +32,8 @@ static const struct {
 #endif
     {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL},
 #if defined(__x86_64__)
-    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
-     &fa_bf16tile_amx_emulated, &fa_split_amx_emulated},
+    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx_emulated,
+     &fa_split_amx_emulated},
 #endif
 };
 

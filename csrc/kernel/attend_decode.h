@@ -12,42 +12,48 @@
 
 /* What a decode tile takes between two updates of its softmax. */
 typedef struct {
-    key_range keys, blocks[DECODE_BLOCKS];
-    bool seen[DECODE_BLOCKS]; /* by some row */
-    int num_blocks;
+    key_range blocks[DECODE_BLOCKS];
+    vec *panels[DECODE_BLOCKS]; /* their scores, without gaps */
+    bool seen[DECODE_BLOCKS];   /* by some row */
+    int num_blocks, panel_rows;
     row_stream streams[2 * DECODE_BLOCKS + 2]; /* what is read, in this order: the keys of all blocks, their
                                                 * values, and the keys and the values of the block behind */
 } decode_step;
 
-/* The part of the score panel that is a block's. */
-FA_INLINE vec *block_panel(const item_state *s, const decode_step *step, int i)
-{
-    return s->w.scores + ((step->blocks[i].first - step->keys.first) >> s->w.tiles[0].key_shift);
-}
-
-/* Keys from `begin` on, and their values, as a decode tile reads them. */
-static void list_block(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
-{
-    const fa_problem *p = s->problem;
-    prefetch_plan block = {0};
-    plan_key_prefetch(s, begin, &block);
-    *key = dense_stream(block.key, &p->key, p->head_dim, block.key_rows);
-    *value = dense_stream(block.value, &p->value, p->head_dim_v, block.key_rows);
-}
-
 /* Cuts the step's keys into blocks. */
-static void list_blocks(const item_state *s, decode_step *step)
+static void list_blocks(const item_state *s, fa_interval keys, decode_step *step)
 {
-    const key_range *keys = &step->keys;
+    const tile *t = &s->w.tiles[0];
     int count = 0;
-    for (int64_t begin = keys->key_lo, end; begin < keys->key_hi; begin = end) {
-        end = block_end(begin, s->block_keys, keys->key_hi);
-        step->blocks[count++] = tile_range(&s->w.tiles[0], begin, end);
+    fa_interval block;
+    step->panel_rows = 0;
+    for (int64_t begin = keys.lo; next_block(s, begin, s->block_keys, keys.hi, &block); begin = block.hi) {
+        step->blocks[count] = tile_range(t, block);
+        step->panels[count] = s->w.scores + step->panel_rows;
+        step->panel_rows += panel_rows(t, &step->blocks[count++], true);
     }
     for (int i = 0; i < count; i++)
-        list_block(s, step->blocks[i].key_lo, step->streams + i, step->streams + count + i);
-    list_block(s, keys->key_hi, step->streams + 2 * count, step->streams + 2 * count + 1);
+        stream_next_keys(s, step->blocks[i].key_lo, step->streams + i, step->streams + count + i);
+    stream_next_keys(s, keys.hi, step->streams + 2 * count, step->streams + 2 * count + 1);
     step->num_blocks = count;
+}
+
+/* Fills the panel with a block's scores, and finds each lane's largest; false if no row sees any of the keys,
+ * and the panel is left as it was. */
+FA_INLINE bool compute_decode_block(const fa_problem *p, tile *t, const key_range *range,
+                                    const operand_block *key, const next_streams *next, vec *scores,
+                                    vec block_max[MAX_VECTORS])
+{
+    score_mods mods;
+    if (!sees_block(p, t, range, &mods))
+        return false;
+    const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
+    multiply_decode_query_key(p, t, range, key, next, scale, scores);
+    if (mods != 0)
+        modify_scores(p, t, range, mods, scores, block_max);
+    else
+        find_block_max(scores, panel_rows(t, range, true), 1, block_max);
+    return true;
 }
 
 /* Fills the panel with the scores of all blocks; false if no row sees any key. */
@@ -59,15 +65,17 @@ static bool compute_decode_scores(item_state *s, decode_step *step, vec block_ma
     block_max[0] = vec_splat(-(real)INFINITY);
     for (int i = 0; i < step->num_blocks; i++) {
         const key_range *range = &step->blocks[i];
-        vec *panel = block_panel(s, step, i), block_max_[MAX_VECTORS];
-        prefetch_plan plan = {.streams = step->streams + i};
+        vec *panel = step->panels[i], block_max_[MAX_VECTORS];
+        next_streams next;
+        clear_streams(&next);
+        next.streams = step->streams + i;
         if (s->arrays.key_scale)
-            plan_key_prefetch(s, range->key_hi, &plan);
+            stream_next_scales(s, range->key_hi, &next.key_scale, &next.value_scale);
         if (range->key_hi == s->key_hi)
-            plan_query_prefetch(s, 1, &plan);
+            stream_next_queries(s, 1, &next);
         operand_block key =
             load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_key);
-        step->seen[i] = compute_scores(p, t, range, &key, &plan, 1, true, panel, block_max_);
+        step->seen[i] = compute_decode_block(p, t, range, &key, &next, panel, block_max_);
         any |= step->seen[i];
         if (!step->seen[i]) {
             for (int r = 0; r < panel_rows(t, range, true); r++)
@@ -81,33 +89,29 @@ static bool compute_decode_scores(item_state *s, decode_step *step, vec block_ma
     return any;
 }
 
-/* Adds keys [begin, end), DECODE_KEYS at most, to the running softmax of an item's only tile, which is
- * a decode tile. */
-static void attend_decode_keys(item_state *s, int64_t begin, int64_t end, bool nan_safe)
+/* Adds keys, DECODE_KEYS at most, to the running softmax of an item's only tile, which is a decode tile. */
+static void attend_decode_keys(item_state *s, fa_interval keys, bool nan_safe)
 {
     const fa_problem *p = s->problem;
     tile *t = &s->w.tiles[0];
     decode_step step; /* filled as far as it is read: to clear it would take a hundredth of a small call */
-    step.keys = tile_range(t, begin, end);
     vec block_max[MAX_VECTORS];
-    if (step.keys.key_lo >= step.keys.key_hi)
-        return;
     if (!t->packed)
         pack_tile(p, t);
-    list_blocks(s, &step);
+    list_blocks(s, keys, &step);
     if (!compute_decode_scores(s, &step, block_max))
         return;
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     rescale_accumulators(p, t, block_max, to_log2, 1, true);
-    exponentiate(t, s->w.scores, panel_rows(t, &step.keys, true), to_log2, 1, nan_safe);
+    exponentiate(t, s->w.scores, step.panel_rows, to_log2, 1, nan_safe);
     for (int i = 0; i < step.num_blocks; i++) {
         const key_range *range = &step.blocks[i];
         if (!step.seen[i])
             continue;
         operand_block value =
             load_value_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_value);
-        multiply_decode_value(p, t, range, &value, block_panel(s, &step, i),
-                              step.streams + step.num_blocks + i, nan_safe);
+        multiply_decode_value(p, t, range, &value, step.panels[i], step.streams + step.num_blocks + i,
+                              nan_safe);
         t->empty = false;
     }
 }
@@ -116,12 +120,12 @@ static void attend_decode_keys(item_state *s, int64_t begin, int64_t end, bool n
 static void attend_decode(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {
     tile *t = &s->w.tiles[0];
-    for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
+    fa_interval keys;
+    for (int64_t begin = key_lo; next_block(s, begin, DECODE_KEYS, key_hi, &keys); begin = keys.hi) {
         if (fa_should_stop(s->stop))
             return;
         begin_products();
-        end = block_end(begin, DECODE_KEYS, key_hi);
-        attend_decode_keys(s, begin, end, nan_safe);
+        attend_decode_keys(s, keys, nan_safe);
     }
     gather_row_sum(t);
     memcpy(t->exact_sum, t->row_sum, sizeof t->exact_sum);

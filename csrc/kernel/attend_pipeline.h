@@ -63,11 +63,9 @@ static bool find_unit(const superblock *b, tile *t, int block, unit *u)
     u->t = t;
     u->block = block;
     u->range = block_range(b, t, block);
-    if (u->range.key_lo >= u->range.key_hi)
+    if (u->range.key_lo >= u->range.key_hi || !tile_sees(t, (fa_interval){u->range.key_lo, u->range.key_hi}))
         return false;
-    const mask_state seen = p->mask.data ? load_mask(p, t, &u->range) : MASK_FULL;
-    u->mods = find_score_mods(p, t, &u->range, seen == MASK_PARTIAL);
-    return seen != MASK_EMPTY;
+    return sees_block(p, t, &u->range, &u->mods);
 }
 
 /* All blocks of a tile, then the next tile's. */
@@ -76,8 +74,8 @@ static bool next_unit(superblock *b, unit *u)
     for (; b->tile < b->s->num_tiles; b->tile++, b->block = 0)
         while (b->block < b->num_blocks)
             if (find_unit(b, &b->s->w.tiles[b->tile], b->block++, u)) {
-                u->probabilities = b->s->w.probabilities +
-                                   b->units++ % PROBABILITY_PANELS * (MAX_PARTS * PROBABILITY_PART);
+                u->probabilities =
+                    b->s->w.probabilities + b->units++ % PROBABILITY_PANELS * (MAX_PARTS * PROBABILITY_PART);
                 return true;
             }
     return false;
@@ -91,20 +89,28 @@ FA_INLINE part_products list_score_products(const fa_problem *p)
 
 /* --- packing ------------------------------------------------------------------------------------ */
 
+static void prefetch_block(const operand_block *block, ptrdiff_t row_bytes)
+{
+    row_stream rows;
+    set_stream(&rows, block->data, block->row, row_bytes, KEY_BLOCK);
+    prefetch_rows(&rows, 0, KEY_BLOCK, false);
+}
+
 static void pack_superblock(superblock *b)
 {
     item_state *s = b->s;
     const fa_problem *p = s->problem;
     char *packed_key = s->w.packed_key;
-    for (int i = 0; i < b->num_blocks; i++) {
-        const int64_t first = b->first + (int64_t)i * KEY_BLOCK;
-        const int64_t begin = max_i64(first, b->key_lo), end = min_i64(first + KEY_BLOCK, b->key_hi);
-        b->keys[i] = load_key_block(p, &s->arrays, begin, end, false, &s->w, packed_key);
+    fa_interval block;
+    for (int64_t begin = b->key_lo; next_block(s, begin, KEY_BLOCK, b->key_hi, &block); begin = block.hi) {
+        const int i = (int)((block.lo - b->first) / KEY_BLOCK);
+        b->keys[i] = load_key_block(p, &s->arrays, block.lo, block.hi, false, &s->w, packed_key);
         if (b->keys[i].data == packed_key)
             packed_key += packed_key_bytes(p->head_dim);
         else
-            prefetch_rows(b->keys[i].data, b->keys[i].row, 2 * p->head_dim, KEY_BLOCK);
-        load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value + i * b->value_bytes);
+            prefetch_block(&b->keys[i], 2 * p->head_dim);
+        load_value_block(p, &s->arrays, block.lo, block.hi, false, &s->w,
+                         s->w.packed_value + i * b->value_bytes);
     }
 }
 
@@ -186,15 +192,15 @@ static void finish_scores(const superblock *b, const unit *u, vec *scores)
     for (int i = 0; i < num_keys(&u->range) * MAX_VECTORS && scale != 1; i++)
         scores[i] *= scale;
     mask_rows_behind(u->t, &u->range, scores);
-    if (count_score_mods(u->mods) > 0)
+    if (u->mods != 0)
         modify_scores(p, u->t, &u->range, u->mods, scores, block_max);
 }
 
 FA_INLINE bool changes_scores(const superblock *b, const unit *u)
 {
     const fa_problem *p = b->s->problem;
-    return count_score_mods(u->mods) > 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) ||
-           p->top_count > 0 || restores_scores(b, u);
+    return u->mods != 0 || u->range.key_hi < u->range.last || scales_in_epilogue(p) || p->top_count > 0 ||
+           restores_scores(b, u);
 }
 
 FA_INLINE vmask without_reference(const tile *t, int m)
@@ -449,15 +455,15 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
     return true;
 }
 
-/* The scores of a block of keys [begin, end) and the panel's range; false if no row sees any of them. */
-static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+/* The scores of a block and the panel's range; false if no row sees any of its keys. */
+static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, fa_interval block,
                                 key_range *range, vec *scores)
 {
     const fa_problem *p = s->problem;
     superblock b = {.s = s,
-                    .first = begin & -(int64_t)KEY_BLOCK,
-                    .key_lo = begin,
-                    .key_hi = end,
+                    .first = block.lo & -(int64_t)KEY_BLOCK,
+                    .key_lo = block.lo,
+                    .key_hi = block.hi,
                     .key_products = list_score_products(p)};
     unit u;
     b.keys[0] = *key;
@@ -578,7 +584,8 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
                     .values = s->w.packed_value,
                     .value_bytes = value_block_bytes(p->head_dim_v),
                     .key_products = list_score_products(p),
-                    .value_products = list_part_products(parts_of(p->value.dtype), parts_of(p->query.dtype), false)};
+                    .value_products =
+                        list_part_products(parts_of(p->value.dtype), parts_of(p->query.dtype), false)};
     for (b.key_lo = key_lo; b.key_lo < key_hi; b.key_lo = b.key_hi) {
         b.first = b.key_lo & -(int64_t)KEY_BLOCK;
         b.key_hi = min_i64(key_hi, b.first + keys);
@@ -588,9 +595,9 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
             return;
         pack_superblock(&b);
         begin_products();
-        const bool goes_on = nan_safe      ? attend_superblock_nan_safe(&b)
+        const bool goes_on = nan_safe                        ? attend_superblock_nan_safe(&b)
                              : p->lse.data && MAX_PARTS == 1 ? attend_superblock(&b, true)
-                                           : attend_superblock(&b, false);
+                                                             : attend_superblock(&b, false);
         if (!goes_on)
             return;
         for (int i = 0; i < s->num_tiles && MAX_PARTS > 1; i++)

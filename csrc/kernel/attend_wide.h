@@ -9,14 +9,31 @@
 
 #include "state.h"
 #include "top.h"
+#include "wide.h"
+
+/* Fills the panel, and finds each lane's largest score; false if no row sees any of the keys, and the panel
+ * is left as it was. */
+FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
+                              const next_streams *next, int vectors, vec *scores, vec block_max[MAX_VECTORS])
+{
+    score_mods mods;
+    if (!sees_block(p, t, range, &mods))
+        return false;
+    const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
+    multiply_query_key(p, t, range, key, next, scale, vectors, scores, block_max);
+    mask_rows_behind(t, range, scores);
+    if (mods != 0)
+        modify_scores(p, t, range, mods, scores, block_max);
+    return true;
+}
 
 /* Adds a key block to the running softmax of a wide tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const prefetch_plan *plan, int vectors, bool nan_safe,
+                            const operand_block *value, const next_streams *next, int vectors, bool nan_safe,
                             vec *scores)
 {
     vec block_max[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, plan, vectors, false, scores, block_max))
+    if (!compute_scores(p, t, range, key, next, vectors, scores, block_max))
         return;
     if (p->top_count > 0)
         update_top(p, t, range, scores, vectors, false);
@@ -24,84 +41,92 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
     rescale_accumulators(p, t, block_max, to_log2, vectors, false);
     exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
     const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, plan, vectors, nan_safe);
+    multiply_value(p, t, range, value, probabilities, next, vectors, nan_safe);
     t->empty = false;
 }
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const prefetch_plan *plan, bool nan_safe,
-                             vec *scores)
+                             const operand_block *value, const next_streams *next, bool nan_safe, vec *scores)
 {
     const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
     if (nan_safe && vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, true, scores);
+        attend_block(p, t, range, key, value, next, 1, true, scores);
     else if (nan_safe && vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, true, scores);
+        attend_block(p, t, range, key, value, next, 2, true, scores);
     else if (nan_safe)
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, true, scores);
+        attend_block(p, t, range, key, value, next, MAX_VECTORS, true, scores);
     else if (vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, false, scores);
+        attend_block(p, t, range, key, value, next, 1, false, scores);
     else if (vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, false, scores);
+        attend_block(p, t, range, key, value, next, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, false, scores);
+        attend_block(p, t, range, key, value, next, MAX_VECTORS, false, scores);
 }
 
-/* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
-static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_safe)
+/* The tile's results. */
+static void stream_out(const item_state *s, const tile *t, next_streams *next)
 {
     const fa_problem *p = s->problem;
-    operand_block key = load_key_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_key);
-    operand_block value = load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value);
+    const item_arrays *a = &s->arrays;
+    stream_group_rows(&next->out, a->out + a->first_head * p->out.head, &p->out, p->head_dim_v, t->row_begin,
+                      t->rows, a->group_size);
+    next->out.is_written = true;
+}
+
+/* A block of keys as every tile of the item sees it. */
+static void attend_tiles(item_state *s, fa_interval block, bool nan_safe)
+{
+    const fa_problem *p = s->problem;
+    operand_block key = load_key_block(p, &s->arrays, block.lo, block.hi, false, &s->w, s->w.packed_key);
+    operand_block value =
+        load_value_block(p, &s->arrays, block.lo, block.hi, false, &s->w, s->w.packed_value);
+    const bool last_block = block.hi == s->key_hi;
     bool keys_prefetched = false; /* by one of the tiles */
     for (int i = 0; i < s->num_tiles; i++) {
         tile *t = &s->w.tiles[i];
-        key_range range = tile_range(t, begin, end);
-        bool last_block = end == s->key_hi;
-        if (range.key_lo >= range.key_hi)
+        if (!tile_sees(t, block))
             continue;
-        prefetch_plan plan = {0};
+        const key_range range = tile_range(t, block);
+        next_streams next;
+        clear_streams(&next);
         if (last_block)
-            plan.out_rows = t->rows;
+            stream_out(s, t, &next);
         if (!keys_prefetched)
-            plan_key_prefetch(s, end, &plan);
+            stream_next_keys(s, block.hi, &next.key, &next.value);
         if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
-            plan_query_prefetch(s, i + 1, &plan);
+            stream_next_queries(s, i + 1, &next);
         if (!t->packed)
             pack_tile(p, t);
-        attend_block_any(p, t, &range, &key, &value, &plan, nan_safe, s->w.scores);
+        attend_block_any(p, t, &range, &key, &value, &next, nan_safe, s->w.scores);
         keys_prefetched = true;
     }
 }
 
-/* The scores of a block of keys [begin, end) and the panel's range; false if no row sees any of them. */
-static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+/* The scores of a block and the panel's range; false if no row sees any of its keys. */
+static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key, fa_interval block,
                                 key_range *range, vec *scores)
 {
-    static const row_stream none[STREAM_WINDOW];
-    const prefetch_plan nothing = {.streams = none};
+    static const next_streams nothing;
     const fa_problem *p = s->problem;
     vec block_max[MAX_VECTORS];
-    *range = tile_range(t, begin, end);
-    if (range->key_lo >= range->key_hi)
-        return false;
+    *range = tile_range(t, block);
     if (t->vectors == 1)
-        return compute_scores(p, t, range, key, &nothing, 1, false, scores, block_max);
+        return compute_scores(p, t, range, key, &nothing, 1, scores, block_max);
     if (t->vectors == 2)
-        return compute_scores(p, t, range, key, &nothing, 2, false, scores, block_max);
-    return compute_scores(p, t, range, key, &nothing, MAX_VECTORS, false, scores, block_max);
+        return compute_scores(p, t, range, key, &nothing, 2, scores, block_max);
+    return compute_scores(p, t, range, key, &nothing, MAX_VECTORS, scores, block_max);
 }
 
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */
 static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_safe)
 {
-    for (int64_t begin = key_lo, end; begin < key_hi; begin = end) {
+    fa_interval block;
+    for (int64_t begin = key_lo; next_block(s, begin, KEY_BLOCK, key_hi, &block); begin = block.hi) {
         if (fa_should_stop(s->stop))
             return;
         begin_products();
-        end = block_end(begin, KEY_BLOCK, key_hi);
-        attend_tiles(s, begin, end, nan_safe);
+        attend_tiles(s, block, nan_safe);
     }
     for (int i = 0; i < s->num_tiles; i++)
         memcpy(s->w.tiles[i].exact_sum, s->w.tiles[i].row_sum, sizeof s->w.tiles[i].exact_sum);

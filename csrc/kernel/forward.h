@@ -65,24 +65,17 @@ static void store_weights(const fa_problem *p, const item_arrays *a, const tile 
     }
 }
 
-/* The scores of a decode tile, likewise. */
-static bool compute_decode_block(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
-                                 key_range *range, vec *scores)
-{
-    static const row_stream none[STREAM_WINDOW];
-    const prefetch_plan nothing = {.streams = none};
-    vec block_max[MAX_VECTORS];
-    *range = tile_range(t, begin, end);
-    return range->key_lo < range->key_hi &&
-           compute_scores(s->problem, t, range, key, &nothing, 1, true, scores, block_max);
-}
-
 /* The weights of a key block, from the finished row_max and row_sum; false if no row sees any of the keys. */
-static bool compute_weights(item_state *s, tile *t, const operand_block *key, int64_t begin, int64_t end,
+static bool compute_weights(item_state *s, tile *t, const operand_block *key, fa_interval block,
                             key_range *range, vec *weights)
 {
+    static const row_stream none[STREAM_WINDOW];
+    const next_streams nothing = {.streams = none};
     const bool decode = is_decode(t);
-    if (!(decode ? compute_decode_block : compute_wide_scores)(s, t, key, begin, end, range, weights))
+    vec block_max[MAX_VECTORS];
+    *range = tile_range(t, block);
+    if (decode ? !compute_decode_block(s->problem, t, range, key, &nothing, weights, block_max)
+               : !compute_wide_scores(s, t, key, block, range, weights))
         return false;
     normalise(s->problem, t, panel_rows(t, range, decode), decode ? 1 : t->vectors, weights);
     return true;
@@ -189,17 +182,17 @@ static bool attend_shared_split(item_state *s)
 static void attend_weights(item_state *s)
 {
     const fa_problem *p = s->problem;
-    for (int64_t begin = s->key_lo, end; begin < s->key_hi; begin = end) {
+    fa_interval block;
+    for (int64_t begin = s->key_lo; next_block(s, begin, KEY_BLOCK, s->key_hi, &block); begin = block.hi) {
         if (fa_should_stop(s->stop))
             return;
         begin_products();
-        end = block_end(begin, KEY_BLOCK, s->key_hi);
-        operand_block key =
-            load_key_block(p, &s->arrays, begin, end, is_decode(&s->w.tiles[0]), &s->w, s->w.packed_key);
+        operand_block key = load_key_block(p, &s->arrays, block.lo, block.hi, is_decode(&s->w.tiles[0]),
+                                           &s->w, s->w.packed_key);
         for (int i = 0; i < s->num_tiles; i++) {
             tile *t = &s->w.tiles[i];
             key_range range;
-            if (!compute_weights(s, t, &key, begin, end, &range, s->w.scores))
+            if (!tile_sees(t, block) || !compute_weights(s, t, &key, block, &range, s->w.scores))
                 continue;
             if (p->weights.data)
                 store_weights(p, &s->arrays, t, &range, s->w.scores);

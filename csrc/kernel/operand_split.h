@@ -305,8 +305,8 @@ FA_INLINE void pack_key(const source_rows *src, int lead, int num_keys, int head
 
 /* TILE_K keys from n on, of which those outside [0, num_keys) are missing, and LANES columns from e on, times
  * `factor`: transposed to rows of TILE_K keys. */
-FA_INLINE ivec pack_value_columns(const float_rows *rows, int begin, int end, int half, float factor, int parts,
-                                  ptrdiff_t part_bytes, char *packed)
+FA_INLINE ivec pack_value_columns(const float_rows *rows, int begin, int end, int half, float factor,
+                                  int parts, ptrdiff_t part_bytes, char *packed)
 {
     vec even[LANES], odd[LANES];
     ivec largest = {0};
@@ -314,7 +314,8 @@ FA_INLINE ivec pack_value_columns(const float_rows *rows, int begin, int end, in
     for (int i = 0; i < LANES; i++) {
         const int n = 2 * i;
         even[i] = n >= begin && n < end ? load_half_row(rows, n - begin, half) * factor : vec_splat(0);
-        odd[i] = n + 1 >= begin && n + 1 < end ? load_half_row(rows, n + 1 - begin, half) * factor : vec_splat(0);
+        odd[i] =
+            n + 1 >= begin && n + 1 < end ? load_half_row(rows, n + 1 - begin, half) * factor : vec_splat(0);
         largest = larger_magnitude(larger_magnitude(largest, even[i]), odd[i]);
     }
     vec_transpose(even);
@@ -335,13 +336,14 @@ static ivec pack_value_parts(const source_rows *src, int lead, int num_keys, int
     for (int n = -lead; n < num_keys; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
         const int first = n < 0 ? 0 : n, last = n + TILE_K < num_keys ? n + TILE_K : num_keys;
         for (int e = 0; e < head_dim_v; e += TILE_K) {
-            const float_rows rows = load_rows(src, first, last > first ? last - first : 0, e, head_dim_v, room);
+            const float_rows rows =
+                load_rows(src, first, last > first ? last - first : 0, e, head_dim_v, room);
             for (int half = 0; half < 2 && e + half * LANES < head_dim_v; half++) {
                 char *to = packed + (e + half * LANES) * FA_VECTOR_BYTES;
-                const ivec bits = last - n == TILE_K && first == n
-                                      ? pack_value_columns(&rows, 0, TILE_K, half, factor, parts, part_bytes, to)
-                                      : pack_value_columns(&rows, first - n, last - n, half, factor, parts,
-                                                           part_bytes, to);
+                const ivec bits =
+                    last - n == TILE_K && first == n
+                        ? pack_value_columns(&rows, 0, TILE_K, half, factor, parts, part_bytes, to)
+                        : pack_value_columns(&rows, first - n, last - n, half, factor, parts, part_bytes, to);
                 largest = ivec_max(largest, bits);
             }
         }
@@ -364,8 +366,8 @@ FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int he
 /* --- queries ------------------------------------------------------------------------------------ */
 
 /* x[i]: element d + i of LANES rows, times `factor`; 0 beyond head_dim. */
-FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, int d, int head_dim, float factor,
-                            vec x[LANES])
+FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, int d, int head_dim,
+                            float factor, vec x[LANES])
 {
     const int count = head_dim - d < LANES ? head_dim - d : LANES;
     if (count > 0)
@@ -393,8 +395,8 @@ static ivec pack_query_parts(char *const *rows, ptrdiff_t col, fa_dtype dtype, i
     return largest;
 }
 
-static packed_range find_query_range(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
-                                     real sign)
+static packed_range find_query_range(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim,
+                                     int vectors, real sign)
 {
     magnitudes seen = {{0}, {0}};
     for (int m = 0; m < vectors; m++)

@@ -1,17 +1,20 @@
-/* The product of the library. A is read in place, B is packed, C is a panel; B and C have `vectors` vectors
- * to a row:
+/* The product of the vector units. A is read in place, B is packed, C is a panel; B and C have `vectors`
+ * vectors to a row:
  *
  *     product_scores:  C[i][m] = scale · Σ_k A[i][k] · B[k][m], and each lane's largest
  *     product_add:     C[i][m] += Σ_k A[i][k] · B[k][m], or = where C is empty
  *
  * for PRODUCT_ROWS(vectors) rows from i on, each operand A[i][k] being TILE_K elements along the reduction. C
- * is written to its last whole product. product_fma.h and product_amx.h fulfil it; wide.h calls it.
+ * is written to its last whole product. product_fma.h fulfils it; wide.h calls it. The tile unit multiplies
+ * whole panels, C = or += A · B, with a softmax beside them: product_amx.h.
  *
- * Requires tile sizes and an operand; provides what the two share. */
+ * Requires tile sizes and an operand; provides rows of A. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_PRODUCT_H
 #define FA_KERNEL_PRODUCT_H
+
+#include "prefetch.h"
 
 #define MAX_MICRO_ROWS 8
 
@@ -40,24 +43,6 @@ FA_INLINE void product_row_pointers(const product_rows *a, int i, int count, con
 #pragma GCC unroll 16
     for (int j = 0; j < count; j++, row += a->row)
         rows[j] = whole ? row : nearest_row(a, i + j);
-}
-
-/* Lines that a product prefetches in its course: of `rows` rows, `row` bytes apart, `lines` lines each, every
- * `every` steps of the reduction. In one burst they would take all fill buffers of L1, and the product's own
- * operands would wait behind them: keys from memory then cost a tenth (Zen 4). */
-typedef struct {
-    const char *data;
-    ptrdiff_t row;
-    int rows, lines;
-    int every; /* at least 1, but of products without steps */
-} product_prefetch;
-
-FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data)
-{
-    for (int i = 0; i < prefetch->rows; i++, data += prefetch->row)
-#pragma GCC unroll 4
-        for (int line = 0; line < prefetch->lines; line++)
-            __builtin_prefetch(data + 64 * line, 0, 2);
 }
 
 #endif

@@ -5,22 +5,16 @@
  * other sums, the last one of a panel those of the next panel (`pending`). Granite Rapids: 71 % of the unit's
  * peak with stores right behind their products, 100 % so.
  *
- * Requires tile_unit.h's CPU or its emulation, MAX_VECTORS = 2; provides product.h's contract and the panels
- * below. */
+ * Requires tile_unit.h's CPU or its emulation, MAX_VECTORS = 2; provides panel products. */
 #include "for_editors_amx.h"
 
 #ifndef FA_KERNEL_PRODUCT_AMX_H
 #define FA_KERNEL_PRODUCT_AMX_H
 
-#if MAX_PARTS == 1
-#include "micro_kernel.h"
-#endif
 #include "softmax_stream.h"
 #include "tile_unit.h"
 
 _Static_assert(MAX_VECTORS == 2, "panels are of two vectors");
-
-#define PRODUCT_ROWS(vectors) (2 * TMM_ROWS)
 
 /* Whether wide tiles are attended by attend_pipeline.h. */
 #define IS_PIPELINED 1
@@ -71,7 +65,8 @@ FA_INLINE part_products list_part_products(int a_parts, int b_parts, bool exact)
 
 static const part_products one_part = {1, {{0, 0}}};
 
-/* A panel of sums: 16-row blocks of A's rows, B's rows and C's. */
+/* A panel of sums, C = or += A · B. Numbers in parts: the sum over the products of parts. 16-row blocks of
+ * A's rows, B's rows and C's. */
 typedef struct {
     const char *a;
     ptrdiff_t a_row, a_step; /* bytes between rows, and between steps of 32 elements */
@@ -246,59 +241,6 @@ FA_INLINE void multiply_panel_alone(const panel_product *x)
     pending_store pending = {nowhere, nowhere};
     multiply_panel(x, &pending, &none, false, PACE_NONE);
     finish_pending(&pending);
-}
-
-FA_INLINE void product_scores(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
-                              real scale, const product_prefetch *prefetch, vec *panel,
-                              vec block_max[MAX_VECTORS])
-{
-    prefetch_burst(prefetch, prefetch->data);
-    multiply_panel_alone(&(panel_product){a->data + i * a->row, a->row, a->step, b, panel, 2, length, true, &one_part, 0, 0});
-    for (int r = 0; r < PRODUCT_ROWS(vectors) * vectors && scale != 1; r++)
-        panel[r] *= scale;
-    for (int r = 0; r < PRODUCT_ROWS(vectors) && i + r < a->last; r++)
-        for (int m = 0; m < vectors; m++)
-            block_max[m] = vec_max(panel[r * vectors + m], block_max[m]);
-}
-
-#if MAX_PARTS == 1
-/* Pair by pair: the unit multiplies all, masked or not. */
-FA_INLINE void add_nan_safe(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
-                            vec *panel)
-{
-    const int rows = MICRO_ROWS(vectors), pairs = TILE_K / 2;
-    const product_prefetch none = {.every = pairs};
-    for (int e = i; e < i + PRODUCT_ROWS(vectors) && e < a->last; e += rows, panel += rows * vectors) {
-        vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
-        const char *at[MAX_MICRO_ROWS];
-        product_row_pointers(a, e, rows, at);
-        for (int k = 0; k < length; k++) {
-            micro_kernel(at, false, sizeof(operand), b + k * pairs * vectors, pairs, vectors, true, &none, c);
-            for (int r = 0; r < rows; r++)
-                at[r] += a->step;
-        }
-        for (int r = 0; r < rows; r++)
-            for (int m = 0; m < vectors; m++)
-                panel[r * vectors + m] += c[r][m];
-    }
-}
-
-#endif
-
-FA_INLINE void product_add(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
-                           bool nan_safe, bool empty, const product_prefetch *prefetch, vec *panel)
-{
-    const int blocks = i + TMM_ROWS < a->last ? 2 : 1;
-#if MAX_PARTS == 1
-    if (nan_safe) {
-        memset(panel, 0, empty ? (size_t)(blocks * PANEL_BLOCK) * sizeof(vec) : 0);
-        add_nan_safe(a, i, b, length, vectors, panel);
-        return;
-    }
-#endif
-    prefetch_burst(prefetch, prefetch->data);
-    multiply_panel_alone(
-        &(panel_product){a->data + i * a->row, a->row, a->step, b, panel, blocks, length, empty, &one_part, 0, 0});
 }
 
 /* The unit's products with nothing else. */

@@ -12,11 +12,23 @@
 #include "math.h"
 #include "decode.h"
 
-/* Those that meet a block. */
-typedef struct {
-    bool softcap, bias, alibi, mask, window;
-    bool decode; /* the tile is */
-} score_mods;
+/* What changes or masks the scores of a block, as a set of these, in the order in which it does. */
+typedef unsigned score_mods;
+enum { MOD_SOFTCAP = 1, MOD_BIAS = 2, MOD_ALIBI = 4, MOD_MASK = 8, MOD_WINDOW = 16 };
+
+/* Those that meet every block. They are of natural units, which scores then come in. */
+FA_INLINE score_mods problem_score_mods(const fa_problem *p)
+{
+    return (p->softcap != 0 ? MOD_SOFTCAP : 0) | (p->bias.data ? MOD_BIAS : 0) |
+           (p->alibi_slopes.data ? MOD_ALIBI : 0);
+}
+
+static score_mods find_score_mods(const fa_problem *p, const tile *t, const key_range *range, bool mask)
+{
+    const int64_t last = is_decode(t) ? range->last : range->key_hi;
+    const bool window = range->first < t->full_lo || last > t->full_hi;
+    return problem_score_mods(p) | (mask ? MOD_MASK : 0) | (window ? MOD_WINDOW : 0);
+}
 
 /* What they need to know of the block. */
 typedef struct {
@@ -173,34 +185,34 @@ FA_INLINE bool are_near_zero(const vec *scores, int count, int vectors, real fac
 /* Panel rows [r, r + count) of vector m, count <= LANES, r a multiple of LANES. Copies of what stays the
  * same: the compiler cannot know that the panel does not overlap it. */
 FA_INLINE void modify_lanes(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
-                            const score_mod_terms *terms, int r, int count, int m, vec *scores,
+                            bool decode, const score_mod_terms *terms, int r, int count, int m, vec *scores,
                             vec *block_max)
 {
     const vec minus_infinity = vec_splat(-(real)INFINITY), slope = t->slope[m],
               alibi_distance = terms->alibi_distance[m];
     const vec lo = terms->lo[m], hi = terms->hi[m];
     const real softcap = terms->softcap, inverse_softcap = terms->inverse_softcap;
-    const int vectors = t->vectors, key_shift = mods.decode ? t->key_shift : 0;
+    const int vectors = t->vectors, key_shift = decode ? t->key_shift : 0;
     vec bias[LANES], lane_max = *block_max;
     vec *score = scores + r * vectors + m;
-    const bool near_zero = mods.softcap && are_near_zero(score, count, vectors, inverse_softcap);
-    if (mods.bias)
-        load_bias(p, t, range, mods.decode, r, count, m, bias);
+    const bool near_zero = (mods & MOD_SOFTCAP) && are_near_zero(score, count, vectors, inverse_softcap);
+    if (mods & MOD_BIAS)
+        load_bias(p, t, range, decode, r, count, m, bias);
 #pragma GCC unroll 16
     for (int j = 0; j < count; j++, score += vectors) {
         const vec key = vec_splat((real)((r + j) << key_shift));
         vec s = *score;
         if (near_zero)
             s = softcap * vec_tanh_near_zero(s * inverse_softcap);
-        else if (mods.softcap)
+        else if (mods & MOD_SOFTCAP)
             s = softcap * vec_tanh(s * inverse_softcap);
-        if (mods.bias)
+        if (mods & MOD_BIAS)
             s = add_bias(s, bias[j]);
-        if (mods.alibi)
+        if (mods & MOD_ALIBI)
             s -= slope * vec_abs(alibi_distance - key);
-        if (mods.mask)
-            s = vec_select(load_mask_lanes(t, mods.decode, r, j, m), s, minus_infinity);
-        if (mods.window) {
+        if (mods & MOD_MASK)
+            s = vec_select(load_mask_lanes(t, decode, r, j, m), s, minus_infinity);
+        if (mods & MOD_WINDOW) {
             s = vec_select(vec_greater(hi, key), s, minus_infinity);
             s = vec_select(vec_greater(lo, key), minus_infinity, s);
         }
@@ -212,15 +224,15 @@ FA_INLINE void modify_lanes(const fa_problem *p, const tile *t, const key_range 
 
 /* By vectors, and then along the rows of bias: its lines are shared by blocks that follow each other. */
 FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
-                           const score_mod_terms *terms, int rows, vec *scores, vec *block_max)
+                           bool decode, const score_mod_terms *terms, int rows, vec *scores, vec *block_max)
 {
     for (int m = 0; m < t->vectors; m++) {
         block_max[m] = vec_splat(-(real)INFINITY);
         int r = 0;
         for (; r + LANES <= rows; r += LANES)
-            modify_lanes(p, t, range, mods, terms, r, LANES, m, scores, block_max + m);
+            modify_lanes(p, t, range, mods, decode, terms, r, LANES, m, scores, block_max + m);
         if (r < rows)
-            modify_lanes(p, t, range, mods, terms, r, rows - r, m, scores, block_max + m);
+            modify_lanes(p, t, range, mods, decode, terms, r, rows - r, m, scores, block_max + m);
     }
 }
 
@@ -233,22 +245,6 @@ static void mask_rows_behind(const tile *t, const key_range *range, vec *scores)
         scores[i] = vec_splat(-(real)INFINITY);
 }
 
-static score_mods find_score_mods(const fa_problem *p, const tile *t, const key_range *range, bool mask)
-{
-    const int64_t last = is_decode(t) ? range->last : range->key_hi;
-    return (score_mods){.softcap = p->softcap != 0,
-                        .bias = p->bias.data,
-                        .alibi = p->alibi_slopes.data,
-                        .mask = mask,
-                        .window = range->first < t->full_lo || last > t->full_hi,
-                        .decode = is_decode(t)};
-}
-
-FA_INLINE int count_score_mods(score_mods mods)
-{
-    return mods.softcap + mods.bias + mods.alibi + mods.mask + mods.window;
-}
-
 /* Changes and hides scores that are there, and finds each lane's largest. Of wide tiles, the usual single
  * modifiers have copies of their own, where what is not there takes no time. What a copy computes must be the
  * same to the last bit: which one runs depends on other rows. So no copy may round twice where another rounds
@@ -257,27 +253,27 @@ static void modify_scores(const fa_problem *p, const tile *t, const key_range *r
                           vec *scores, vec block_max[MAX_VECTORS])
 {
     score_mod_terms terms = {0};
-    const int rows = mods.decode ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
-    const bool alone = count_score_mods(mods) == 1 && !mods.decode;
-    if (mods.softcap)
+    const bool decode = is_decode(t);
+    const int rows = decode ? panel_rows(t, range, true) : (int)(range->key_hi - range->first);
+    if (mods & MOD_SOFTCAP)
         set_softcap(p, &terms);
-    if (mods.alibi)
+    if (mods & MOD_ALIBI)
         set_alibi_distance(t, range, &terms);
-    if (mods.window)
+    if (mods & MOD_WINDOW)
         set_intervals(t, range, &terms);
 
-    if (alone && mods.softcap)
-        modify_rows(p, t, range, (score_mods){.softcap = true}, &terms, rows, scores, block_max);
-    else if (alone && mods.bias)
-        modify_rows(p, t, range, (score_mods){.bias = true}, &terms, rows, scores, block_max);
-    else if (alone && mods.alibi)
-        modify_rows(p, t, range, (score_mods){.alibi = true}, &terms, rows, scores, block_max);
-    else if (alone && mods.mask)
-        modify_rows(p, t, range, (score_mods){.mask = true}, &terms, rows, scores, block_max);
-    else if (alone && mods.window)
-        modify_rows(p, t, range, (score_mods){.window = true}, &terms, rows, scores, block_max);
+    if (!decode && mods == MOD_SOFTCAP)
+        modify_rows(p, t, range, MOD_SOFTCAP, false, &terms, rows, scores, block_max);
+    else if (!decode && mods == MOD_BIAS)
+        modify_rows(p, t, range, MOD_BIAS, false, &terms, rows, scores, block_max);
+    else if (!decode && mods == MOD_ALIBI)
+        modify_rows(p, t, range, MOD_ALIBI, false, &terms, rows, scores, block_max);
+    else if (!decode && mods == MOD_MASK)
+        modify_rows(p, t, range, MOD_MASK, false, &terms, rows, scores, block_max);
+    else if (!decode && mods == MOD_WINDOW)
+        modify_rows(p, t, range, MOD_WINDOW, false, &terms, rows, scores, block_max);
     else
-        modify_rows(p, t, range, mods, &terms, rows, scores, block_max);
+        modify_rows(p, t, range, mods, decode, &terms, rows, scores, block_max);
 }
 
 #endif

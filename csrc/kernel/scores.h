@@ -1,21 +1,19 @@
-/* Scores of a tile against a block of keys, scaled, and what their units are. Row r of the score panel is key
- * first + r, or of a decode tile some keys.
+/* What the units of scores are. Row r of the score panel is key first + r, or of a decode tile some keys.
  *
- * Requires score_mods.h and wide.h; provides compute_scores and the unit of its results. */
+ * Requires score_mods.h; provides the unit of scores, and what masks leave of a block. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_SCORES_H
 #define FA_KERNEL_SCORES_H
 
 #include "score_mods.h"
-#include "wide.h"
 
 /* Whether something besides other scores meets the scores, so that they must be in natural units: the
  * micro-kernel's epilogue then scales them. Otherwise the scale waits for the exponential, where it is free.
  */
 FA_INLINE bool scales_in_epilogue(const fa_problem *p)
 {
-    return p->softcap != 0 || p->bias.data || p->alibi_slopes.data || p->sinks.data;
+    return problem_score_mods(p) != 0 || p->sinks.data;
 }
 
 #define LOG2E 1.4426950408889634074
@@ -40,29 +38,12 @@ FA_INLINE double deferred_scale(const fa_problem *p)
     return scales_in_epilogue(p) || scale_sign(p) == 0 ? 1 : scale_magnitude(p);
 }
 
-/* Fills the panel, and finds each lane's largest score; false if no row sees any of the keys, and the panel
- * is left as it was. */
-FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              const prefetch_plan *plan, int vectors, bool decode, vec *scores,
-                              vec block_max[MAX_VECTORS])
+/* False if the mask lets no row see any of the keys. Reads the mask into the tile. */
+FA_INLINE bool sees_block(const fa_problem *p, tile *t, const key_range *range, score_mods *mods)
 {
-    mask_state seen = p->mask.data ? load_mask(p, t, range) : MASK_FULL;
-    if (seen == MASK_EMPTY)
-        return false;
-    const score_mods mods = find_score_mods(p, t, range, seen == MASK_PARTIAL);
-    const bool modified = count_score_mods(mods) > 0;
-    const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
-    if (decode) {
-        multiply_decode_query_key(p, t, range, key, plan, scale, scores);
-    } else {
-        multiply_query_key(p, t, range, key, plan, scale, vectors, scores, block_max);
-        mask_rows_behind(t, range, scores);
-    }
-    if (modified)
-        modify_scores(p, t, range, mods, scores, block_max);
-    else if (decode)
-        find_block_max(scores, panel_rows(t, range, decode), vectors, block_max);
-    return true;
+    const mask_state seen = p->mask.data ? load_mask(p, t, range) : MASK_FULL;
+    *mods = seen == MASK_EMPTY ? 0 : find_score_mods(p, t, range, seen == MASK_PARTIAL);
+    return seen != MASK_EMPTY;
 }
 
 /* Of wide tiles of the pipeline: how far, in units of log2, scores may exceed their row's reference before

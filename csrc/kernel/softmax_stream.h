@@ -59,7 +59,8 @@ FA_INLINE vec shifted_probability(const softmax_stream *f, int m, vec score)
 /* Two rows of vector m to float32's precision, in parts. */
 FA_INLINE void soften_in_parts(softmax_stream *f, int m)
 {
-    vec p = shifted_probability(f, m, f->scores[m]), q = shifted_probability(f, m, f->scores[MAX_VECTORS + m]);
+    vec p = shifted_probability(f, m, f->scores[m]),
+        q = shifted_probability(f, m, f->scores[MAX_VECTORS + m]);
     f->sum[m] += p;
     f->sum[m] += q;
 #pragma GCC unroll 3

@@ -10,13 +10,13 @@
 #include "item.h"
 #include "softmax.h"
 
-/* The part of [begin, end) that the tile reads; its ends rounded out to whole operands and panel rows. */
-FA_INLINE key_range tile_range(const tile *t, int64_t begin, int64_t end)
+/* The part of a block that the tile reads; its ends rounded out to whole operands and panel rows. */
+FA_INLINE key_range tile_range(const tile *t, fa_interval keys)
 {
     const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
     key_range range;
-    range.key_lo = max_i64(begin, t->key_lo);
-    range.key_hi = min_i64(end, t->key_hi);
+    range.key_lo = max_i64(keys.lo, t->key_lo);
+    range.key_hi = min_i64(keys.hi, t->key_hi);
     range.first = range.key_lo & ~mask;
     range.last = (range.key_hi + mask) & ~mask;
     return range;
@@ -92,54 +92,87 @@ typedef struct {
     fa_stop *stop;
 } item_state; /* at the front of the scratch */
 
+/* Whether some row of a tile may see keys of [lo, hi). A mask that hides whole blocks from tiles belongs
+ * here: next_block asks for every way of attending, and for what is packed and prefetched. */
+FA_INLINE bool tile_sees(const tile *t, fa_interval keys)
+{
+    return t->key_lo < keys.hi && keys.lo < t->key_hi;
+}
+
 /* Blocks of `keys` keys begin at multiples of that, so that a row's sums are grouped the same way whatever
  * else its tile and its item see. */
-static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
+FA_INLINE fa_interval block_at(int64_t begin, int keys, int64_t key_hi)
 {
-    return min_i64((begin / keys + 1) * keys, key_hi);
+    return (fa_interval){begin, min_i64((begin / keys + 1) * keys, key_hi)};
 }
 
-static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                prefetch_plan *plan)
+/* The first block of [begin, key_hi) that some tile of the item sees; false if there is none. */
+static bool next_block(const item_state *s, int64_t begin, int keys, int64_t key_hi, fa_interval *block)
 {
-    if (begin >= end)
-        return;
-    plan->key = a->key + key_offset(p, a, &p->key, begin);
-    plan->value = a->value + key_offset(p, a, &p->value, begin);
-    plan->key_rows = (int)(end - begin);
-    if (a->key_scale) {
-        plan->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
-        plan->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
+    for (; begin < key_hi; begin = block->hi) {
+        *block = block_at(begin, keys, key_hi);
+        for (int i = 0; i < s->num_tiles; i++)
+            if (tile_sees(&s->w.tiles[i], *block))
+                return true;
     }
+    return false;
 }
 
-/* The keys from `begin` on; after the last, the next item's first ones. */
-static void plan_key_prefetch(const item_state *s, int64_t begin, prefetch_plan *plan)
+/* The next block from `begin` on, and its arrays; after the last, the next item's first one. NULL: none. */
+static const item_arrays *find_next_block(const item_state *s, int64_t begin, fa_interval *block)
+{
+    if (next_block(s, begin, s->block_keys, s->key_hi, block))
+        return &s->arrays;
+    if (!s->next)
+        return NULL;
+    const fa_sequence *sequence = &s->next->sequence;
+    const int64_t first = max_i64(sequence->key_lo, s->next->split_begin * s->next->split_keys);
+    *block = block_at(first, s->block_keys, sequence->key_hi);
+    return block->lo < block->hi ? &s->next_arrays : NULL;
+}
+
+/* The keys of that block, and their values. */
+static void stream_next_keys(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
 {
     const fa_problem *p = s->problem;
-    if (begin < s->key_hi) {
-        plan_block_prefetch(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), plan);
-    } else if (s->next) {
-        const fa_sequence *next = &s->next->sequence;
-        int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        plan_block_prefetch(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), plan);
-    }
+    fa_interval block;
+    const item_arrays *a = find_next_block(s, begin, &block);
+    key->count = value->count = 0;
+    if (!a)
+        return;
+    const int rows = (int)(block.hi - block.lo);
+    stream_rows(key, a->key + key_offset(p, a, &p->key, block.lo), &p->key, p->head_dim, rows);
+    stream_rows(value, a->value + key_offset(p, a, &p->value, block.lo), &p->value, p->head_dim_v, rows);
+}
+
+static void stream_next_scales(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
+{
+    const fa_problem *p = s->problem;
+    fa_interval block;
+    const item_arrays *a = find_next_block(s, begin, &block);
+    if (!a)
+        return;
+    const int rows = (int)(block.hi - block.lo);
+    set_stream(key, a->key_scale + key_offset(p, a, &p->key_scale, block.lo), p->key_scale.row, sizeof(float),
+               rows);
+    set_stream(value, a->value_scale + key_offset(p, a, &p->value_scale, block.lo), p->value_scale.row,
+               sizeof(float), rows);
 }
 
 /* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
  * item's first ones. */
-static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
+static void stream_next_queries(const item_state *s, int i, next_streams *next)
 {
     const fa_problem *p = s->problem;
-    if (i < s->num_tiles) {
-        plan->query = s->arrays.query + s->arrays.first_head * p->query.head;
-        plan->query_begin = s->w.tiles[i].row_begin;
-        plan->query_rows = s->w.tiles[i].rows;
-    } else if (s->next) {
-        plan->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
-        plan->query_begin = s->next->row_begin;
-        plan->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
-    }
+    const bool in_item = i < s->num_tiles;
+    if (!in_item && !s->next)
+        return;
+    const item_arrays *a = in_item ? &s->arrays : &s->next_arrays;
+    const int64_t begin = in_item ? s->w.tiles[i].row_begin : s->next->row_begin;
+    const int rows =
+        in_item ? s->w.tiles[i].rows : (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+    stream_group_rows(&next->query, a->query + a->first_head * p->query.head, &p->query, p->head_dim, begin,
+                      rows, a->group_size);
 }
 
 /* Makes room in the running softmax for scores up to `largest`. */

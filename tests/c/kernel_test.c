@@ -457,7 +457,75 @@ static void require_sum(double got, double sum, double magnitude, int length, co
     REQUIRE(fabs(got - sum) <= (length + 8) * EPSILON * magnitude, "%s: %.17g, not %.17g", name, got, sum);
 }
 
+#if IS_PIPELINED
+
+#define PRODUCT_ROWS(vectors) (2 * TMM_ROWS)
+
+/* All parts: those that a dtype does not have are 0. */
+static void multiply_all_parts(panel_product product)
+{
+    const part_products parts = list_part_products(MAX_PARTS, MAX_PARTS, false);
+    product.parts = &parts;
+    multiply_panel_alone(&product);
+}
+
+static void call_product_scores(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
+                                real scale, vec *panel, vec block_max[MAX_VECTORS])
+{
+    const int head_dim = length * TILE_K;
+    multiply_all_parts((panel_product){.a = a->data + i * a->row,
+                                       .a_row = a->row,
+                                       .a_step = a->step,
+                                       .b = b,
+                                       .c = panel,
+                                       .blocks = 2,
+                                       .steps = length,
+                                       .empty = true,
+                                       .a_part = key_part_bytes(head_dim),
+                                       .b_part = query_part_rows(head_dim) * vectors});
+    for (int r = 0; r < PRODUCT_ROWS(vectors) * vectors; r++)
+        panel[r] *= scale;
+    for (int r = 0; r < PRODUCT_ROWS(vectors) && i + r < a->last; r++)
+        for (int m = 0; m < vectors; m++)
+            block_max[m] = vec_max(panel[r * vectors + m], block_max[m]);
+}
+
+static const packed_vec *pack_panel(vec *panel, int num_keys, int vectors)
+{
+    static _Alignas(64) packed_vec packed[MAX_PARTS * PROBABILITY_PART];
+#if MAX_PARTS > 1
+    for (int n = 0; n < num_keys; n += 2)
+        for (int m = 0; m < vectors; m++)
+            store_parts(panel[n * vectors + m], panel[(n + 1) * vectors + m], MAX_PARTS,
+                        (char *)(packed + n / 2 * vectors + m), PROBABILITY_PART * FA_VECTOR_BYTES);
+#else
+    const size_t bytes = (size_t)(num_keys / 2 * vectors) * sizeof *packed;
+    memcpy(packed, pack_probabilities(panel, num_keys, vectors), bytes);
+#endif
+    return packed;
+}
+
+static void call_product_add(const product_rows *a, int e, const packed_vec *b, int length, int vectors,
+                             bool nan_safe, bool empty, vec *out)
+{
+    (void)vectors, (void)nan_safe;
+    multiply_all_parts((panel_product){.a = a->data + e * a->row,
+                                       .a_row = a->row,
+                                       .a_step = a->step,
+                                       .b = b,
+                                       .c = out,
+                                       .blocks = e + TMM_ROWS < a->last ? 2 : 1,
+                                       .steps = length,
+                                       .empty = empty,
+                                       .a_part = value_part_bytes(a->last),
+                                       .b_part = PROBABILITY_PART});
+}
+
+#else
+
 static const product_prefetch nothing = {.every = INT32_MAX};
+
+#define pack_panel pack_probabilities
 
 /* Products are compiled for a number of vectors, which their callers know. */
 static void call_product_scores(const product_rows *a, int i, const packed_vec *b, int length, int vectors,
@@ -493,12 +561,14 @@ static void call_product_add(const product_rows *a, int e, const packed_vec *b, 
 
 _Static_assert(MAX_VECTORS <= 3, "as many as above");
 
+#endif
+
 /* product_scores of packed queries with packed keys, or with keys in place. */
 static void check_scores(void)
 {
     static key_matrix keys;
-    static _Alignas(64) char packed[SPARE_KEYS * (MAX_DIM + 64) * sizeof(real)];
-    static _Alignas(64) packed_vec query[(MAX_DIM + 64) * MAX_VECTORS];
+    static _Alignas(64) char packed[MAX_PARTS * SPARE_KEYS * (MAX_DIM + 64) * sizeof(real)];
+    static _Alignas(64) packed_vec query[MAX_PARTS * (MAX_DIM + 64) * MAX_VECTORS];
     static _Alignas(64) vec panel[(SPARE_KEYS + 64) * MAX_VECTORS];
     static char memory[MAX_ROWS][MAX_DIM * 8];
     static double queries[MAX_ROWS][MAX_DIM];
@@ -513,6 +583,7 @@ static void check_scores(void)
             queries[j][d] = random_stored(dtype, memory[j] + d * element_size(dtype));
     }
     make_keys(&keys, num_keys, head_dim);
+    memset(query, 0, sizeof query);
     pack_query(rows, element_size(dtype), dtype, head_dim, vectors, sign, query);
     const source_rows src = rows_of(&keys);
     memset(packed, 0, sizeof packed);
@@ -555,13 +626,13 @@ static void check_scores(void)
 static void check_add(void)
 {
     static key_matrix values;
-    static _Alignas(64) char packed[(MAX_KEYS + TILE_K) * (MAX_DIM + 64) * sizeof(real)];
+    static _Alignas(64) char packed[MAX_PARTS * (MAX_KEYS + TILE_K) * (MAX_DIM + 64) * sizeof(real)];
     static _Alignas(64) vec panel[(MAX_KEYS + TILE_K) * MAX_VECTORS];
     static _Alignas(64) vec out[(MAX_DIM + 64) * MAX_VECTORS], before[(MAX_DIM + 64) * MAX_VECTORS];
     static double probabilities[MAX_KEYS][MAX_ROWS];
     const int columns = (int)random_int(1, MAX_DIM), vectors = (int)random_int(MIN_VECTORS, MAX_VECTORS);
     const int lead = (int)random_int(0, TILE_K - 1), num_keys = (int)random_int(1, MAX_KEYS - lead);
-    const bool nan_safe = random_int(0, 1), empty = random_int(0, 1);
+    const bool nan_safe = !IS_PIPELINED && random_int(0, 1), empty = random_int(0, 1);
     make_keys(&values, num_keys, columns);
     const int poisoned = nan_safe && values.array.dtype != FA_INT8 ? (int)random_int(0, num_keys - 1) : -1;
     const int length = (lead + num_keys + TILE_K - 1) / TILE_K;
@@ -592,7 +663,7 @@ static void check_add(void)
     for (int i = 0; i < (columns + 64) * vectors; i++)
         for (int j = 0; j < LANES; j++)
             out[i][j] = before[i][j] = (real)random_unit();
-    const packed_vec *b = pack_probabilities(panel, length * TILE_K, vectors);
+    const packed_vec *b = pack_panel(panel, length * TILE_K, vectors);
     for (int e = 0; e < columns; e += PRODUCT_ROWS(vectors))
         call_product_add(&a, e, b, length, vectors, nan_safe, empty, out + e * vectors);
     for (int e = 0; e < columns; e++)
@@ -644,7 +715,7 @@ static void check_decode_values(void)
     static _Alignas(64) vec panel[MAX_KEYS];
     double probabilities[MAX_KEYS], columns[MAX_KEYS][MAX_COLUMNS];
     const fa_dtype dtype = random_key_dtype();
-    const int rows = 1 << random_int(0, __builtin_ctz(DECODE_ROWS)), row = (int)random_int(0, rows - 1);
+    const int rows = 1 << random_int(0, __builtin_ctz(LANES / 2)), row = (int)random_int(0, rows - 1);
     const int num_keys = (int)random_int(1, MAX_KEYS), width = random_int(0, 1) ? 2 : MAX_WIDTH;
     const int panel_rows = (num_keys * rows + LANES - 1) / LANES;
     const int poisoned = dtype == FA_INT8 ? -1 : (int)random_int(0, num_keys - 1);
