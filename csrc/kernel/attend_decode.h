@@ -28,11 +28,11 @@ FA_INLINE vec *block_panel(const item_state *s, const decode_step *step, int i)
 /* Keys from `begin` on, and their values, as a decode tile reads them. */
 static void list_block(const item_state *s, int64_t begin, row_stream *key, row_stream *value)
 {
-    const fa_problem *p = s->problem;
-    prefetch_plan block = {0};
-    plan_key_prefetch(s, begin, &block);
-    *key = dense_stream(block.key, &p->key, p->head_dim, block.key_rows);
-    *value = dense_stream(block.value, &p->value, p->head_dim_v, block.key_rows);
+    next_streams block;
+    clear_streams(&block);
+    stream_next_keys(s, begin, &block);
+    *key = block.key;
+    *value = block.value;
 }
 
 /* Cuts the step's keys into blocks. */
@@ -60,14 +60,16 @@ static bool compute_decode_scores(item_state *s, decode_step *step, vec block_ma
     for (int i = 0; i < step->num_blocks; i++) {
         const key_range *range = &step->blocks[i];
         vec *panel = block_panel(s, step, i), block_max_[MAX_VECTORS];
-        prefetch_plan plan = {.streams = step->streams + i};
+        next_streams next;
+        clear_streams(&next);
+        next.streams = step->streams + i;
         if (s->arrays.key_scale)
-            plan_key_prefetch(s, range->key_hi, &plan);
+            stream_next_keys(s, range->key_hi, &next);
         if (range->key_hi == s->key_hi)
-            plan_query_prefetch(s, 1, &plan);
+            stream_next_queries(s, 1, &next);
         operand_block key =
             load_key_block(p, &s->arrays, range->key_lo, range->key_hi, true, &s->w, s->w.packed_key);
-        step->seen[i] = compute_scores(p, t, range, &key, &plan, 1, true, panel, block_max_);
+        step->seen[i] = compute_scores(p, t, range, &key, &next, 1, true, panel, block_max_);
         any |= step->seen[i];
         if (!step->seen[i]) {
             for (int r = 0; r < panel_rows(t, range, true); r++)

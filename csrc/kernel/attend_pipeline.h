@@ -77,6 +77,13 @@ static bool next_unit(superblock *b, unit *u)
 
 /* --- packing ------------------------------------------------------------------------------------ */
 
+static void prefetch_block(const operand_block *block, ptrdiff_t row_bytes)
+{
+    row_stream rows;
+    set_stream(&rows, block->data, block->row, row_bytes, KEY_BLOCK);
+    prefetch_rows(&rows, 0, KEY_BLOCK, false);
+}
+
 static void pack_superblock(superblock *b)
 {
     item_state *s = b->s;
@@ -89,7 +96,7 @@ static void pack_superblock(superblock *b)
         if (b->keys[i].data == packed_key)
             packed_key += packed_key_bytes(p->head_dim);
         else
-            prefetch_rows(b->keys[i].data, b->keys[i].row, 2 * p->head_dim, KEY_BLOCK);
+            prefetch_block(&b->keys[i], 2 * p->head_dim);
         load_value_block(p, &s->arrays, begin, end, false, &s->w, s->w.packed_value + i * b->value_bytes);
     }
 }

@@ -12,11 +12,11 @@
 
 /* Adds a key block to the running softmax of a wide tile. */
 FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                            const operand_block *value, const prefetch_plan *plan, int vectors, bool nan_safe,
+                            const operand_block *value, const next_streams *next, int vectors, bool nan_safe,
                             vec *scores)
 {
     vec block_max[MAX_VECTORS];
-    if (!compute_scores(p, t, range, key, plan, vectors, false, scores, block_max))
+    if (!compute_scores(p, t, range, key, next, vectors, false, scores, block_max))
         return;
     if (p->top_count > 0)
         update_top(p, t, range, scores, vectors, false);
@@ -24,28 +24,37 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
     rescale_accumulators(p, t, block_max, to_log2, vectors, false);
     exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
     const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
-    multiply_value(p, t, range, value, probabilities, plan, vectors, nan_safe);
+    multiply_value(p, t, range, value, probabilities, next, vectors, nan_safe);
     t->empty = false;
 }
 
 /* Key blocks of different tile widths: one inlined copy for each, chosen per tile and block. */
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                             const operand_block *value, const prefetch_plan *plan, bool nan_safe,
-                             vec *scores)
+                             const operand_block *value, const next_streams *next, bool nan_safe, vec *scores)
 {
     const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
     if (nan_safe && vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, true, scores);
+        attend_block(p, t, range, key, value, next, 1, true, scores);
     else if (nan_safe && vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, true, scores);
+        attend_block(p, t, range, key, value, next, 2, true, scores);
     else if (nan_safe)
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, true, scores);
+        attend_block(p, t, range, key, value, next, MAX_VECTORS, true, scores);
     else if (vectors == 1)
-        attend_block(p, t, range, key, value, plan, 1, false, scores);
+        attend_block(p, t, range, key, value, next, 1, false, scores);
     else if (vectors == 2)
-        attend_block(p, t, range, key, value, plan, 2, false, scores);
+        attend_block(p, t, range, key, value, next, 2, false, scores);
     else
-        attend_block(p, t, range, key, value, plan, MAX_VECTORS, false, scores);
+        attend_block(p, t, range, key, value, next, MAX_VECTORS, false, scores);
+}
+
+/* The tile's results. */
+static void stream_out(const item_state *s, const tile *t, next_streams *next)
+{
+    const fa_problem *p = s->problem;
+    const item_arrays *a = &s->arrays;
+    stream_group_rows(&next->out, a->out + a->first_head * p->out.head, &p->out, p->head_dim_v, t->row_begin,
+                      t->rows, a->group_size);
+    next->out.is_written = true;
 }
 
 /* Keys [begin, end), which lie in one block, as every tile of the item sees them. */
@@ -61,16 +70,17 @@ static void attend_tiles(item_state *s, int64_t begin, int64_t end, bool nan_saf
         bool last_block = end == s->key_hi;
         if (range.key_lo >= range.key_hi)
             continue;
-        prefetch_plan plan = {0};
+        next_streams next;
+        clear_streams(&next);
         if (last_block)
-            plan.out_rows = t->rows;
+            stream_out(s, t, &next);
         if (!keys_prefetched)
-            plan_key_prefetch(s, end, &plan);
+            stream_next_keys(s, end, &next);
         if (!t->packed ? i + 1 < s->num_tiles || last_block : last_block && i + 1 == s->num_tiles)
-            plan_query_prefetch(s, i + 1, &plan);
+            stream_next_queries(s, i + 1, &next);
         if (!t->packed)
             pack_tile(p, t);
-        attend_block_any(p, t, &range, &key, &value, &plan, nan_safe, s->w.scores);
+        attend_block_any(p, t, &range, &key, &value, &next, nan_safe, s->w.scores);
         keys_prefetched = true;
     }
 }

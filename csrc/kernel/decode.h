@@ -2,60 +2,14 @@
  * once, at the speed of memory, in vectors in place. So here lanes run along the head dims, and a score is
  * a sum over lanes. A row of the score panel holds LANES / rows_pow2 keys, key by key, `rows_pow2` rows each.
  *
- * Requires prefetch.h; provides multiply_decode_query_key and multiply_decode_value. */
+ * Requires tile.h; provides multiply_decode_query_key and multiply_decode_value. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_DECODE_H
 #define FA_KERNEL_DECODE_H
 
 #include "../cpu.h"
-#include "prefetch.h"
-
-/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, stream
- * by stream. While it reads a row, it prefetches line by line the one that comes this far behind. */
-#define PREFETCH_DISTANCE_BYTES 16384
-
-/* Whether lines are prefetched at all. A row that is read alone leaves its lines to the CPU, which sees where
- * they come from (Zen 4: 8 % faster than prefetching into L1 in float32, 24 % in bfloat16); not so where
- * bytes are upcast, or the CPU is one that gains by it (fa_prefetch_to_l1). */
-FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
-{
-    return rows > 1 || dtype == FA_INT8 || to_l1;
-}
-
-FA_INLINE void prefetch_line(const char *line, bool to_l1)
-{
-    if (to_l1)
-        __builtin_prefetch(line, 0, 3);
-    else
-        __builtin_prefetch(line, 0, 2);
-}
-
-/* The rows to prefetch while the n-th of the first stream, which is at `row`, and those behind it are read,
- * `distance` rows ahead: the first of these, if no others are to come. For some rows at once: in a loop over
- * rows this would cost as much as their arithmetic. */
-FA_INLINE row_stream rows_to_prefetch(const row_stream *streams, int distance, int n, const char *row)
-{
-    n += distance;
-#pragma GCC unroll 3
-    for (int i = 0; i < STREAM_WINDOW; i++) {
-        const row_stream *run = &streams[i];
-        if (n < run->count)
-            return (row_stream){run->data + n * run->row, run->row, run->count - n};
-        n -= run->count;
-    }
-    return (row_stream){row, 0, KEY_BLOCK};
-}
-
-/* Of a block that was packed, and thus read before, it is a whole block. */
-FA_INLINE int rows_ahead(const row_stream *streams, bool packed)
-{
-    const int64_t most = streams[0].count + streams[1].count;
-    const ptrdiff_t row = streams[0].row;
-    if (packed)
-        return streams[0].count;
-    return row > 0 ? (int)min_i64(PREFETCH_DISTANCE_BYTES / row, most) : (int)most;
-}
+#include "tile.h"
 
 /* Keys that are read side by side, a vector of each at a time: for some rows all those of a vector of scores,
  * so that a vector of queries, once there, serves them all. For one row memory serves keys one by one best;
@@ -88,22 +42,6 @@ FA_INLINE void multiply_keys(const char *const *key, ptrdiff_t offset, fa_dtype 
                 sums[g * rows + r] = multiply_lanes(k, q[r], sums[g * rows + r]);
         }
     }
-}
-
-/* Rows to prefetch while others are read: line by line, `next_key` and `next_line` bytes apart. */
-typedef struct {
-    const char *data;
-    ptrdiff_t row, next_key, next_line;
-    bool to_l1; /* not L2 */
-} line_prefetch;
-
-/* Of unrolled keys that touch, lines one after another, as memory serves them best. */
-FA_INLINE line_prefetch spread_line_prefetch(const row_stream *run, ptrdiff_t row_bytes, int unroll,
-                                             bool to_l1)
-{
-    if (run->row == row_bytes)
-        return (line_prefetch){run->data, run->row, 64, 64 * unroll, to_l1};
-    return (line_prefetch){run->data, run->row, run->row, 64, to_l1};
 }
 
 /* sums[g * rows + r] = Σ_d key[g][d] query[r][d], lane by lane. Prefetches as many keys from `prefetch` on.
@@ -165,8 +103,7 @@ typedef struct {
     int vectors;
     bool empty; /* out is not there yet */
     vec *out;
-    const row_stream *streams;
-    int distance;
+    prefetch_plan prefetch;
     bool to_l1; /* lines are prefetched into L1, not L2 */
 } value_product;
 
@@ -209,8 +146,8 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
     const char *value = a->value + offset;
     const operand *p = a->p;
     for (int n = 0; n < a->num_keys;) {
-        const row_stream run = rows_to_prefetch(a->streams, a->distance, n, a->value + a->lead * a->row);
-        const int end = n + rows_left(n, run.count, a->num_keys);
+        const product_prefetch run = prefetch_step(&a->prefetch, n);
+        const int end = n + (int)min_i64(run.rows, a->num_keys - n);
         const bool touch = run.row == a->vectors * vector_bytes;
         const char *prefetch = run.data + (touch ? (end - n) * offset : offset);
         const ptrdiff_t next = touch ? width * vector_bytes : run.row;
@@ -317,56 +254,58 @@ static void multiply_by_scales(const tile *t, const key_range *range, const oper
 
 /* Scores of all keys of the range, as multiply_query_key. */
 FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *range, const operand_block *key,
-                         const prefetch_plan *plan, fa_dtype dtype, int rows, real scale, vec *scores)
+                         const next_streams *next, fa_dtype dtype, int rows, real scale, vec *scores)
 {
     const int keys = LANES / rows, vectors = key_vectors(p->head_dim);
     const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
-    const int distance = rows_ahead(plan->streams, !is_vector_aligned(&p->key, p->head_dim));
     const bool to_l1 = fa_prefetch_to_l1();
     const product_rows a = key_rows(range, key);
-    prefetch_queries(p, plan, 0, plan->query_rows);
-    if (plan->key_scale) {
-        prefetch_rows(plan->key_scale, p->key_scale.row, sizeof(float), plan->key_rows);
-        prefetch_rows(plan->value_scale, p->value_scale.row, sizeof(float), plan->key_rows);
-    }
+    prefetch_plan plan;
+    stream_ahead(&plan, next->streams, !is_vector_aligned(&p->key, p->head_dim),
+                 key->data + (range->key_lo - key->first) * key->row);
+    shared_streams shared = {.count = 0};
+    share_stream(&shared, &next->query, next->query.count);
+    share_stream(&shared, &next->key_scale, next->key_scale.count);
+    share_stream(&shared, &next->value_scale, next->value_scale.count);
+    if (shared.count > 0)
+        plan.shared = &shared;
     for (int n = 0; n < num_keys(range);) {
-        const row_stream run =
-            rows_to_prefetch(plan->streams, distance, n, key->data + (range->key_lo - key->first) * key->row);
-        line_prefetch prefetch = spread_line_prefetch(&run, row_bytes, key_unroll(dtype, rows), to_l1);
-        const int end = n + rows_left(n, run.count, num_keys(range));
+        const product_prefetch run = prefetch_step(&plan, n);
+        line_prefetch prefetch = spread_lines(&run, row_bytes, key_unroll(dtype, rows), to_l1);
+        const int end = n + (int)min_i64(run.rows, num_keys(range) - n);
         for (; n < end; n += keys, prefetch.data += keys * prefetch.row)
             scores[n / keys] = dot_keys(&a, n, dtype, t->query, vectors, rows, &prefetch) * scale;
     }
 }
 
 FA_INLINE void dot_range_of(const fa_problem *p, const tile *t, const key_range *range,
-                            const operand_block *key, const prefetch_plan *plan, int rows, real scale,
+                            const operand_block *key, const next_streams *next, int rows, real scale,
                             vec *scores)
 {
     if (PRODUCTS_IN_BFLOAT16)
-        dot_range(p, t, range, key, plan, FA_BFLOAT16, rows, scale, scores);
+        dot_range(p, t, range, key, next, FA_BFLOAT16, rows, scale, scores);
     else if (is_stored(key->dtype, FA_FLOAT16))
-        dot_range(p, t, range, key, plan, FA_FLOAT16, rows, scale, scores);
+        dot_range(p, t, range, key, next, FA_FLOAT16, rows, scale, scores);
     else if (is_stored(key->dtype, FA_BFLOAT16))
-        dot_range(p, t, range, key, plan, FA_BFLOAT16, rows, scale, scores);
+        dot_range(p, t, range, key, next, FA_BFLOAT16, rows, scale, scores);
     else if (is_stored(key->dtype, FA_INT8))
-        dot_range(p, t, range, key, plan, FA_INT8, rows, scale, scores);
+        dot_range(p, t, range, key, next, FA_INT8, rows, scale, scores);
     else
-        dot_range(p, t, range, key, plan, FA_REAL_DTYPE, rows, scale, scores);
+        dot_range(p, t, range, key, next, FA_REAL_DTYPE, rows, scale, scores);
 }
 
 static void multiply_decode_query_key(const fa_problem *p, const tile *t, const key_range *range,
-                                      const operand_block *key, const prefetch_plan *plan, real scale,
+                                      const operand_block *key, const next_streams *next, real scale,
                                       vec *scores)
 {
     if (DECODE_ROWS >= 8 && t->rows_pow2 == 8)
-        dot_range_of(p, t, range, key, plan, 8, scale, scores);
+        dot_range_of(p, t, range, key, next, 8, scale, scores);
     else if (DECODE_ROWS >= 4 && t->rows_pow2 == 4)
-        dot_range_of(p, t, range, key, plan, 4, scale, scores);
+        dot_range_of(p, t, range, key, next, 4, scale, scores);
     else if (DECODE_ROWS >= 2 && t->rows_pow2 == 2)
-        dot_range_of(p, t, range, key, plan, 2, scale, scores);
+        dot_range_of(p, t, range, key, next, 2, scale, scores);
     else
-        dot_range_of(p, t, range, key, plan, 1, scale, scores);
+        dot_range_of(p, t, range, key, next, 1, scale, scores);
     if (key->scale)
         multiply_by_scales(t, range, key, scores);
 }
@@ -385,10 +324,9 @@ static void multiply_decode_value(const fa_problem *p, const tile *t, const key_
         .vectors = vectors_of(p->head_dim_v),
         .empty = t->empty,
         .out = t->out,
-        .streams = streams,
-        .distance = rows_ahead(streams, !is_vector_aligned(&p->value, p->head_dim_v)),
         .to_l1 = fa_prefetch_to_l1(),
     };
+    stream_ahead(&product.prefetch, streams, !is_vector_aligned(&p->value, p->head_dim_v), NULL);
     for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {
         end = min_i64((n / VALUE_BLOCK + 1) * VALUE_BLOCK, range->key_hi);
         const int64_t first = n / VALUE_KEYS * VALUE_KEYS;
@@ -396,8 +334,9 @@ static void multiply_decode_value(const fa_problem *p, const tile *t, const key_
         product.p = p_of_rows + (first - range->first) / VALUE_KEYS * t->rows_pow2;
         product.lead = (int)(n - first);
         product.num_keys = (int)(end - first);
+        product.prefetch.rest.data = product.value + product.lead * value->row;
         add_values_any(&product, value->dtype, t->rows_pow2, nan_safe);
-        product.distance += product.num_keys;
+        product.prefetch.distance += product.num_keys;
         product.empty = false;
     }
 }

@@ -170,31 +170,6 @@ FA_INLINE void vec_store_float16(void *dst, vec x)
 #endif
 #endif
 
-/* Prefetches the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
- * with a line. Four lines a turn, because where sequences are short, prefetching is a twentieth of the work.
- */
-FA_INLINE void prefetch_bytes(const char *data, ptrdiff_t bytes)
-{
-    const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
-    const ptrdiff_t lines = bytes > 0 ? (lead + bytes + 63) / 64 : 0;
-#pragma GCC unroll 4
-    for (ptrdiff_t i = 0; i < lines; i++)
-        __builtin_prefetch(data - lead + 64 * i, 0, 2);
-}
-
-/* To be written. Of rows that touch, the last line comes with the row behind. */
-FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
-{
-    for (ptrdiff_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch(data + i, 1, 2);
-}
-
-/* Bytes that `count` elements span, if they lie densely enough to be prefetched as a range, else 0. */
-FA_INLINE ptrdiff_t prefetch_span(ptrdiff_t step, int64_t count)
-{
-    return step > 0 && step <= 16 ? step * count : 0;
-}
-
 /* LANES contiguous elements. */
 FA_INLINE vec load_contiguous(const char *src, fa_dtype dtype)
 {

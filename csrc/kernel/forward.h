@@ -39,7 +39,7 @@ FA_INLINE bool compute_weights(const fa_problem *p, tile *t, const key_range *ra
                                int vectors, bool decode, vec *weights)
 {
     static const row_stream none[STREAM_WINDOW];
-    const prefetch_plan nothing = {.streams = none};
+    const next_streams nothing = {.streams = none};
     vec block_max[MAX_VECTORS];
     if (!compute_scores(p, t, range, key, &nothing, vectors, decode, weights, block_max))
         return false;

@@ -1,6 +1,14 @@
-/* Lines that are needed soon, prefetched while the present ones are computed.
+/* Prefetching. The CPU cannot guess where a row of 256 bytes is followed by another, so rows that are needed
+ * soon are prefetched while the present ones are worked on; spread over the work, because memory serves few
+ * lines at a time, and behind one burst of them the work would wait.
  *
- * Requires tile.h; provides key_range, row_stream and the prefetch plans of wide and decode tiles. */
+ * Rows are a row_stream. A prefetch_plan says which streams are prefetched over the steps of a product:
+ * prefetch_step(plan, i) prefetches what is due before step i, and gives the rows whose lines that step
+ * prefetches in its course. A step of a wide tile is a product of MICRO_ROWS rows, one of a decode tile a
+ * row.
+ *
+ * Requires an operand; provides row_stream, prefetch_plan, prefetch_step, and prefetching by bytes and lines.
+ */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_PREFETCH_H
@@ -8,73 +16,88 @@
 
 #include <limits.h>
 
-#include "tile.h"
+#include "vec_types.h"
 
-/* Keys [first, last) of the panel, whole rows of it, of which [key_lo, key_hi) may be read. */
-typedef struct {
-    int64_t first, last;
-    int64_t key_lo, key_hi;
-} key_range;
+/* --- lines -------------------------------------------------------------------------------------- */
 
-FA_INLINE int num_keys(const key_range *range)
+/* Prefetches the cache lines of `bytes` at `data`, in L2: L1 is full of the tile's own. Arrays rarely begin
+ * with a line. Four lines a turn, because where sequences are short, prefetching is a twentieth of the work.
+ */
+FA_INLINE void prefetch_bytes(const char *data, ptrdiff_t bytes)
 {
-    return (int)(range->last - range->first);
+    const ptrdiff_t lead = (ptrdiff_t)((uintptr_t)data & 63);
+    const ptrdiff_t lines = bytes > 0 ? (lead + bytes + 63) / 64 : 0;
+#pragma GCC unroll 4
+    for (ptrdiff_t i = 0; i < lines; i++)
+        __builtin_prefetch(data - lead + 64 * i, 0, 2);
 }
 
-/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
-FA_INLINE int panel_rows(const tile *t, const key_range *range, bool decode)
+/* To be written. Of rows that touch, the last line comes with the row behind. */
+FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
 {
-    return decode ? num_keys(range) >> t->key_shift : num_keys(range);
+    for (ptrdiff_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(data + i, 1, 2);
 }
 
-/* The keys of the panel, from range->first on. */
-FA_INLINE product_rows key_rows(const key_range *range, const operand_block *key)
+FA_INLINE void prefetch_line(const char *line, bool to_l1)
 {
-    return (product_rows){key->data + (range->first - key->first) * key->row, key->row, key->col,
-                          (int)(range->key_lo - range->first), (int)(range->key_hi - range->first)};
+    if (to_l1)
+        __builtin_prefetch(line, 0, 3);
+    else
+        __builtin_prefetch(line, 0, 2);
 }
 
-/* `count` rows, `row` bytes apart. */
+/* --- streams ------------------------------------------------------------------------------------ */
+
+/* `count` rows of `span` bytes, `row` bytes apart. Of a head group, whose rows are numbered position by
+ * position and head by head: the rows from `first` on, its heads `head` bytes apart. */
 typedef struct {
     const char *data;
-    ptrdiff_t row;
+    ptrdiff_t row, span;
     int count;
+    bool is_written; /* not read */
+    int group_size, first;
+    ptrdiff_t head;
 } row_stream;
 
-/* Of the streams that a decode tile reads, so many are looked at for what is to be prefetched. */
-#define STREAM_WINDOW 3
-
-/* Rows at `data`, or none if they are not dense. */
-FA_INLINE row_stream dense_stream(const char *data, const fa_array *array, int64_t columns, int count)
+/* Bytes that `columns` elements span, if they lie densely enough to be prefetched as a range, else 0. */
+FA_INLINE ptrdiff_t dense_span(const fa_array *array, int64_t columns)
 {
-    return (row_stream){data, array->row, prefetch_span(array->col, columns) > 0 ? count : 0};
+    return array->col > 0 && array->col <= 16 ? array->col * columns : 0;
 }
 
-/* Rows that will be needed soon, prefetched while the present ones are worked on: the CPU cannot guess
- * where a row of 256 bytes is followed by another. The prefetches are spread over the work, keys and queries
- * over the rows of the first product, values and results over those of the second: memory serves few
- * lines at a time, and in one burst the work would wait for them. The micro-kernel prefetches those of
- * masks and biases, which are many, in both. */
-typedef struct {
-    const char *key, *value;
-    int key_rows;
-    const char *key_scale, *value_scale; /* of those keys; NULL: none */
-    const row_stream *streams; /* what a decode tile reads: these keys, and STREAM_WINDOW - 1 runs behind */
-    const char *query;         /* of the kv head's first query head */
-    int64_t query_begin;
-    int query_rows;
-    int out_rows; /* of the tile itself */
-} prefetch_plan;
-
-/* `count` rows of `span` bytes; those without gaps are one run of lines. */
-FA_INLINE void prefetch_rows(const char *data, ptrdiff_t row, ptrdiff_t span, int count)
+/* Field by field: a struct that is copied right after its fields were written waits for them. */
+FA_INLINE void set_stream(row_stream *stream, const char *data, ptrdiff_t row, ptrdiff_t span, int count)
 {
-    if (row == span) {
-        prefetch_bytes(data, count * span);
+    stream->data = data;
+    stream->row = row;
+    stream->span = span;
+    stream->count = count;
+    stream->is_written = false;
+    stream->group_size = 1;
+}
+
+/* Rows at `data`, or none if they are not dense. */
+FA_INLINE void stream_rows(row_stream *stream, const char *data, const fa_array *array, int64_t columns,
+                           int count)
+{
+    const ptrdiff_t span = dense_span(array, columns);
+    set_stream(stream, data, array->row, span, span > 0 ? count : 0);
+}
+
+/* Rows of a head group from its row `first` on, whose row 0 is at `data`. */
+FA_INLINE void stream_group_rows(row_stream *stream, const char *data, const fa_array *array, int64_t columns,
+                                 int64_t first, int count, int64_t group_size)
+{
+    if (group_size == 1) {
+        stream_rows(stream, data + first * array->row, array, columns, count);
         return;
     }
-    for (int r = 0; r < count; r++)
-        prefetch_bytes(data + r * row, span);
+    const int64_t position = first / group_size;
+    stream_rows(stream, data + position * array->row, array, columns, count);
+    stream->group_size = (int)group_size;
+    stream->first = (int)(first - position * group_size);
+    stream->head = array->head;
 }
 
 /* Rows [begin, begin + count) of those that are prefetched. */
@@ -83,20 +106,77 @@ FA_INLINE int rows_left(int begin, int count, int rows)
     return begin + count <= rows ? count : rows - begin;
 }
 
-FA_INLINE void prefetch_queries(const fa_problem *p, const prefetch_plan *plan, int begin, int count)
+FA_INLINE const char *stream_row(const row_stream *s, int r)
 {
-    const int64_t group_size = p->num_heads / p->num_kv_heads;
-    const ptrdiff_t span = prefetch_span(p->query.col, p->head_dim);
-    const int left = rows_left(begin, count, plan->query_rows);
-    if (left <= 0)
+    if (s->group_size == 1)
+        return s->data + r * s->row;
+    const int n = s->first + r, position = n / s->group_size;
+    return s->data + position * s->row + (n - position * s->group_size) * s->head;
+}
+
+FA_INLINE void prefetch_row(const char *data, ptrdiff_t bytes, bool is_written)
+{
+    if (is_written)
+        prefetch_for_write(data, bytes);
+    else
+        prefetch_bytes(data, bytes);
+}
+
+/* Rows [begin, begin + count), as far as there are any; those without gaps are one run of lines. */
+FA_INLINE void prefetch_rows(const row_stream *s, int begin, int count, bool is_written)
+{
+    count = rows_left(begin, count, s->count);
+    if (count <= 0)
         return;
-    if (group_size == 1) {
-        prefetch_rows(plan->query + (plan->query_begin + begin) * p->query.row, p->query.row, span, left);
+    if (s->group_size == 1 && s->row == s->span) {
+        prefetch_row(s->data + begin * s->row, count * s->span, is_written);
         return;
     }
-    for (int r = begin; r < begin + left; r++) {
-        int64_t flat = plan->query_begin + r, row = flat / group_size;
-        prefetch_bytes(plan->query + row * p->query.row + (flat - row * group_size) * p->query.head, span);
+    for (int r = begin; r < begin + count; r++)
+        prefetch_row(stream_row(s, r), s->span, is_written);
+}
+
+/* --- the plan of a product ---------------------------------------------------------------------- */
+
+/* Of the streams that a decode tile reads, so many are looked at for what is to be prefetched. */
+#define STREAM_WINDOW 3
+
+/* Streams that are shared out over the steps: queries, this block's bias, the next one's and its mask. */
+#define MAX_SHARED_STREAMS 4
+
+/* Lines that a product prefetches in its course: of `rows` rows, `row` bytes apart, `lines` lines each, every
+ * `every` steps of the reduction. In one burst they would take all fill buffers of L1, and the product's own
+ * operands would wait behind them: keys from memory then cost a tenth (Zen 4). */
+typedef struct {
+    const char *data;
+    ptrdiff_t row;
+    int rows, lines;
+    int every; /* at least 1, but of products without steps */
+} product_prefetch;
+
+/* Streams of which steps prefetch some rows each. They are pointed at, not copied: see set_stream. */
+typedef struct {
+    int count;
+    const row_stream *streams[MAX_SHARED_STREAMS];
+    int shares[MAX_SHARED_STREAMS]; /* rows before each step */
+} shared_streams;
+
+typedef struct {
+    const shared_streams *shared; /* apart, so that the plan itself stays in registers */
+    /* What steps prefetch in their course: step i the rows from i * rows_per_step + distance on of streams
+     * that are read one after the other, `lines.rows` at most, as `lines` says; behind the last row, `rest`.
+     */
+    const row_stream *streams;
+    int num_streams, rows_per_step, distance;
+    ptrdiff_t lead; /* from the beginning of a line to the first row */
+    product_prefetch lines, rest;
+} prefetch_plan;
+
+FA_INLINE void share_stream(shared_streams *shared, const row_stream *stream, int share)
+{
+    if (stream->count > 0) {
+        shared->streams[shared->count] = stream;
+        shared->shares[shared->count++] = share;
     }
 }
 
@@ -108,78 +188,134 @@ FA_INLINE int share_of_step(int count, int64_t columns, int step)
     return steps > 0 ? (count + steps - 1) / steps : 0;
 }
 
-/* Lines that a product prefetches at once: L1 of Zen 4 has as many fill buffers. Products of
- * pairs prefetch all at once: their rows are half as long, and cut into stretches they took 2 % longer there.
- */
+/* Not inlined: most steps have none. Of prefetches alone GCC sees no effect, and would leave calls out. */
+static __attribute__((noinline)) void prefetch_shares(const shared_streams *shared, int i)
+{
+    __asm__ volatile("");
+    for (int k = 0; k < shared->count; k++) {
+        const row_stream *stream = shared->streams[k];
+        const int share = shared->shares[k];
+        if (stream->is_written)
+            prefetch_rows(stream, i * share, share, true);
+        else
+            prefetch_rows(stream, i * share, share, false);
+    }
+}
+
+/* What is due before step i; and what the step prefetches in its course. */
+FA_INLINE product_prefetch prefetch_step(const prefetch_plan *plan, int i)
+{
+    if (plan->shared)
+        prefetch_shares(plan->shared, i);
+    int n = i * plan->rows_per_step + plan->distance;
+#pragma GCC unroll 3
+    for (int k = 0; k < plan->num_streams; k++) {
+        const row_stream *stream = &plan->streams[k];
+        const int left = stream->count - n;
+        if (left > 0)
+            return (product_prefetch){stream->data - plan->lead + n * stream->row, stream->row,
+                                      plan->lines.rows < left ? plan->lines.rows : left, plan->lines.lines,
+                                      plan->lines.every};
+        n = -left;
+    }
+    return plan->rest;
+}
+
+/* --- wide tiles ----------------------------------------------------------------------------------- */
+
+/* Lines that a product prefetches at once: L1 of Zen 4 has as many fill buffers. Products of pairs prefetch
+ * all at once: their rows are half as long, and cut into stretches they took 2 % longer there. */
 #define MAX_PREFETCH_BURST (TILE_K == 1 ? 24 : INT_MAX)
 
-/* Rows that the products over a block prefetch, `share` each. Of the last product it may be rows that are not
- * there, which does no harm. */
-typedef struct {
-    product_prefetch first;
-    int share, count;
-    ptrdiff_t advance; /* bytes from one product's rows to the next one's */
-} block_prefetch;
-
-/* `count` rows at `data`, for products of `length` steps. Once for a block, and without a division where one
- * stretch will do: in each product they took short sequences 2 to 4 % of their time. */
-FA_INLINE block_prefetch spread_prefetch(const char *data, const fa_array *array, int64_t columns, int count,
-                                         int share, int length)
+FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data)
 {
-    ptrdiff_t span = prefetch_span(array->col, columns);
-    if (count <= 0 || span <= 0)
-        return (block_prefetch){0};
-    block_prefetch all = {.share = share, .count = count, .advance = share * array->row};
-    bool in_step = array->row % 64 == 0; /* all rows begin as many bytes behind the beginning of a line */
-    if (array->row == span) {            /* they touch: as one row */
+    for (int i = 0; i < prefetch->rows; i++, data += prefetch->row)
+#pragma GCC unroll 4
+        for (int line = 0; line < prefetch->lines; line++)
+            __builtin_prefetch(data + 64 * line, 0, 2);
+}
+
+/* A plan whose products, of `length` steps of the reduction, prefetch `share` rows of the stream each. Once
+ * for a block, and without a division where one stretch will do: in each product they took short sequences 2
+ * to 4 % of their time. */
+FA_INLINE void spread_stream(prefetch_plan *plan, const row_stream *stream, int share, int length)
+{
+    *plan = (prefetch_plan){.rest = {.every = INT_MAX}};
+    if (stream->count <= 0)
+        return;
+    ptrdiff_t span = stream->span;
+    int rows = share;
+    bool in_step = stream->row % 64 == 0; /* all rows begin as many bytes behind the beginning of a line */
+    if (stream->row == span) {            /* they touch: as one row */
         span *= share;
-        share = 1;
+        rows = 1;
         in_step = true;
     }
-    const ptrdiff_t lead = in_step ? (ptrdiff_t)((uintptr_t)data & 63) : 63; /* at most */
+    const ptrdiff_t lead = in_step ? (ptrdiff_t)((uintptr_t)stream->data & 63) : 63; /* at most */
     int lines = (int)((lead + span + 63) / 64), every = length;
-    if (share * lines > MAX_PREFETCH_BURST) {
-        const int bursts =
-            (int)min_i64((share * lines + MAX_PREFETCH_BURST - 1) / MAX_PREFETCH_BURST, length);
+    if (rows * lines > MAX_PREFETCH_BURST) {
+        const int most = (rows * lines + MAX_PREFETCH_BURST - 1) / MAX_PREFETCH_BURST;
+        const int bursts = most < length ? most : length;
         every = (length + bursts - 1) / bursts;
         const int stretches = (length + every - 1) / every;
         lines = (lines + stretches - 1) / stretches;
     }
-    all.first = (product_prefetch){in_step ? data - lead : data, array->row, share, lines, every};
-    return all;
+    plan->lines = (product_prefetch){.rows = rows, .lines = lines, .every = every};
+    plan->lead = in_step ? lead : 0;
+    plan->streams = stream;
+    plan->num_streams = 1;
+    plan->rows_per_step = share;
 }
 
-FA_INLINE product_prefetch nth_prefetch(const block_prefetch *all, int n, int length)
+/* --- decode tiles --------------------------------------------------------------------------------- */
+
+/* A tile reads in turn the keys of some blocks, their values, the keys of the next blocks, and so on, stream
+ * by stream. While it reads a row, it prefetches line by line the one that comes this far behind. */
+#define PREFETCH_DISTANCE_BYTES 16384
+
+/* Whether lines are prefetched at all. A row that is read alone leaves its lines to the CPU, which sees where
+ * they come from (Zen 4: 8 % faster than prefetching into L1 in float32, 24 % in bfloat16); not so where
+ * bytes are upcast, or the CPU is one that gains by it (fa_prefetch_to_l1). */
+FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
 {
-    if (n * all->share >= all->count)
-        return (product_prefetch){.every = length};
-    product_prefetch prefetch = all->first;
-    prefetch.data += n * all->advance;
-    return prefetch;
+    return rows > 1 || dtype == FA_INT8 || to_l1;
 }
 
-/* The results of step `step`, of as many that each takes so many. */
-FA_INLINE void prefetch_out(const fa_problem *p, const tile *t, const prefetch_plan *plan, int step,
-                            int results)
+/* The plan of a product whose rows are streams[0], the first of STREAM_WINDOW that are read in turn. Of a
+ * block that was packed, and thus read before, the distance is a whole block. With no rows to come, the row
+ * at `again` is prefetched, so that no loop needs to ask. */
+FA_INLINE void stream_ahead(prefetch_plan *plan, const row_stream *streams, bool packed, const char *again)
 {
-    for (int j = step * results; j < (step + 1) * results && j < plan->out_rows; j++)
-        prefetch_for_write(t->out_row[j], prefetch_span(p->out.col, p->head_dim_v));
+    const int most = streams[0].count + streams[1].count;
+    const ptrdiff_t row = streams[0].row;
+    plan->shared = NULL;
+    plan->streams = streams;
+    plan->num_streams = STREAM_WINDOW;
+    plan->rows_per_step = 1;
+    plan->distance = most;
+    if (packed)
+        plan->distance = streams[0].count;
+    else if (row > 0 && PREFETCH_DISTANCE_BYTES / row < most)
+        plan->distance = (int)(PREFETCH_DISTANCE_BYTES / row);
+    plan->lead = 0;
+    plan->lines = (product_prefetch){.rows = INT_MAX};
+    plan->rest = (product_prefetch){.data = again, .rows = INT_MAX};
 }
 
-/* Rows [begin, begin + count) of the mask and the bias, of those up to `end`, of a block that begins with key
- * n. */
-FA_INLINE void prefetch_score_mods(const fa_problem *p, const tile *t, int64_t n, int begin, int count,
-                                   int end)
+/* Rows to prefetch while others are read: line by line, `next_key` and `next_line` bytes apart. */
+typedef struct {
+    const char *data;
+    ptrdiff_t row, next_key, next_line;
+    bool to_l1; /* not L2 */
+} line_prefetch;
+
+/* Of unrolled keys that touch, lines one after another, as memory serves them best. */
+FA_INLINE line_prefetch spread_lines(const product_prefetch *rows, ptrdiff_t row_bytes, int unroll,
+                                     bool to_l1)
 {
-    const int64_t keys = min_i64(t->key_hi - n, KEY_BLOCK);
-    if (keys <= 0)
-        return;
-    for (int j = begin; j < begin + count && j < end; j++) {
-        if (p->bias.data)
-            prefetch_bytes(t->bias[j] + n * p->bias.col, prefetch_span(p->bias.col, keys));
-        if (p->mask.data)
-            prefetch_bytes(t->mask[j] + n * p->mask.col, prefetch_span(p->mask.col, keys));
-    }
+    if (rows->row == row_bytes)
+        return (line_prefetch){rows->data, rows->row, 64, 64 * unroll, to_l1};
+    return (line_prefetch){rows->data, rows->row, rows->row, 64, to_l1};
 }
 
 #endif

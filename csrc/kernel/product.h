@@ -13,6 +13,8 @@
 #ifndef FA_KERNEL_PRODUCT_H
 #define FA_KERNEL_PRODUCT_H
 
+#include "prefetch.h"
+
 #define MAX_MICRO_ROWS 8
 
 /* Rows that a product may write beyond the last: the tile unit writes two blocks of 16 rows at a time. */
@@ -40,24 +42,6 @@ FA_INLINE void product_row_pointers(const product_rows *a, int i, int count, con
 #pragma GCC unroll 16
     for (int j = 0; j < count; j++, row += a->row)
         rows[j] = whole ? row : nearest_row(a, i + j);
-}
-
-/* Lines that a product prefetches in its course: of `rows` rows, `row` bytes apart, `lines` lines each, every
- * `every` steps of the reduction. In one burst they would take all fill buffers of L1, and the product's own
- * operands would wait behind them: keys from memory then cost a tenth (Zen 4). */
-typedef struct {
-    const char *data;
-    ptrdiff_t row;
-    int rows, lines;
-    int every; /* at least 1, but of products without steps */
-} product_prefetch;
-
-FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data)
-{
-    for (int i = 0; i < prefetch->rows; i++, data += prefetch->row)
-#pragma GCC unroll 4
-        for (int line = 0; line < prefetch->lines; line++)
-            __builtin_prefetch(data + 64 * line, 0, 2);
 }
 
 #endif

@@ -43,7 +43,7 @@ FA_INLINE double deferred_scale(const fa_problem *p)
 /* Fills the panel, and finds each lane's largest score; false if no row sees any of the keys, and the panel
  * is left as it was. */
 FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
-                              const prefetch_plan *plan, int vectors, bool decode, vec *scores,
+                              const next_streams *next, int vectors, bool decode, vec *scores,
                               vec block_max[MAX_VECTORS])
 {
     mask_state seen = p->mask.data ? load_mask(p, t, range) : MASK_FULL;
@@ -53,9 +53,9 @@ FA_INLINE bool compute_scores(const fa_problem *p, tile *t, const key_range *ran
     const bool modified = count_score_mods(mods) > 0;
     const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
     if (decode) {
-        multiply_decode_query_key(p, t, range, key, plan, scale, scores);
+        multiply_decode_query_key(p, t, range, key, next, scale, scores);
     } else {
-        multiply_query_key(p, t, range, key, plan, scale, vectors, scores, block_max);
+        multiply_query_key(p, t, range, key, next, scale, vectors, scores, block_max);
         mask_rows_behind(t, range, scores);
     }
     if (modified)

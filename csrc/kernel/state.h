@@ -99,47 +99,49 @@ static int64_t block_end(int64_t begin, int keys, int64_t key_hi)
     return min_i64((begin / keys + 1) * keys, key_hi);
 }
 
-static void plan_block_prefetch(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
-                                prefetch_plan *plan)
+static void stream_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
+                         next_streams *next)
 {
     if (begin >= end)
         return;
-    plan->key = a->key + key_offset(p, a, &p->key, begin);
-    plan->value = a->value + key_offset(p, a, &p->value, begin);
-    plan->key_rows = (int)(end - begin);
+    const int rows = (int)(end - begin);
+    stream_rows(&next->key, a->key + key_offset(p, a, &p->key, begin), &p->key, p->head_dim, rows);
+    stream_rows(&next->value, a->value + key_offset(p, a, &p->value, begin), &p->value, p->head_dim_v, rows);
     if (a->key_scale) {
-        plan->key_scale = a->key_scale + key_offset(p, a, &p->key_scale, begin);
-        plan->value_scale = a->value_scale + key_offset(p, a, &p->value_scale, begin);
+        set_stream(&next->key_scale, a->key_scale + key_offset(p, a, &p->key_scale, begin), p->key_scale.row,
+                   sizeof(float), rows);
+        set_stream(&next->value_scale, a->value_scale + key_offset(p, a, &p->value_scale, begin),
+                   p->value_scale.row, sizeof(float), rows);
     }
 }
 
 /* The keys from `begin` on; after the last, the next item's first ones. */
-static void plan_key_prefetch(const item_state *s, int64_t begin, prefetch_plan *plan)
+static void stream_next_keys(const item_state *s, int64_t begin, next_streams *next)
 {
     const fa_problem *p = s->problem;
     if (begin < s->key_hi) {
-        plan_block_prefetch(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), plan);
+        stream_block(p, &s->arrays, begin, block_end(begin, s->block_keys, s->key_hi), next);
     } else if (s->next) {
-        const fa_sequence *next = &s->next->sequence;
-        int64_t first = max_i64(next->key_lo, s->next->split_begin * s->next->split_keys);
-        plan_block_prefetch(p, &s->next_arrays, first, block_end(first, s->block_keys, next->key_hi), plan);
+        const fa_sequence *sequence = &s->next->sequence;
+        int64_t first = max_i64(sequence->key_lo, s->next->split_begin * s->next->split_keys);
+        stream_block(p, &s->next_arrays, first, block_end(first, s->block_keys, sequence->key_hi), next);
     }
 }
 
 /* The queries of tile i, which are packed when it meets its first block; after the last tile, the next
  * item's first ones. */
-static void plan_query_prefetch(const item_state *s, int i, prefetch_plan *plan)
+static void stream_next_queries(const item_state *s, int i, next_streams *next)
 {
     const fa_problem *p = s->problem;
-    if (i < s->num_tiles) {
-        plan->query = s->arrays.query + s->arrays.first_head * p->query.head;
-        plan->query_begin = s->w.tiles[i].row_begin;
-        plan->query_rows = s->w.tiles[i].rows;
-    } else if (s->next) {
-        plan->query = s->next_arrays.query + s->next_arrays.first_head * p->query.head;
-        plan->query_begin = s->next->row_begin;
-        plan->query_rows = (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
-    }
+    const bool in_item = i < s->num_tiles;
+    if (!in_item && !s->next)
+        return;
+    const item_arrays *a = in_item ? &s->arrays : &s->next_arrays;
+    const int64_t begin = in_item ? s->w.tiles[i].row_begin : s->next->row_begin;
+    const int rows =
+        in_item ? s->w.tiles[i].rows : (int)min_i64(s->next->row_end - s->next->row_begin, TILE_ROWS);
+    stream_group_rows(&next->query, a->query + a->first_head * p->query.head, &p->query, p->head_dim, begin,
+                      rows, a->group_size);
 }
 
 /* Makes room in the running softmax for scores up to `largest`. */

@@ -1,7 +1,7 @@
 /* A tile: query rows as lanes, with what each lane may see and its running softmax; and the scratch
  * of a work item, which is some tiles that share key blocks.
  *
- * Requires an operand and a product; provides tile, workspace and lay_out. */
+ * Requires an operand and a product; provides tile, key_range, workspace and lay_out. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_TILE_H
@@ -97,6 +97,47 @@ typedef struct {
     ptrdiff_t scale_step;
 } operand_block;
 
+/* Keys [first, last) of the panel, whole rows of it, of which [key_lo, key_hi) may be read. */
+typedef struct {
+    int64_t first, last;
+    int64_t key_lo, key_hi;
+} key_range;
+
+FA_INLINE int num_keys(const key_range *range)
+{
+    return (int)(range->last - range->first);
+}
+
+/* Rows of the panel, of 2^key_shift keys each; known to be 1 in the copies for wide tiles. */
+FA_INLINE int panel_rows(const tile *t, const key_range *range, bool decode)
+{
+    return decode ? num_keys(range) >> t->key_shift : num_keys(range);
+}
+
+/* The keys of the panel, from range->first on. */
+FA_INLINE product_rows key_rows(const key_range *range, const operand_block *key)
+{
+    return (product_rows){key->data + (range->first - key->first) * key->row, key->row, key->col,
+                          (int)(range->key_lo - range->first), (int)(range->key_hi - range->first)};
+}
+
+/* What is needed behind a block: the next block's rows, or the next item's first; the queries of the next
+ * tile that is packed; and behind a tile's last block, its results. */
+typedef struct {
+    row_stream key, value, key_scale, value_scale;
+    row_stream query, out;
+    const row_stream *streams; /* of a decode tile: what it reads in turn, its keys first */
+} next_streams;
+
+/* Nothing is needed. Of a stream without rows only the count is read: to clear all would take short sequences
+ * a twentieth of their time. */
+FA_INLINE void clear_streams(next_streams *next)
+{
+    next->key.count = next->value.count = 0;
+    next->key_scale.count = next->value_scale.count = 0;
+    next->query.count = next->out.count = 0;
+}
+
 typedef struct {
     tile *tiles;
     vec *scores; /* [KEY_BLOCK][vectors]; becomes the probabilities. Decode: DECODE_KEYS keys of `rows_pow2`
@@ -111,16 +152,6 @@ typedef struct {
 
 _Static_assert(DECODE_KEYS *DECODE_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
                "the score panel holds a decode tile's keys");
-
-FA_INLINE int64_t min_i64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-FA_INLINE int64_t max_i64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
 
 FA_INLINE void *take(char *base, size_t *offset, size_t bytes)
 {

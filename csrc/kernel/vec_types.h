@@ -2,7 +2,8 @@
  *
  * Included by the instruction set's file, after element_*.h and FA_VECTOR_BYTES.
  *
- * Requires element_*.h and FA_VECTOR_BYTES; provides vec, ivec, uvec and LANES. */
+ * Requires element_*.h and FA_VECTOR_BYTES; provides vec, ivec, uvec and LANES, FA_INLINE, min_i64 and
+ * max_i64. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_VEC_TYPES_H
@@ -13,6 +14,16 @@
 #include <stdint.h>
 
 #define FA_INLINE static inline __attribute__((always_inline))
+
+FA_INLINE int64_t min_i64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+FA_INLINE int64_t max_i64(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
 
 #define LANES (FA_VECTOR_BYTES / FA_REAL_BYTES)
 #define LANE_BITS (8 * FA_REAL_BYTES)
