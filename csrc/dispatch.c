@@ -92,6 +92,16 @@ const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype)
     return table[row].float32;
 }
 
+const fa_kernel *fa_find_kernel(const char *name)
+{
+    const int row = selected_row();
+    const fa_kernel *kernels[] = {table[row].float32, table[row].float64, table[row].bfloat16};
+    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
+        if (kernels[i] && strcmp(kernels[i]->name, name) == 0)
+            return kernels[i];
+    return NULL;
+}
+
 /* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. int8 keys, times their
  * scales, are exact in float32 and not in bfloat16. */
 const fa_kernel *fa_select_kernel(const fa_problem *problem)

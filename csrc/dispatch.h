@@ -9,5 +9,7 @@ const fa_kernel *fa_select_kernel(const fa_problem *problem);
 const fa_kernel *fa_select_group_kernel(const fa_problem *problem, int64_t rows, int64_t keys);
 /* The kernel that computes in the precision of `dtype`. */
 const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype);
+/* The kernel of this name in the instruction set in use, or NULL. */
+const fa_kernel *fa_find_kernel(const char *name);
 
 #endif

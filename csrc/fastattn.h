@@ -108,6 +108,18 @@ int fa_available_cpus(void);
 
 /* Multiply-add rate of the kernel that serves `dtype`, in FLOP/s. */
 double fa_measure_peak(fa_dtype dtype, int num_threads);
+
+/* What a kernel can do at most. */
+typedef struct {
+    double flops;           /* FLOP/s of its products */
+    double scores;          /* /s through its softmax */
+    bool runs_side_by_side; /* whether other units compute the one and the other */
+} fa_limits;
+
+/* Of the kernel that a plan names, for its decode tiles or its wide ones; false if there is none of that name
+ * in the instruction set in use. */
+bool fa_measure_limits(const char *kernel, bool is_decode, int num_threads, fa_limits *limits);
+
 /* Read rate over `bytes` at `data`, in bytes/s. */
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads);
 

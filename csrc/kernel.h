@@ -54,8 +54,10 @@ typedef struct {
      * geometry. */
     void (*forward)(const fa_problem *problem, const fa_work_item *item, const fa_work_item *next,
                     void *scratch, fa_stop *stop);
-    /* Runs `rounds` rounds of the micro-kernel's multiply-adds in registers; returns FLOPs done. */
-    double (*peak)(int64_t rounds);
+    bool softmax_beside_products; /* of wide tiles: another unit computes them */
+    /* Run so many rounds, in registers, of the multiply-adds of wide tiles or of decode tiles, and return
+     * FLOPs of attention done; or of the softmax, and return scores done. */
+    double (*peak)(int64_t rounds), (*decode_peak)(int64_t rounds), (*softmax_peak)(int64_t rounds);
     /* Reads all bytes, by whole vectors; the result depends on each of them. */
     uint64_t (*read)(const char *data, size_t bytes, bool prefetches);
 } fa_kernel;

@@ -17,27 +17,28 @@ static double seconds(void)
 #define NUM_SLICES 8
 
 typedef struct {
-    const fa_kernel *kernel;
+    double (*run)(int64_t rounds);
     int64_t rounds;
-    _Atomic int64_t flops;
-} peak_job;
+    _Atomic int64_t done;
+} rounds_job;
 
-static void run_peak(void *argument, int thread_index)
+static void run_rounds(void *argument, int thread_index)
 {
     (void)thread_index;
-    peak_job *job = argument;
-    atomic_fetch_add(&job->flops, (int64_t)job->kernel->peak(job->rounds));
+    rounds_job *job = argument;
+    atomic_fetch_add(&job->done, (int64_t)job->run(job->rounds));
 }
 
-double fa_measure_peak(fa_dtype dtype, int num_threads)
+/* What `run` does in a second. */
+static double measure_rounds(double (*run)(int64_t rounds), int num_threads)
 {
-    peak_job job = {.kernel = fa_kernel_for_dtype(dtype), .rounds = 1000};
+    rounds_job job = {.run = run, .rounds = 1000};
     for (double start = seconds(); seconds() - start < SLICE_SECONDS;)
-        job.kernel->peak(job.rounds); /* the CPU leaves its low-power states */
+        run(job.rounds); /* the CPU leaves its low-power states */
     double elapsed = 0;
     while (elapsed < SLICE_SECONDS) {
         double start = seconds();
-        job.kernel->peak(job.rounds);
+        run(job.rounds);
         elapsed = seconds() - start;
         if (elapsed < SLICE_SECONDS)
             job.rounds *= 2;
@@ -45,14 +46,32 @@ double fa_measure_peak(fa_dtype dtype, int num_threads)
     num_threads = fa_runnable_threads(num_threads);
     double best = 0;
     for (int slice = 0; slice < NUM_SLICES; slice++) {
-        job.flops = 0;
+        job.done = 0;
         double start = seconds();
-        fa_parallel(num_threads, run_peak, NULL, &job);
-        double rate = (double)job.flops / (seconds() - start);
+        fa_parallel(num_threads, run_rounds, NULL, &job);
+        double rate = (double)job.done / (seconds() - start);
         if (rate > best)
             best = rate;
     }
     return best;
+}
+
+double fa_measure_peak(fa_dtype dtype, int num_threads)
+{
+    return measure_rounds(fa_kernel_for_dtype(dtype)->peak, num_threads);
+}
+
+bool fa_measure_limits(const char *name, bool is_decode, int num_threads, fa_limits *limits)
+{
+    const fa_kernel *kernel = fa_find_kernel(name);
+    if (!kernel)
+        return false;
+    *limits = (fa_limits){
+        .flops = measure_rounds(is_decode ? kernel->decode_peak : kernel->peak, num_threads),
+        .scores = measure_rounds(kernel->softmax_peak, num_threads),
+        .runs_side_by_side = kernel->softmax_beside_products && !is_decode,
+    };
+    return true;
 }
 
 typedef struct {
@@ -60,13 +79,23 @@ typedef struct {
     const char *data;
     size_t bytes, share; /* of all threads; of each */
     bool prefetches;
+    size_t repeats; /* of few bytes, so that the start of threads does not count */
     _Atomic size_t read;
     _Atomic uint64_t sum;
 } read_job;
 
 /* The first passes fill the caches. Every other pass prefetches: some CPUs alone have too few lines under
- * way, and others are slowed by prefetches. */
-#define READ_PASSES 16
+ * way, and others are slowed by prefetches. Passes over so much that it takes long are fewer. */
+#define MAX_READ_PASSES 16
+#define MIN_READ_PASSES 4
+#define MAX_READ_BYTES ((size_t)1 << 32)
+#define MIN_PASS_BYTES ((size_t)1 << 27)
+#define MAX_REPEATS 65536
+
+static size_t clamp(size_t x, size_t lowest, size_t highest)
+{
+    return x < lowest ? lowest : x > highest ? highest : x;
+}
 
 static void run_read(void *argument, int thread_index)
 {
@@ -75,19 +104,24 @@ static void run_read(void *argument, int thread_index)
     if (begin >= job->bytes)
         return;
     const size_t bytes = job->bytes - begin < job->share ? job->bytes - begin : job->share;
-    atomic_fetch_add(&job->sum, job->kernel->read(job->data + begin, bytes, job->prefetches));
-    atomic_fetch_add(&job->read, bytes);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < job->repeats; i++)
+        sum += job->kernel->read(job->data + begin, bytes, job->prefetches);
+    atomic_fetch_add(&job->sum, sum);
+    atomic_fetch_add(&job->read, job->repeats * bytes);
 }
 
 double fa_measure_bandwidth(const void *data, size_t bytes, int num_threads)
 {
     num_threads = fa_runnable_threads(num_threads);
     const size_t threads = num_threads > 1 ? (size_t)num_threads : 1;
+    const size_t passes = clamp(MAX_READ_BYTES / bytes, MIN_READ_PASSES, MAX_READ_PASSES);
     double best = 0;
-    for (int pass = 0; pass < READ_PASSES; pass++) {
+    for (size_t pass = 0; pass < passes; pass++) {
         read_job job = {.kernel = fa_kernel_for_dtype(FA_FLOAT32), .data = data, .bytes = bytes};
         job.share = (bytes / threads + 64) / 64 * 64;
         job.prefetches = pass % 2 == 1;
+        job.repeats = clamp(MIN_PASS_BYTES / bytes, 1, MAX_REPEATS);
         double start = seconds();
         fa_parallel(num_threads, run_read, NULL, &job);
         double rate = (double)job.read / (seconds() - start);

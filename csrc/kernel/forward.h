@@ -8,6 +8,7 @@
 #define FA_KERNEL_FORWARD_H
 
 #include "attend_decode.h"
+#include "limits.h"
 #include "partial.h"
 
 #if IS_PIPELINED
@@ -346,7 +347,10 @@ const fa_kernel FA_KERNEL = {
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,
     .forward = forward_item,
+    .softmax_beside_products = IS_PIPELINED,
     .peak = measure_peak_rounds,
+    .decode_peak = measure_decode_rounds,
+    .softmax_peak = measure_softmax_rounds,
     .read = read_bytes,
 };
 

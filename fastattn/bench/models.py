@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
+from fastattn.bench.limits import PathWork, Work
 from fastattn.bench.shapes import Case, Problem
 from fastattn.encoder import Encoder
 from fastattn.explain import INSTALL
@@ -54,10 +55,13 @@ class LayerProblem(Problem):
         return exact.output(reference.attention(*exact.project(self.x.astype(np.float64))))
 
     @cached_property
-    def flops(self) -> int:
-        """Four matrix products of the layer's width, and attention."""
-        tokens = self.case.batch * self.case.seqlen_q
-        return tokens * (8 * self.embed_dim**2 + 4 * self.case.seqlen_k * self.embed_dim)
+    def work(self) -> Work:
+        """Four matrix products of the layer's width, by NumPy, and attention."""
+        case, paths = self.case, dict(self.attention_paths)
+        flops, scores = paths.get(self.dtype.name, (0, 0))
+        paths[self.dtype.name] = PathWork(flops + 8 * case.batch * case.seqlen_q * self.embed_dim**2, scores)
+        nbytes = 2 * self.x.nbytes + self.weights[0].nbytes
+        return Work(paths, nbytes, footprint=nbytes)
 
     @property
     def is_read_bound(self) -> bool:
@@ -109,13 +113,16 @@ class SentenceProblem(Problem):
         return ReferenceEncoder.load()(self.sentences)
 
     @cached_property
-    def flops(self) -> int:
+    def work(self) -> Work:
         """Matrix products and attention of the tokens that there are, with no padding."""
         weights, layers = self.encoder.weights, len(self.encoder.layers)
         embed_dim = len(weights["embeddings.LayerNorm.weight"])
         hidden = next(len(x) for name, x in weights.items() if name.endswith("intermediate.dense.weight"))
         lengths = [len(tokens.ids) for tokens in self.encoder.tokenizer.encode_batch(self.sentences)]
-        return layers * sum(n * 4 * embed_dim * (2 * embed_dim + hidden + n) for n in lengths)
+        flops = layers * sum(n * 4 * embed_dim * (2 * embed_dim + hidden + n) for n in lengths)
+        scores = layers * self.case.num_heads * sum(n * n for n in lengths)
+        nbytes = sum(array.nbytes for array in weights.values())
+        return Work({self.dtype.name: PathWork(flops, scores)}, nbytes, footprint=nbytes)
 
     @property
     def is_read_bound(self) -> bool:

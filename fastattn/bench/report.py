@@ -25,7 +25,8 @@ def report(run: Run) -> str:
 def rows_table(run: Run) -> str:
     peers = list(dict.fromkeys(name for row in run.rows for name in row.peers))
     costs = any(row.baseline for row in run.rows)
-    header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s", "of peak", "of read"]
+    header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s"]
+    header += ["of peak", "of read", "of limit", "bound"]
     header += ["time"] * costs + [f"x {name}" for name in peers]
     return table(*without_empty_columns(header, [row_cells(row, peers, costs) for row in run.rows]))
 
@@ -40,6 +41,7 @@ def row_cells(row: Row, peers: list[str], costs: bool) -> list[str]:
     cells = [row.name, row.shape, row.dtype, milliseconds(row.best_ms), milliseconds(row.median_ms)]
     cells += [f"{row.gflops:.1f}", f"{row.share:.0%}"]
     cells.append("-" if row.bandwidth_share is None else f"{row.bandwidth_share:.0%}")
+    cells += [f"{row.limit_share:.0%}", row.bound]
     if costs:
         cells.append(cost_cell(row))
     return cells + [peer_cell(row.peers[name]) for name in peers]

@@ -18,14 +18,15 @@ import numpy as np
 
 import fastattn
 from fastattn.bench.baselines import PEERS, Baseline, FastAttn
+from fastattn.bench.limits import Limit, MachineSpeed, Work, limit_of, measure_machine, median_limit
 from fastattn.bench.models import absence, problem_for
-from fastattn.bench.shapes import Case, Problem, find_dtype
-from fastattn.bench.timing import Entry, MachineSpeed, WrongResult, alternate, prepare, ratio
+from fastattn.bench.shapes import Case, find_dtype
+from fastattn.bench.timing import Entry, WrongResult, alternate, prepare, ratio
 
 __all__ = ["PeerTime", "Row", "Run", "run"]
 
-# No more is needed to read from memory rather than from a cache, and a measurement of 1 GB takes two seconds.
-MOST_BYTES = 1 << 28
+# No more is needed to read from memory rather than from a cache.
+MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,17 @@ class Row:
     best_ms: float
     median_ms: float
     gflops: float  # at the best time
-    peak_gflops: float
-    share: float  # of the peak: the median over the rounds
+    peak_gflops: float  # of the unit that computes the products
+    share: float  # of that peak: the median over the rounds
     gbytes: float | None  # GB/s of keys and values, at the best time; None: reading is not what it waits for
     bandwidth_share: float | None  # of the read bandwidth, as share
+    paths: tuple[str, ...]  # of `fastattn.plan`
+    scores: int
+    nbytes: int  # of all that is read and written, each byte once
+    footprint: int  # bytes of all layers that take turns
+    limit: Limit  # the shortest time, in seconds, in which this machine could do it
+    limit_share: float  # that time over fastattn's: the median over the rounds
+    bound: str  # the part of the limit that takes longest: "products", "softmax" or "reading"
     peers: dict[str, PeerTime]
     baseline: str | None = None
     baseline_ratio: float | None = None  # fastattn's time over its time on the baseline case
@@ -175,7 +183,7 @@ def skipped(pairs: list[tuple[Case, np.dtype[Any]]]) -> list[str]:
 
 
 def summary(row: Row) -> str:
-    parts = [f"{row.share:.0%} of peak"]
+    parts = [f"{row.limit_share:.0%} of limit ({row.bound})", f"{row.share:.0%} of peak"]
     if row.bandwidth_share is not None:
         parts.append(f"{row.bandwidth_share:.0%} of read")
     parts += [f"{peer.ratio:.2f}x {name}" for name, peer in row.peers.items() if peer.ratio is not None]
@@ -200,7 +208,8 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
                 absent = str(complaint)
         peers[peer.name] = PeerTime(absent=absent)
 
-    speeds = alternate([*entries, *running.values()], lambda: machine_speed(problem, num_threads), seconds)
+    speeds = alternate([*entries, *running.values()], lambda: machine_speed(problem.work, num_threads), seconds)
+    limits = [limit_of(problem.work, speed) for speed in speeds]
     for name, their in running.items():
         peers[name] = PeerTime(
             rejected=their.rejected,
@@ -213,7 +222,7 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
     cost = ratio(entry, baseline) if baseline else None
     if case.per_flop and base and cost:
         cost *= base.flops / problem.flops
-    bandwidths = [speed.bandwidth for speed in speeds if speed.bandwidth is not None]
+    limit = median_limit(limits)
     return Row(
         name=case.name,
         shape=case.shape,
@@ -224,10 +233,19 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
         best_ms=1e3 * entry.best,
         median_ms=1e3 * entry.median,
         gflops=problem.flops / entry.best / 1e9,
-        peak_gflops=median(speed.peak for speed in speeds) / 1e9,
-        share=median_share(entry, problem.flops, [speed.peak for speed in speeds]),
+        peak_gflops=problem.flops / limit.products / 1e9,
+        share=median_share(entry, [each.products for each in limits]),
         gbytes=problem.kv_bytes / entry.best / 1e9 if problem.is_read_bound else None,
-        bandwidth_share=median_share(entry, problem.kv_bytes, bandwidths) if bandwidths else None,
+        bandwidth_share=median_share(entry, [problem.kv_bytes / speed.bandwidth for speed in speeds])
+        if problem.is_read_bound
+        else None,
+        paths=tuple(problem.work.paths),
+        scores=sum(work.scores for work in problem.work.paths.values()),
+        nbytes=problem.work.nbytes,
+        footprint=problem.work.footprint,
+        limit=limit,
+        limit_share=median_share(entry, [each.seconds for each in limits]),
+        bound=limit.bound,
         peers=peers,
         baseline=case.baseline.name if case.baseline else None,
         baseline_ratio=cost,
@@ -235,17 +253,18 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
     )
 
 
-def machine_speed(problem: Problem, num_threads: int) -> MachineSpeed:
-    bandwidth = None
-    if problem.is_read_bound:
-        bandwidth = fastattn.measure_bandwidth(min(problem.kv_bytes, MOST_BYTES), num_threads=num_threads)
-    return MachineSpeed(fastattn.measure_peak(problem.query_dtype, num_threads=num_threads), bandwidth)
+def machine_speed(work: Work, num_threads: int) -> MachineSpeed:
+    return measure_machine(work, num_threads, lambda nbytes: read_bandwidth(nbytes, num_threads))
 
 
-def median_share(entry: Entry, amount: int, rates: list[float]) -> float:
-    """Return the share of the machine's rate at which an entry does that amount of work."""
+def read_bandwidth(nbytes: int, num_threads: int) -> float:
+    return fastattn.measure_bandwidth(max(1, min(nbytes, MOST_BYTES)), num_threads=num_threads)
+
+
+def median_share(entry: Entry, least: list[float]) -> float:
+    """Return the share of an entry's time that the machine takes at least, given for each round in seconds."""
     bests = map(min, entry.rounds)
-    return median(amount / best / rate for best, rate in zip(bests, rates, strict=True))
+    return median(seconds / best for best, seconds in zip(bests, least, strict=True))
 
 
 def machine_time() -> float:

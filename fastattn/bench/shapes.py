@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import reference
 from fastattn._pages import PAGE_SIZE
+from fastattn.bench.limits import PathWork, Work
 from fastattn.cache import KVCache
 
 __all__ = ["CASES", "DTYPES", "FLOATS", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
@@ -27,6 +29,18 @@ DTYPES = (*FLOATS, "int8")
 FEW_ROWS = 16
 # and so many bytes that the measured bandwidth is not mostly the time it takes to wake threads.
 MANY_BYTES = 1 << 22
+
+
+def last_cache_bytes() -> int:
+    """Return the size of the last cache, as far as the system tells; 0 where it does not."""
+    try:
+        return max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
+    except (OSError, ValueError):
+        return 0
+
+
+# So much that no cache holds what is read again after it.
+COLD_BYTES = 2 * max(1 << 28, last_cache_bytes())
 
 
 @dataclass(frozen=True)
@@ -46,9 +60,10 @@ class Case:
     extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding", "alibi" or "shift"
     key_factor: float = 1.0  # keys are standard normal times that: large ones give probabilities near 0 and 1
     layout: str = "contiguous"
-    # "cache": a step of decoding, which appends the last key and then attends to all.
-    # "layer": with the projections; "sentences": a whole model, on `batch` sentences.
-    through: Literal["attention", "varlen", "cache", "layer", "sentences"] = "attention"
+    # "pages": keys and values are in a cache. "cache": a step of decoding, which appends the last key and then
+    # attends to all. "layer": with the projections; "sentences": a whole model, on `batch` sentences.
+    through: Literal["attention", "varlen", "pages", "cache", "layer", "sentences"] = "attention"
+    cold: bool = False  # keys and values come from memory, as in a decoder, whose layers take turns
     lengths: tuple[int, ...] = field(default=(), repr=False)  # of packed sequences; seqlen_q and seqlen_k are their sum
     dtypes: tuple[str, ...] = FLOATS  # those it is about
     num_threads: int | None = None  # None: as many as the run has
@@ -97,6 +112,15 @@ EQUAL_MEAN, EQUAL_WORK = (
     for length in (MEAN, WORK)
 )
 
+PAGED_DTYPES = ("float32", "bfloat16", "float16", "int8")
+PAGES = Case("paged-gqa", 1, 32, 8, 1, 4096, 128, through="pages", dtypes=PAGED_DTYPES)
+
+
+def cold(case: Case) -> Case:
+    """Return the case with keys and values from memory."""
+    return replace(case, name=f"cold-{case.name}", cold=True)
+
+
 GROUPS: dict[str, tuple[Case, ...]] = {
     "forward": (
         Case("encoder-1024", 1, 12, 12, 1024, 1024, 64),
@@ -117,6 +141,17 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         Case("decode-batch-long", 16, 32, 8, 1, 4096, 128, dtypes=("float32", "bfloat16", "float16", "int8")),
         Case("speculative-8", 1, 32, 8, 8, 4096, 128, dtypes=DTYPES),
         Case("prefill-64", 1, 32, 8, 64, 4096, 128, causal=True, dtypes=DTYPES),
+    ),
+    "pages": (
+        PAGES,
+        replace(PAGES, name="paged-mha", num_kv_heads=32),
+        replace(PAGES, name="paged-batch-16", batch=16, seqlen_k=1024),
+        replace(PAGES, name="paged-batch-32", batch=32, seqlen_k=256),
+        replace(PAGES, name="paged-speculative-8", seqlen_q=8),
+        replace(PAGES, name="paged-chunk-64", seqlen_q=64, causal=True),
+        replace(PAGES, name="paged-chunk-512", seqlen_q=512, causal=True),
+        Case("paged-prefill-128", 8, 12, 12, 128, 128, 64, causal=True, through="pages", dtypes=PAGED_DTYPES),
+        replace(PAGES, name="paged-prefill-2048", seqlen_q=2048, seqlen_k=2048, causal=True),
     ),
     "cache": (
         STEP.costs("cache-4096", through="cache"),
@@ -158,6 +193,16 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         Case("short-32", 32, 12, 12, 32, 32, 32),
     ),
 }
+
+GROUPS["cold"] = tuple(
+    cold(case)
+    for group, names in {
+        "decode": ("decode-mha", "decode-gqa", "decode-batch", "speculative-8", "prefill-64"),
+        "pages": ("paged-mha", "paged-gqa", "paged-batch-16", "paged-speculative-8", "paged-chunk-64"),
+    }.items()
+    for case in GROUPS[group]
+    if case.name in names
+)
 
 CASES: dict[str, Case] = {case.name: case for cases in GROUPS.values() for case in cases}
 
@@ -265,8 +310,33 @@ class Problem:
         return query, key, value
 
     @cached_property
+    def layers(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Keys and values, as often as it takes that the cache does not hold them until their next turn."""
+        _, key, value = self.arrays
+        return [(both["key"], both["value"]) for both in self.copies({"key": key, "value": value})]
+
+    def copies(self, arrays: dict[Any, NDArray[Any]]) -> list[dict[Any, NDArray[Any]]]:
+        """Return the arrays, and a copy of them for each further layer."""
+        further = ({name: array.copy(order="K") for name, array in arrays.items()} for _ in range(self.turns - 1))
+        return [arrays, *further]
+
+    @property
+    def turns(self) -> int:
+        """Layers that take turns: one, whose keys and values stay where they are, unless they are to be cold."""
+        return -(-COLD_BYTES // self.kv_bytes) if self.case.cold else 1
+
+    @cached_property
+    def caches(self) -> list[tuple[KVCache, list[int]]]:
+        """A cache for each layer."""
+        return [self.cache, *(self.make_cache() for _ in range(self.turns - 1))]
+
+    @cached_property
     def cache(self) -> tuple[KVCache, list[int]]:
-        """A cache of the keys and values, and the ids of its sequences.
+        """The first layer's."""
+        return self.make_cache()
+
+    def make_cache(self) -> tuple[KVCache, list[int]]:
+        """Return a cache of the keys and values, and the ids of its sequences.
 
         It fills page by page, so that the pages of a batch alternate, as sequences that grow together leave
         them. A sequence has room for one page more.
@@ -329,13 +399,26 @@ class Problem:
         return case.causal, self.keywords.get("mask", self.keywords.get("bias"))
 
     @cached_property
-    def flops(self) -> int:
-        """Floating-point operations of the work itself: what the masks leave, nothing for softmax."""
+    def attention_paths(self) -> dict[str, PathWork]:
+        """What attention computes, by the paths that it takes: what the masks leave."""
         query, key, value = self.arrays
-        return sum(
-            fastattn.plan(query[..., rows, :], key[..., keys, :], value[..., keys, :], **self.keywords).flops
-            for rows, keys in self.parts
-        )
+        paths: dict[str, PathWork] = {}
+        for rows, keys in self.parts:
+            plan = fastattn.plan(query[..., rows, :], key[..., keys, :], value[..., keys, :], **self.keywords)
+            flops, scores = paths.get(plan.path, (0, 0))
+            paths[plan.path] = PathWork(flops + plan.flops, scores + plan.flops // (4 * self.case.head_dim))
+        return paths
+
+    @cached_property
+    def work(self) -> Work:
+        """What is computed and moved."""
+        rows = 2 * self.arrays[0].nbytes
+        return Work(self.attention_paths, rows + self.kv_bytes, footprint=rows + self.turns * self.kv_bytes)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the work itself, with nothing for the softmax."""
+        return self.work.flops
 
     @property
     def kv_bytes(self) -> int:

@@ -9,25 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastattn.bench.baselines import Baseline, Variant
+from fastattn.bench.limits import MachineSpeed
 from fastattn.bench.shapes import Problem
 
-__all__ = ["Entry", "MachineSpeed", "WrongResult", "alternate", "prepare", "ratio"]
+__all__ = ["Entry", "WrongResult", "alternate", "prepare", "ratio"]
 
 ROUNDS = 8
 # A clock reading takes some 50 ns; calls are timed in batches at least this long.
 SHORTEST_SAMPLE = 50e-6
 # A round this many times slower than the best is not the baseline's speed.
 STALL = 3.0
-
-
-class MachineSpeed(NamedTuple):
-    """What the machine can do at most."""
-
-    peak: float  # FLOP/s
-    bandwidth: float | None  # bytes/s; None: not read
 
 
 class WrongResult(Exception):
@@ -125,7 +119,8 @@ def alternate(entries: list[Entry], read_machine: Callable[[], MachineSpeed], se
 
 def burst(entry: Entry, seconds: float) -> list[float]:
     """Return the times of calls made back to back, the first of which wakes the threads and is not counted."""
-    number = max(1, round(SHORTEST_SAMPLE / entry.call_time))
+    turns = entry.variant.turns  # of layers, whose mean counts: a cache keeps more of some than of others
+    number = turns * max(1, round(SHORTEST_SAMPLE / entry.call_time / turns))
     samples: list[float] = []
     with entry.baseline.context():
         if entry.call_time < seconds:

@@ -16,6 +16,7 @@
 /* clang-format on */
 #define KERNEL_FILE(i, e) KERNEL_FILE_OF(i, e)
 #include KERNEL_FILE(TEST_ISA, TEST_ELEMENT)
+#include "kernel/limits.h"
 #include "kernel/score_mods.h"
 
 #include "check.h"
@@ -783,5 +784,7 @@ int main(void)
     }
     end_products();
     REQUIRE(measure_peak_rounds(10) > 0);
+    REQUIRE(measure_decode_rounds(10) > 0);
+    REQUIRE(measure_softmax_rounds(10) > 0);
     return 0;
 }
