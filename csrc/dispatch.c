@@ -95,7 +95,8 @@ const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype)
 const fa_kernel *fa_find_kernel(const char *name)
 {
     const int row = selected_row();
-    const fa_kernel *kernels[] = {table[row].float32, table[row].float64, table[row].bfloat16};
+    const fa_kernel *kernels[] = {table[row].float32, table[row].float64, table[row].bfloat16,
+                                  table[row].split};
     for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
         if (kernels[i] && strcmp(kernels[i]->name, name) == 0)
             return kernels[i];

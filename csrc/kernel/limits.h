@@ -41,7 +41,16 @@ static double measure_decode_rounds(int64_t rounds)
 /* Two vectors of scores -> probabilities, which are summed, and the largest score, as wide tiles do it. */
 FA_INLINE void soften_two(const vec *scores, vec reference, vec to_log2, vec *sum, vec *largest)
 {
-#if IS_PIPELINED /* without the largest, but packed for the tile unit */
+#if IS_PIPELINED && MAX_PARTS > 1 /* without the largest, but in parts and packed for the tile unit */
+    const vec p = vec_exp2((scores[0] - reference) * to_log2),
+              q = vec_exp2((scores[1] - reference) * to_log2);
+    vec low = p, high = q;
+    for (int i = 0; i < MAX_PARTS; i++) {
+        *largest = (vec)((uvec)*largest | truncate_pairs(low, high));
+        low -= (vec)((uvec)low & 0xffff0000);
+        high -= (vec)((uvec)high & 0xffff0000);
+    }
+#elif IS_PIPELINED /* the same, rounded to one part */
     const vec p = vec_exp2_coarse(vec_multiply_subtract(scores[0] - reference, to_log2, reference));
     const vec q = vec_exp2_coarse(vec_multiply_subtract(scores[1] - reference, to_log2, reference));
     *largest = (vec)((uvec)*largest | round_pairs_fast(p, q));

@@ -243,7 +243,7 @@ FA_INLINE void multiply_panel_alone(const panel_product *x)
     finish_pending(&pending);
 }
 
-/* The unit's products with nothing else. */
+/* The unit's products with nothing else; of numbers in parts, as many make one. */
 static double measure_peak_rounds(int64_t rounds)
 {
     tmm_configure();
@@ -260,7 +260,8 @@ static double measure_peak_rounds(int64_t rounds)
         tmm_dot(3, 6, 7);
     }
     tmm_release();
-    return (double)rounds * 4 * TMM_ROWS * LANES * TILE_K * 2;
+    const int products = list_part_products(MAX_PARTS, MAX_PARTS, false).count;
+    return (double)rounds * 4 * TMM_ROWS * LANES * TILE_K * 2 / products;
 }
 
 #endif
