@@ -51,7 +51,7 @@ typedef struct {
 /* exact: of two parts each, the product of the lesser ones, too. */
 FA_INLINE part_products list_part_products(int a_parts, int b_parts, bool exact)
 {
-    static const uint8_t order[][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+    static const uint8_t order[][2] = {{1, 1}, {1, 0}, {2, 0}, {0, 0}, {0, 1}, {0, 2}};
     part_products list = {0};
     for (int i = 0; i < 6; i++) {
         const int a = order[i][0], b = order[i][1];
