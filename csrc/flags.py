@@ -18,6 +18,8 @@ from pathlib import Path
 # clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
 CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
 CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+# A dtype that a switch forgets does not compile.
+CFLAGS += ["-Werror=switch", "-Werror=switch-enum"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]

@@ -83,12 +83,9 @@ static bool compute_weights_any(const fa_problem *p, tile *t, const key_range *r
 {
     if (is_decode(t))
         return compute_weights(p, t, range, key, 1, true, weights);
-    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
-    if (vectors == 1)
-        return compute_weights(p, t, range, key, 1, false, weights);
-    if (vectors == 2)
-        return compute_weights(p, t, range, key, 2, false, weights);
-    return compute_weights(p, t, range, key, MAX_VECTORS, false, weights);
+    bool any = false;
+    WITH_VECTORS(t->vectors, any = compute_weights(p, t, range, key, VECTORS, false, weights));
+    return any;
 }
 
 /* Every tile over every key block of [key_lo, key_hi), from an empty softmax on. */

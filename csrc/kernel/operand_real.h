@@ -1,12 +1,12 @@
 /* Products in `real`: the operand of the micro-kernel is one element, broadcast against a vector.
  *
- * Requires elements.h; provides operand, TILE_K and the packing of keys, values and queries. */
+ * Requires pack.h; provides operand, TILE_K and the packing of keys, values and queries. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_OPERAND_H
 #define FA_KERNEL_OPERAND_H
 
-#include "elements.h"
+#include "pack.h"
 
 typedef real operand;
 typedef vec packed_vec;

@@ -11,7 +11,7 @@
 #ifndef FA_KERNEL_PAIRS_H
 #define FA_KERNEL_PAIRS_H
 
-#include "elements.h"
+#include "pack.h"
 
 typedef uint32_t operand;
 typedef uvec packed_vec;
