@@ -230,7 +230,7 @@ static void multiply_by_scales(const tile *t, const key_range *range, const oper
     for (int v = 0; v < num_keys(range) >> t->key_shift; v++) {
         vec x = vec_load(scales + (v << t->key_shift));
         for (int r = 1; r < t->rows_pow2; r *= 2) /* each key's, side by side for its rows */
-            x = __builtin_shufflevector(x, x, INTERLEAVE_LOW);
+            x = SHUFFLE(x, x, INTERLEAVE_LOW);
         panel[v] *= x;
     }
 }

@@ -45,9 +45,9 @@ FA_INLINE vec load_close(const char *src, ptrdiff_t step, fa_dtype dtype)
     vec x = load_contiguous(lowest, dtype);
     if (step == 2 * size || step == -2 * size) {
         vec y = load_contiguous(lowest + (LANES - 1) * size, dtype);
-        x = __builtin_shufflevector(x, y, STEP_TWO_LANES);
+        x = SHUFFLE(x, y, STEP_TWO);
     }
-    return step < 0 ? __builtin_shufflevector(x, x, REVERSED_LANES) : x;
+    return step < 0 ? SHUFFLE(x, x, REVERSED) : x;
 }
 
 /* `count` <= LANES elements `step` bytes apart; the lanes beyond are 0, and nothing there is read. */

@@ -148,8 +148,8 @@ FA_INLINE void deinterleave(vec x[2])
 FA_INLINE void interleave(vec x[2])
 {
     vec even = x[0], odd = x[1];
-    x[0] = __builtin_shufflevector(even, odd, INTERLEAVE_LOW);
-    x[1] = __builtin_shufflevector(even, odd, INTERLEAVE_HIGH);
+    x[0] = SHUFFLE(even, odd, INTERLEAVE_LOW);
+    x[1] = SHUFFLE(even, odd, INTERLEAVE_HIGH);
 }
 
 #endif
