@@ -148,15 +148,19 @@ FA_INLINE vec vec_load_int8(const void *src)
 }
 #endif
 
-#ifndef vec_store_bfloat16
-FA_INLINE void vec_store_bfloat16(void *dst, vec x)
+/* The halves, as lanes. */
+FA_INLINE uvec round_to_bfloat16(vec x)
 {
     uvec bits = (uvec)x;
     uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     uvec quiet_nan = bits >> 16 | 0x40;
-    vmask number = vec_equal(x, x);
-    uvec halves = (uvec)vec_select(number, (vec)rounded, (vec)quiet_nan);
-    *(half_vec_unaligned *)dst = __builtin_convertvector(halves, half_vec);
+    return (uvec)vec_select(vec_equal(x, x), (vec)rounded, (vec)quiet_nan);
+}
+
+#ifndef vec_store_bfloat16
+FA_INLINE void vec_store_bfloat16(void *dst, vec x)
+{
+    *(half_vec_unaligned *)dst = __builtin_convertvector(round_to_bfloat16(x), half_vec);
 }
 #endif
 
