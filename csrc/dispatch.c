@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "dtypes.h"
 
 extern const fa_kernel fa_float32_baseline, fa_float64_baseline;
 
@@ -84,10 +85,11 @@ bool fa_select_isa(const char *name)
 
 const fa_kernel *fa_kernel_for_dtype(fa_dtype dtype)
 {
-    int row = selected_row();
-    if (dtype == FA_FLOAT64)
+    const int row = selected_row();
+    const fa_dtype computed_in = fa_traits(dtype).computed_in;
+    if (computed_in == FA_FLOAT64)
         return table[row].float64;
-    if (dtype == FA_BFLOAT16 && table[row].bfloat16)
+    if (computed_in == FA_BFLOAT16 && table[row].bfloat16)
         return table[row].bfloat16;
     return table[row].float32;
 }
@@ -103,11 +105,12 @@ const fa_kernel *fa_find_kernel(const char *name)
     return NULL;
 }
 
-/* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. int8 keys, times their
- * scales, are exact in float32 and not in bfloat16. */
+/* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact in
+ * float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
 const fa_kernel *fa_select_kernel(const fa_problem *problem)
 {
-    return fa_kernel_for_dtype(problem->key.dtype == FA_INT8 ? FA_FLOAT32 : problem->query.dtype);
+    const bool in_float32 = fa_traits(problem->key.dtype).computed_in == FA_FLOAT32;
+    return fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : problem->query.dtype);
 }
 
 void fa_allow_split(bool allowed)
@@ -128,8 +131,8 @@ bool fa_splits(void)
 
 const fa_kernel *fa_select_group_kernel(const fa_problem *p, int64_t rows, int64_t keys)
 {
-    const bool is_splittable = p->query.dtype == FA_FLOAT32 || p->query.dtype == FA_FLOAT16;
-    if (is_splittable && fa_splits() && rows >= MIN_SPLIT_ROWS && keys >= MIN_SPLIT_KEYS &&
+    const bool in_float32 = fa_traits(p->query.dtype).computed_in == FA_FLOAT32;
+    if (in_float32 && fa_splits() && rows >= MIN_SPLIT_ROWS && keys >= MIN_SPLIT_KEYS &&
         p->head_dim >= MIN_SPLIT_DIMS)
         return table[selected_row()].split;
     return fa_select_kernel(p);

@@ -20,14 +20,15 @@
  * until all are there. */
 #define FA_DECODE_KEYS (4 * FA_KEY_BLOCK)
 
-typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64 } fa_dtype;
+/* Of queries, keys, values, bias and results; dtypes.h says more of each. */
+typedef enum { FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8 } fa_dtype;
 
 typedef enum { FA_OK, FA_NO_MEMORY, FA_INTERRUPTED } fa_status;
 
 /* An array of (batch..., head, row, col), strides in bytes and 0 along broadcast axes. */
 typedef struct {
-    char *data; /* NULL: the argument is absent */
-    fa_dtype dtype;
+    char *data;     /* NULL: the argument is absent */
+    fa_dtype dtype; /* where that is not known by what the array is */
     ptrdiff_t batch[FA_MAX_BATCH_DIMS];
     ptrdiff_t head, row, col;
     ptrdiff_t page; /* of keys and values in pages, instead of the batch strides */
@@ -45,22 +46,22 @@ typedef struct {
     int64_t head_dim, head_dim_v;
 
     fa_array query, key, value;
-    fa_array mask, bias;                /* FA_BOOL; any float dtype */
+    fa_array mask, bias;                /* booleans; any float dtype */
     fa_array alibi_slopes, sinks;       /* FA_FLOAT64 (batch..., head) */
     fa_array key_scale, value_scale;    /* FA_FLOAT32 (..., head, row): factors of FA_INT8 keys and values */
-    fa_array key_lengths, query_offset; /* FA_INT64 (batch...) */
+    fa_array key_lengths, query_offset; /* int64 (batch...) */
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
 
     /* In place of all weights, each row's largest ones, and column sums over the rows. top_count is 0, and
      * column_sums absent, where they are not wanted. Column sums start as zeros; each weight adds itself
      * times fixed_point_scale, rounded. */
     int64_t top_count;
-    fa_array top_indices, top_weights; /* FA_INT64, query's dtype (batch..., head, row, col) */
-    fa_array column_sums;              /* FA_INT64 (batch..., head, col) */
+    fa_array top_indices, top_weights; /* int64, query's dtype (batch..., head, row, col) */
+    fa_array column_sums;              /* int64 (batch..., head, col) */
     double fixed_point_scale;
 
     const int64_t *cu_seqlens_q, *cu_seqlens_k; /* of batch_shape[0] + 1; NULL: not packed */
-    fa_array page_table;                        /* FA_INT64 (batch..., page), contiguous along its pages */
+    fa_array page_table;                        /* int64 (batch..., page), contiguous along its pages */
     int64_t page_size;
 
     double scale;

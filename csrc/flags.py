@@ -18,6 +18,8 @@ from pathlib import Path
 # clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
 CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
 CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+# A dtype that a switch forgets does not compile.
+CFLAGS += ["-Werror=switch", "-Werror=switch-enum"]
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -40,8 +42,11 @@ ELEMENTS = {
     "amxemulated": ["bf16tile", "split"],
 }
 
+# Compiled for tests alone, on every machine.
+TEST_KERNELS: list[tuple[str, str, list[str]]] = [("bf16emulated", "bf16dot", [])]
+
 # What a kernel asks of the CPU, where that is not the instruction set of its name.
-RUNS_ON = {"amxemulated": "avx512bf16"}
+RUNS_ON = {"amxemulated": "avx512bf16", "bf16emulated": "baseline"}
 
 FRAMEWORK = ["forward", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]
 
@@ -59,11 +64,12 @@ def kernels() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def make_variables() -> Iterator[str]:
+    tested = [*kernels(), *TEST_KERNELS]
     yield f"CFLAGS = {' '.join(CFLAGS)}"
-    yield f"KERNELS = {' '.join(f'{isa}_{element}' for isa, element, _ in kernels())}"
-    for isa, element, flags in kernels():
-        tested = f"-DTEST_ISA={isa} -DTEST_ELEMENT={element} -DTEST_CPU={RUNS_ON.get(isa, isa)}"
-        yield f"FLAGS_{isa}_{element} = {' '.join(flags)} {tested}"
+    yield f"KERNELS = {' '.join(f'{isa}_{element}' for isa, element, _ in tested)}"
+    for isa, element, flags in tested:
+        defines = f"-DTEST_ISA={isa} -DTEST_ELEMENT={element} -DTEST_CPU={RUNS_ON.get(isa, isa)}"
+        yield f"FLAGS_{isa}_{element} = {' '.join(flags)} {defines}"
 
 
 def header_flags() -> list[str]:
@@ -77,7 +83,7 @@ def compile_commands() -> list[dict[str, object]]:
     root = Path(__file__).resolve().parent.parent
     sources: dict[str, list[str]] = {f"csrc/{name}.c": [] for name in FRAMEWORK}
     sources |= {f"tests/c/{path.name}": [] for path in sorted((root / "tests" / "c").glob("*.c"))}
-    for isa, element, flags in kernels():
+    for isa, element, flags in [*TEST_KERNELS, *kernels()]:
         sources[f"csrc/isa/{isa}_{element}.c"] = flags
         sources["tests/c/kernel_test.c"] = [
             *flags,

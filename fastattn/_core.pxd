@@ -13,7 +13,7 @@ cdef extern from "fastattn.h" nogil:
         FA_UNBOUNDED
 
     ctypedef enum fa_dtype:
-        FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8, FA_BOOL, FA_INT64
+        FA_FLOAT32, FA_FLOAT64, FA_FLOAT16, FA_BFLOAT16, FA_INT8
 
     ctypedef enum fa_status:
         FA_OK, FA_NO_MEMORY, FA_INTERRUPTED

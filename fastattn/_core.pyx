@@ -387,7 +387,6 @@ cdef int set_mask(fa_problem *p, cnp.ndarray array, tuple target) except -1:
         raise TypeError(f"mask has dtype {array.dtype}; accepted is bool, True where a query sees a key{hint}")
     check_broadcast(p, array, "mask", target, missing_axes(p, array, "mask"))
     describe(&p.mask, p, array, 3)
-    p.mask.dtype = FA_BOOL
     return 0
 
 
@@ -435,7 +434,6 @@ cdef cnp.ndarray set_integers(fa_array *view, fa_problem *p, cnp.ndarray array, 
         raise ValueError(f"{name} must be from {lowest} to {highest}, but holds {array.min()} to {array.max()}")
     array = array.astype(np.int64, copy=False)
     describe(view, p, array, 0)
-    view.dtype = FA_INT64
     return array
 
 

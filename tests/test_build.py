@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,40 @@ def test_every_source_is_compiled_and_known_to_editors(tmp_path):
         *(SOURCE / "tests/c").glob("*.c"),
     ]
     assert known == {path.relative_to(SOURCE).as_posix() for path in on_disk}
+
+
+@needs_source
+@pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+@pytest.mark.parametrize(
+    ("source", "forgetful"),
+    [
+        ("csrc/dispatch.c", ["csrc/dtypes.h"]),
+        ("csrc/isa/baseline_float32.c", ["csrc/dtypes.h", "csrc/kernel/stored.h", "csrc/kernel/specialise.h"]),
+        ("tests/c/kernel_test.c", ["tests/c/kernel_test.c"]),
+    ],
+    ids=["dispatch", "kernel", "test"],
+)
+def test_a_dtype_that_is_forgotten_does_not_compile(source, forgetful, tmp_path):
+    shutil.copytree(SOURCE / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(SOURCE / "tests" / "c", tmp_path / "tests" / "c")
+    header = tmp_path / "csrc" / "fastattn.h"
+    text = header.read_text()
+    assert "FA_INT8 }" in text
+    header.write_text(text.replace("FA_INT8 }", "FA_INT8, FA_FORGOTTEN }"))
+    script = "import flags; print(*flags.CFLAGS)"
+    flags = subprocess.run(
+        [sys.executable, "-c", script], cwd=SOURCE / "csrc", capture_output=True, text=True, check=True
+    ).stdout.split()
+    defines = ["-DTEST_ISA=baseline", "-DTEST_ELEMENT=float32", "-DTEST_CPU=baseline"]
+    done = subprocess.run(
+        ["gcc", *flags, *defines, "-fsyntax-only", "-Icsrc", source],
+        cwd=tmp_path, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    told = re.sub(r"\w+/\.\./", "", done.stderr)
+    assert "enumeration value 'FA_FORGOTTEN' not handled in switch" in told
+    for file in forgetful:
+        assert file in told
 
 
 def complaint_of(folder, before=""):

@@ -33,6 +33,17 @@ FA_INLINE vec vec_exp2_coarse(vec x)
     return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
 }
 
+/* Halves of a and b in turn, within each quarter of a vector: of its lower and of its upper four. */
+FA_INLINE vec interleave_quarters_low(vec a, vec b)
+{
+    return (vec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
+}
+
+FA_INLINE vec interleave_quarters_high(vec a, vec b)
+{
+    return (vec)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+}
+
 /* Lanes (low, high) of the upper halves, by one masked shuffle of bytes. */
 FA_INLINE uvec truncate_pairs(vec low, vec high)
 {

@@ -490,7 +490,6 @@ static bool copy_finite(const char *values, ptrdiff_t bytes, char *finite)
 {
     uvec any = {0};
     for (ptrdiff_t i = 0; i < bytes; i += FA_VECTOR_BYTES) {
-        typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
         const halves x = (halves)vec_load(values + i), wrong = (halves)((x & 0x7f80) == 0x7f80);
         any |= (uvec)wrong;
         vec_store(finite + i, (vec)(x & ~wrong));

@@ -49,19 +49,10 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
                              const operand_block *value, const next_streams *next, bool nan_safe, vec *scores)
 {
-    const int vectors = MIN_VECTORS == MAX_VECTORS ? MAX_VECTORS : t->vectors;
-    if (nan_safe && vectors == 1)
-        attend_block(p, t, range, key, value, next, 1, true, scores);
-    else if (nan_safe && vectors == 2)
-        attend_block(p, t, range, key, value, next, 2, true, scores);
-    else if (nan_safe)
-        attend_block(p, t, range, key, value, next, MAX_VECTORS, true, scores);
-    else if (vectors == 1)
-        attend_block(p, t, range, key, value, next, 1, false, scores);
-    else if (vectors == 2)
-        attend_block(p, t, range, key, value, next, 2, false, scores);
+    if (nan_safe)
+        WITH_VECTORS(t->vectors, attend_block(p, t, range, key, value, next, VECTORS, true, scores))
     else
-        attend_block(p, t, range, key, value, next, MAX_VECTORS, false, scores);
+        WITH_VECTORS(t->vectors, attend_block(p, t, range, key, value, next, VECTORS, false, scores))
 }
 
 /* The tile's results. */
@@ -111,11 +102,9 @@ static bool compute_wide_scores(item_state *s, tile *t, const operand_block *key
     const fa_problem *p = s->problem;
     vec block_max[MAX_VECTORS];
     *range = tile_range(t, block);
-    if (t->vectors == 1)
-        return compute_scores(p, t, range, key, &nothing, 1, scores, block_max);
-    if (t->vectors == 2)
-        return compute_scores(p, t, range, key, &nothing, 2, scores, block_max);
-    return compute_scores(p, t, range, key, &nothing, MAX_VECTORS, scores, block_max);
+    bool any = false;
+    WITH_VECTORS(t->vectors, any = compute_scores(p, t, range, key, &nothing, VECTORS, scores, block_max));
+    return any;
 }
 
 /* Every wide tile over the keys [key_lo, key_hi), added to its running softmax. */

@@ -9,6 +9,7 @@
 #define FA_KERNEL_DECODE_H
 
 #include "../cpu.h"
+#include "specialise.h"
 #include "tile.h"
 
 /* Keys that are read side by side, a vector of each at a time: for some rows all those of a vector of scores,
@@ -18,7 +19,7 @@ FA_INLINE int key_unroll(fa_dtype dtype, int rows)
 {
     if (rows > 1)
         return LANES / rows;
-    return dtype == FA_INT8 ? 4 : 1;
+    return fa_traits(dtype).is_dear ? 4 : 1;
 }
 
 /* sums[g * rows + r] += lane by lane products of key g and row r, of the vectors that are read at once, at
@@ -187,39 +188,21 @@ FA_INLINE void add_rows_of_values(const value_product *a, fa_dtype dtype, int ro
         add_values(a, i, dtype, rows, 1, nan_safe);
 }
 
-/* Whether keys and values are of the dtype `stored`, and come to this kernel. */
-FA_INLINE bool is_stored(fa_dtype dtype, fa_dtype stored)
+/* Dtypes of keys and values that come to this kernel's decode tiles. */
+FA_INLINE bool decode_takes(fa_dtype dtype)
 {
-    return FA_REAL_BYTES == 4 && dtype == stored;
-}
-
-/* One inlined copy for each number of rows and each dtype of keys and values. */
-FA_INLINE void add_values_of(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
-{
-    if (nan_safe)
-        add_rows_of_values(a, dtype, rows, true);
-    else if (PRODUCTS_IN_BFLOAT16)
-        add_rows_of_values(a, FA_BFLOAT16, rows, false);
-    else if (is_stored(dtype, FA_FLOAT16))
-        add_rows_of_values(a, FA_FLOAT16, rows, false);
-    else if (is_stored(dtype, FA_BFLOAT16))
-        add_rows_of_values(a, FA_BFLOAT16, rows, false);
-    else if (is_stored(dtype, FA_INT8))
-        add_rows_of_values(a, FA_INT8, rows, false);
-    else
-        add_rows_of_values(a, FA_REAL_DTYPE, rows, false);
+    if (PRODUCTS_IN_BFLOAT16)
+        return dtype == FA_BFLOAT16;
+    return dtype == FA_REAL_DTYPE || (FA_REAL_BYTES == 4 && dtype != FA_FLOAT64);
 }
 
 static void add_values_any(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
 {
-    if (DECODE_ROWS >= 8 && rows == 8)
-        add_values_of(a, dtype, 8, nan_safe);
-    else if (DECODE_ROWS >= 4 && rows == 4)
-        add_values_of(a, dtype, 4, nan_safe);
-    else if (DECODE_ROWS >= 2 && rows == 2)
-        add_values_of(a, dtype, 2, nan_safe);
-    else
-        add_values_of(a, dtype, 1, nan_safe);
+    if (nan_safe) {
+        WITH_DECODE_ROWS(rows, add_rows_of_values(a, dtype, ROWS, true));
+        return;
+    }
+    WITH_DECODE_ROWS(rows, WITH_DTYPE(dtype, decode_takes, add_rows_of_values(a, DTYPE, ROWS, false)));
 }
 
 /* The scales of the range's keys; of those that may not be read, the nearest one's. */
@@ -247,7 +230,7 @@ static void multiply_by_scales(const tile *t, const key_range *range, const oper
     for (int v = 0; v < num_keys(range) >> t->key_shift; v++) {
         vec x = vec_load(scales + (v << t->key_shift));
         for (int r = 1; r < t->rows_pow2; r *= 2) /* each key's, side by side for its rows */
-            x = __builtin_shufflevector(x, x, INTERLEAVE_LOW);
+            x = SHUFFLE(x, x, INTERLEAVE_LOW);
         panel[v] *= x;
     }
 }
@@ -278,34 +261,12 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
     }
 }
 
-FA_INLINE void dot_range_of(const fa_problem *p, const tile *t, const key_range *range,
-                            const operand_block *key, const next_streams *next, int rows, real scale,
-                            vec *scores)
-{
-    if (PRODUCTS_IN_BFLOAT16)
-        dot_range(p, t, range, key, next, FA_BFLOAT16, rows, scale, scores);
-    else if (is_stored(key->dtype, FA_FLOAT16))
-        dot_range(p, t, range, key, next, FA_FLOAT16, rows, scale, scores);
-    else if (is_stored(key->dtype, FA_BFLOAT16))
-        dot_range(p, t, range, key, next, FA_BFLOAT16, rows, scale, scores);
-    else if (is_stored(key->dtype, FA_INT8))
-        dot_range(p, t, range, key, next, FA_INT8, rows, scale, scores);
-    else
-        dot_range(p, t, range, key, next, FA_REAL_DTYPE, rows, scale, scores);
-}
-
 static void multiply_decode_query_key(const fa_problem *p, const tile *t, const key_range *range,
                                       const operand_block *key, const next_streams *next, real scale,
                                       vec *scores)
 {
-    if (DECODE_ROWS >= 8 && t->rows_pow2 == 8)
-        dot_range_of(p, t, range, key, next, 8, scale, scores);
-    else if (DECODE_ROWS >= 4 && t->rows_pow2 == 4)
-        dot_range_of(p, t, range, key, next, 4, scale, scores);
-    else if (DECODE_ROWS >= 2 && t->rows_pow2 == 2)
-        dot_range_of(p, t, range, key, next, 2, scale, scores);
-    else
-        dot_range_of(p, t, range, key, next, 1, scale, scores);
+    WITH_DECODE_ROWS(t->rows_pow2, WITH_DTYPE(key->dtype, decode_takes,
+                                              dot_range(p, t, range, key, next, DTYPE, ROWS, scale, scores)));
     if (key->scale)
         multiply_by_scales(t, range, key, scores);
 }

@@ -1,12 +1,12 @@
 /* Operands of decode tiles in `real`: vectors of a row of queries, keys or values, in place or upcast.
  *
- * Requires elements.h; provides operand and the packing of decode tiles. */
+ * Requires pack.h; provides operand and the packing of decode tiles. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_DECODE_OPERAND_REAL_H
 #define FA_KERNEL_DECODE_OPERAND_REAL_H
 
-#include "elements.h"
+#include "pack.h"
 
 typedef real operand;
 typedef vec packed_vec;

@@ -177,16 +177,14 @@ FA_INLINE uvec load_key_pair(const source_rows *src, int first, int num_keys, in
  * within quarters of a vector, and transposed. */
 static void pack_whole_value(const char *src, ptrdiff_t row, int head_dim_v, char *packed)
 {
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     for (int e = 0; e < head_dim_v;
          e += 2 * LANES, src += FA_VECTOR_BYTES, packed += 2 * LANES * FA_VECTOR_BYTES) {
         vec low[LANES], high[LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
-            const halves a = (halves)vec_load(src + 2 * i * row),
-                         b = (halves)vec_load(src + (2 * i + 1) * row);
-            low[i] = (vec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
-            high[i] = (vec)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b);
+            const vec a = vec_load(src + 2 * i * row), b = vec_load(src + (2 * i + 1) * row);
+            low[i] = interleave_quarters_low(a, b);
+            high[i] = interleave_quarters_high(a, b);
         }
         vec_transpose(low);
         vec_transpose(high);

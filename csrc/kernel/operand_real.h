@@ -1,6 +1,6 @@
 /* Products in `real`: the operand of the micro-kernel is one element, broadcast against a vector.
  *
- * Requires elements.h; provides TILE_K and the packing of keys, values and queries. */
+ * Requires pack.h; provides TILE_K and the packing of keys, values and queries. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_OPERAND_H

@@ -56,7 +56,17 @@ typedef struct {
 /* Parts of what is stored in this dtype. */
 FA_INLINE int parts_of(fa_dtype dtype)
 {
-    return dtype == FA_BFLOAT16 ? 1 : dtype == FA_FLOAT16 ? 2 : MAX_PARTS;
+    switch (dtype) {
+    case FA_BFLOAT16:
+        return 1;
+    case FA_FLOAT16:
+        return 2;
+    case FA_FLOAT32:
+    case FA_FLOAT64:
+    case FA_INT8: /* times its scale */
+        return MAX_PARTS;
+    }
+    __builtin_unreachable();
 }
 
 /* --- sizes -------------------------------------------------------------------------------------- */

@@ -11,7 +11,7 @@
 #ifndef FA_KERNEL_PAIRS_H
 #define FA_KERNEL_PAIRS_H
 
-#include "elements.h"
+#include "pack.h"
 
 typedef uint32_t operand;
 typedef uvec packed_vec;
@@ -31,7 +31,6 @@ FA_INLINE vec multiply_add(operand a, packed_vec b, vec c)
 /* The same, but where half of b is -0, that half of a is taken as 0: it is masked, be it NaN. */
 FA_INLINE vec multiply_add_nan_safe(operand a, packed_vec b, vec c)
 {
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     halves visible = (halves)((halves)b != 0x8000);
     return dot_pairs((a - (uvec){0}) & (uvec)visible, b, c);
 }
@@ -39,14 +38,9 @@ FA_INLINE vec multiply_add_nan_safe(operand a, packed_vec b, vec c)
 /* A whole vector of each of two keys, in pairs. */
 FA_INLINE void interleave_keys(const char *first, const char *second, packed_vec pairs[2])
 {
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     halves a = (halves)vec_load(first), b = (halves)vec_load(second);
-    vec_store(pairs,
-              (vec)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
-                                           40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
-    vec_store(pairs + 1, (vec)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
-                                                      22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60,
-                                                      29, 61, 30, 62, 31, 63));
+    vec_store(pairs, (vec)SHUFFLE_HALVES(a, b, INTERLEAVE_LOW));
+    vec_store(pairs + 1, (vec)SHUFFLE_HALVES(a, b, INTERLEAVE_HIGH));
 }
 
 /* `count` halves, as lanes; LANES of them at most, and 0 beyond, where nothing is read. */
@@ -74,13 +68,12 @@ FA_INLINE uvec load_pairs(const char *src, ptrdiff_t col, int count)
     if (col == 2 && count >= 2 * LANES)
         return (uvec)vec_load(src);
     uvec x = load_halves(src, col, count), y = load_halves(src + LANES * col, col, count - LANES);
-    return make_pairs(__builtin_shufflevector(x, y, EVEN_LANES), __builtin_shufflevector(x, y, ODD_LANES));
+    return make_pairs(SHUFFLE(x, y, EVEN), SHUFFLE(x, y, ODD));
 }
 
 /* Pairs times `sign`: 1, -1, or 0, and then what is not finite becomes NaN. */
 FA_INLINE uvec times_sign(uvec pairs, real sign)
 {
-    typedef uint16_t halves __attribute__((vector_size(FA_VECTOR_BYTES)));
     if (sign == 0)
         return (uvec)((halves)(((halves)pairs & 0x7f80) == 0x7f80) & 0x7fc0);
     const uint32_t flip = sign < 0 ? 0x80008000 : 0;
@@ -194,17 +187,17 @@ FA_INLINE const operand *pack_decode_probabilities(vec *scores, int panel_rows, 
         const vec a = scores[v], b = v + 1 < panel_rows ? scores[v + 1] : vec_splat(0);
         vec even, odd; /* keys */
         if (rows_pow2 == 1) {
-            even = __builtin_shufflevector(a, b, EVEN_LANES);
-            odd = __builtin_shufflevector(a, b, ODD_LANES);
+            even = SHUFFLE(a, b, EVEN);
+            odd = SHUFFLE(a, b, ODD);
         } else if (rows_pow2 == 2) {
-            even = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
-            odd = __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+            even = SHUFFLE(a, b, EVEN_TWOS);
+            odd = SHUFFLE(a, b, ODD_TWOS);
         } else if (rows_pow2 == 4) {
-            even = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-            odd = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+            even = SHUFFLE(a, b, EVEN_FOURS);
+            odd = SHUFFLE(a, b, ODD_FOURS);
         } else {
-            even = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-            odd = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+            even = SHUFFLE(a, b, EVEN_EIGHTS);
+            odd = SHUFFLE(a, b, ODD_EIGHTS);
         }
         scores[v / 2] = (vec)round_pairs(even, odd);
     }

@@ -16,6 +16,7 @@
 
 #include <limits.h>
 
+#include "../dtypes.h"
 #include "vec_types.h"
 
 /* --- lines -------------------------------------------------------------------------------------- */
@@ -278,7 +279,7 @@ FA_INLINE void spread_stream(prefetch_plan *plan, const row_stream *stream, int 
  * bytes are upcast, or the CPU is one that gains by it (fa_prefetch_to_l1). */
 FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
 {
-    return rows > 1 || dtype == FA_INT8 || to_l1;
+    return rows > 1 || fa_traits(dtype).is_dear || to_l1;
 }
 
 /* The plan of a product whose rows are streams[0], the first of STREAM_WINDOW that are read in turn. Of a

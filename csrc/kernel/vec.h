@@ -104,44 +104,50 @@ FA_INLINE vec vec_copysign(vec y, vec x)
     return (vec)((ivec)y | ((ivec)x & sign));
 }
 
-/* Lanes of shuffles of two vectors a and b, or of one. INTERLEAVE: a's and b's in turn, from their lower and
- * from their upper halves. EVEN, ODD: every other one. STEP_TWO: every other one of a and what follows it, if
- * b begins with a's last lane. */
-#if FA_VECTOR_BYTES / FA_REAL_BYTES == 16
-#define INTERLEAVE_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define INTERLEAVE_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#define STEP_TWO_LANES 0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31
-#define REVERSED_LANES 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0
-#elif FA_VECTOR_BYTES / FA_REAL_BYTES == 8
-#define INTERLEAVE_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define INTERLEAVE_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
-#define STEP_TWO_LANES 0, 2, 4, 6, 9, 11, 13, 15
-#define REVERSED_LANES 7, 6, 5, 4, 3, 2, 1, 0
-#elif FA_VECTOR_BYTES / FA_REAL_BYTES == 4
-#define INTERLEAVE_LOW 0, 4, 1, 5
-#define INTERLEAVE_HIGH 2, 6, 3, 7
-#define EVEN_LANES 0, 2, 4, 6
-#define ODD_LANES 1, 3, 5, 7
-#define STEP_TWO_LANES 0, 2, 5, 7
-#define REVERSED_LANES 3, 2, 1, 0
+/* Shuffles of two vectors a and b of n lanes, or of one: which lane comes to lane i, of a's (0 to n - 1) and
+ * b's (n to 2n - 1). INTERLEAVE: a's and b's in turn, from their lower and from their upper halves. EVEN,
+ * ODD: every other one, or every other group of g. STEP_TWO: every other one of a and what follows it, if b
+ * begins with a's last lane. */
+#define INTERLEAVE_LOW(i, n) ((i) / 2 + (i) % 2 * (n))
+#define INTERLEAVE_HIGH(i, n) ((n) / 2 + (i) / 2 + (i) % 2 * (n))
+#define EVEN(i, n) (2 * (i))
+#define ODD(i, n) (2 * (i) + 1)
+#define STEP_TWO(i, n) (2 * (i) + (2 * (i) >= (n)))
+#define REVERSED(i, n) ((n) - 1 - (i))
+#define EVEN_GROUP(i, n, g) (((i) / (g) * 2 * (g) + (i) % (g)) % (2 * (n)))
+#define ODD_GROUP(i, n, g) (((i) / (g) * 2 * (g) + (g) + (i) % (g)) % (2 * (n)))
+#define EVEN_TWOS(i, n) EVEN_GROUP(i, n, 2)
+#define ODD_TWOS(i, n) ODD_GROUP(i, n, 2)
+#define EVEN_FOURS(i, n) EVEN_GROUP(i, n, 4)
+#define ODD_FOURS(i, n) ODD_GROUP(i, n, 4)
+#define EVEN_EIGHTS(i, n) EVEN_GROUP(i, n, 8)
+#define ODD_EIGHTS(i, n) ODD_GROUP(i, n, 8)
+
+#define LANES_OF_2(lane, n, i) lane(i, n), lane((i) + 1, n)
+#define LANES_OF_4(lane, n, i) LANES_OF_2(lane, n, i), LANES_OF_2(lane, n, (i) + 2)
+#define LANES_OF_8(lane, n, i) LANES_OF_4(lane, n, i), LANES_OF_4(lane, n, (i) + 4)
+#define LANES_OF_16(lane, n, i) LANES_OF_8(lane, n, i), LANES_OF_8(lane, n, (i) + 8)
+#define LANES_OF_32(lane, n, i) LANES_OF_16(lane, n, i), LANES_OF_16(lane, n, (i) + 16)
+
+/* Of vectors of `real`, and of vectors of twice as many halves. */
+#if LANES == 16
+#define SHUFFLE(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_16(lane, 16, 0))
+#define SHUFFLE_HALVES(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_32(lane, 32, 0))
+#elif LANES == 8
+#define SHUFFLE(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_8(lane, 8, 0))
+#define SHUFFLE_HALVES(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_16(lane, 16, 0))
+#elif LANES == 4
+#define SHUFFLE(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_4(lane, 4, 0))
+#define SHUFFLE_HALVES(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_8(lane, 8, 0))
 #else
-#define INTERLEAVE_LOW 0, 2
-#define INTERLEAVE_HIGH 1, 3
-#define EVEN_LANES 0, 2
-#define ODD_LANES 1, 3
-#define STEP_TWO_LANES 0, 3
-#define REVERSED_LANES 1, 0
+#define SHUFFLE(a, b, lane) __builtin_shufflevector(a, b, LANES_OF_2(lane, 2, 0))
 #endif
 
 #ifndef vec_sums
 /* Sums of a's lanes i and i + LANES / 2, and of b's, in turn. */
 FA_INLINE vec vec_fold(vec a, vec b)
 {
-    return __builtin_shufflevector(a, b, INTERLEAVE_LOW) + __builtin_shufflevector(a, b, INTERLEAVE_HIGH);
+    return SHUFFLE(a, b, INTERLEAVE_LOW) + SHUFFLE(a, b, INTERLEAVE_HIGH);
 }
 
 /* Lane i of the result is the sum of x[i]'s lanes. */
@@ -179,8 +185,8 @@ FA_INLINE void vec_transpose(vec x[LANES])
         vec y[LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], INTERLEAVE_LOW);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], INTERLEAVE_HIGH);
+            y[2 * i] = SHUFFLE(x[i], x[i + LANES / 2], INTERLEAVE_LOW);
+            y[2 * i + 1] = SHUFFLE(x[i], x[i + LANES / 2], INTERLEAVE_HIGH);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++)

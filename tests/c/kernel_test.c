@@ -263,9 +263,10 @@ static double value_at(const char *src, fa_dtype dtype)
     case FA_BFLOAT16:
         memcpy(&h, src, sizeof h);
         return value_of_bfloat16(h);
-    default:
+    case FA_INT8:
         return *(const int8_t *)src;
     }
+    abort();
 }
 
 static double value_of_half(fa_dtype dtype, unsigned h)

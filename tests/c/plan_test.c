@@ -60,7 +60,6 @@ static int64_t random_length(int64_t most)
 static void point_at(fa_array *array, int64_t *data, const fa_problem *p)
 {
     array->data = (char *)data;
-    array->dtype = FA_INT64;
     ptrdiff_t stride = sizeof *data;
     for (int axis = p->batch_ndim - 1; axis >= 0; axis--) {
         array->batch[axis] = stride;
