@@ -15,22 +15,29 @@ extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx, fa_bf16tile_amx_e
 #endif
 
 /* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column. Behind the
- * baseline, which every CPU has: what is for tests, chosen by name alone and not listed. */
+ * baseline, which every CPU has: what is for tests, chosen by name alone and not listed.
+ *
+ * CPUs with the tile unit issue dot products at a quarter of the rate of multiply-adds (Sapphire, Emerald and
+ * Granite Rapids), so there decode tiles of bfloat16, which are too small for the unit, are computed in
+ * float32: four rows take two thirds of the time. Asked of the CPU and not measured, for the results depend
+ * on it. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
     const fa_kernel *float32, *float64, *bfloat16;
+    bool decodes_in_float32;
 } table[] = {
 #if defined(__x86_64__)
-    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx},
-    {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16},
-    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL},
-    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL},
+    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, true},
+    {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16,
+     false},
+    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, false},
+    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, false},
 #endif
-    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL},
+    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, false},
 #if defined(__x86_64__)
-    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
-     &fa_bf16tile_amx_emulated},
+    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx_emulated,
+     true},
 #endif
 };
 
@@ -100,7 +107,12 @@ const fa_kernel *fa_find_kernel(const char *name)
 
 /* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. int8 keys, times their
  * scales, are exact in float32 and not in bfloat16. */
-const fa_kernel *fa_select_kernel(const fa_problem *problem)
+const fa_kernel *fa_select_kernel(const fa_problem *problem, int64_t group_rows)
 {
-    return fa_kernel_for_dtype(problem->key.dtype == FA_INT8 ? FA_FLOAT32 : problem->query.dtype);
+    const int row = selected_row();
+    const fa_kernel *kernel =
+        fa_kernel_for_dtype(problem->key.dtype == FA_INT8 ? FA_FLOAT32 : problem->query.dtype);
+    if (kernel == table[row].bfloat16 && table[row].decodes_in_float32 && group_rows <= kernel->decode_rows)
+        return table[row].float32;
+    return kernel;
 }

@@ -28,8 +28,9 @@ static fa_kernel kernel = {
     .partial_bytes = partial_bytes,
 };
 
-const fa_kernel *fa_select_kernel(const fa_problem *problem)
+const fa_kernel *fa_select_kernel(const fa_problem *problem, int64_t group_rows)
 {
+    (void)group_rows;
     (void)problem;
     return &kernel;
 }
