@@ -81,26 +81,41 @@ bool fa_cpu_has_amx(void)
 }
 #endif
 
-static bool is_zen5(void)
-{
 #if defined(__x86_64__)
+static bool is_zen5(unsigned vendor)
+{
     unsigned a, b, c, d;
-    if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || c != signature_AMD_ecx ||
-        d != signature_AMD_edx || !__get_cpuid(1, &a, &b, &c, &d))
+    if (vendor != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d))
         return false;
     const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff); /* base and, from 15 on, extended */
     return family == 26;
-#else
-    return false;
+}
 #endif
+
+/* What was measured on Zen 4 serves every CPU that is not named here. */
+static const fa_prefetching *prefetching_of_cpu(void)
+{
+    static const fa_prefetching zen4 = {.burst = 24},
+                                zen5 = {.to_l1 = true, .single_rows = true, .burst = 24},
+                                intel = {.single_rows = true, .burst = 10};
+#if defined(__x86_64__)
+    unsigned a, vendor, c, d;
+    if (__get_cpuid(0, &a, &vendor, &c, &d)) {
+        if (is_zen5(vendor))
+            return &zen5;
+        if (vendor == signature_INTEL_ebx)
+            return &intel;
+    }
+#endif
+    return &zen4;
 }
 
-bool fa_prefetch_to_l1(void)
+const fa_prefetching *fa_prefetching_of_cpu(void)
 {
-    static atomic_int answer = -1; /* CPUID is slow where a hypervisor answers it */
-    int known = atomic_load_explicit(&answer, memory_order_relaxed);
-    if (known < 0) {
-        known = is_zen5();
+    static _Atomic(const fa_prefetching *) answer; /* CPUID is slow where a hypervisor answers it */
+    const fa_prefetching *known = atomic_load_explicit(&answer, memory_order_relaxed);
+    if (!known) {
+        known = prefetching_of_cpu();
         atomic_store_explicit(&answer, known, memory_order_relaxed);
     }
     return known;

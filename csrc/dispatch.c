@@ -18,30 +18,36 @@ extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
 
 /* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column; float32 is
  * not split. Behind the baseline, which every CPU has: what is for tests, chosen by name alone and not
- * listed. */
+ * listed.
+ *
+ * CPUs with the tile unit issue dot products at a quarter of the rate of multiply-adds (Sapphire, Emerald and
+ * Granite Rapids), so there decode tiles of bfloat16, which are too small for the unit, are computed in
+ * float32: four rows take two thirds of the time. Asked of the CPU and not measured, for the results depend
+ * on it. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
     const fa_kernel *float32, *float64, *bfloat16, *split;
+    bool decodes_in_float32;
 } table[] = {
 #if defined(__x86_64__)
-    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx},
+    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx, true},
     {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16,
-     NULL},
-    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL},
-    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL},
+     NULL, false},
+    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL, false},
+    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL, false},
 #endif
-    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL},
+    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL, false},
 #if defined(__x86_64__)
     {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx_emulated,
-     &fa_split_amx_emulated},
+     &fa_split_amx_emulated, true},
 #endif
 };
 
 enum { NUM_ISAS = sizeof table / sizeof *table };
 
 static atomic_int selected = -1;
-static atomic_bool splits = true;
+static atomic_int split_mode = FA_SPLIT_IF_FASTER;
 
 static int selected_row(void)
 {
@@ -105,35 +111,37 @@ const fa_kernel *fa_find_kernel(const char *name)
     return NULL;
 }
 
-/* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact in
- * float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
-const fa_kernel *fa_select_kernel(const fa_problem *problem)
+void fa_set_split_mode(fa_split_mode mode)
 {
-    const bool in_float32 = fa_traits(problem->key.dtype).computed_in == FA_FLOAT32;
-    return fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : problem->query.dtype);
-}
-
-void fa_allow_split(bool allowed)
-{
-    atomic_store(&splits, allowed);
+    atomic_store(&split_mode, mode);
 }
 
 bool fa_splits(void)
 {
-    return table[selected_row()].split && atomic_load(&splits);
+    return table[selected_row()].split && atomic_load(&split_mode) != FA_SPLIT_NEVER;
 }
 
-/* Fewer rows leave a tile empty, fewer keys a block; what is split and packed must be met by enough of both.
- */
-#define MIN_SPLIT_ROWS 32
-#define MIN_SPLIT_KEYS 64
-#define MIN_SPLIT_DIMS 32
-
-const fa_kernel *fa_select_group_kernel(const fa_problem *p, int64_t rows, int64_t keys)
+/* Granite Rapids: to split float32 pays from 128 rows and keys on (1.1 times the speed of the multiply-adds,
+ * 1.6 of many), float16 from 64 rows on; fewer rows leave a tile empty, and what is split and packed must be
+ * met by enough of both. */
+static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
 {
-    const bool in_float32 = fa_traits(p->query.dtype).computed_in == FA_FLOAT32;
-    if (in_float32 && fa_splits() && rows >= MIN_SPLIT_ROWS && keys >= MIN_SPLIT_KEYS &&
-        p->head_dim >= MIN_SPLIT_DIMS)
-        return table[selected_row()].split;
-    return fa_select_kernel(p);
+    const int64_t least = p->query.dtype == FA_FLOAT16 ? 64 : 128;
+    if (atomic_load(&split_mode) == FA_SPLIT_ALWAYS)
+        return true;
+    return rows >= least && keys >= least && p->head_dim >= 64;
+}
+
+/* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact
+ * in float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
+const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t keys)
+{
+    const int row = selected_row();
+    const bool in_float32 = fa_traits(p->key.dtype).computed_in == FA_FLOAT32;
+    const fa_kernel *kernel = fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : p->query.dtype);
+    if (kernel == table[row].bfloat16 && table[row].decodes_in_float32 && rows <= kernel->decode_rows)
+        return table[row].float32;
+    if (fa_traits(p->query.dtype).computed_in == FA_FLOAT32 && fa_splits() && pays_to_split(p, rows, keys))
+        return table[row].split;
+    return kernel;
 }

@@ -96,9 +96,12 @@ const char *fa_selected_isa(void);
 /* Restricts dispatch to an instruction set and those below it; false if this CPU lacks it. */
 bool fa_select_isa(const char *name);
 
-/* Whether float32 and float16 may be split into bfloat16, where the instruction set has a unit for these and
- * that is faster; at first they may. And whether some are. */
-void fa_allow_split(bool allowed);
+/* Whether float32 and float16 are split into bfloat16, if the instruction set has a unit for these: at first
+ * where that is faster. Always is for tests. */
+typedef enum { FA_SPLIT_NEVER, FA_SPLIT_IF_FASTER, FA_SPLIT_ALWAYS } fa_split_mode;
+
+void fa_set_split_mode(fa_split_mode mode);
+/* Whether some are. */
 bool fa_splits(void);
 
 /* Visible in the built module: threadpoolctl recognises it by them. */

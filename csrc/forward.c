@@ -95,7 +95,8 @@ static fa_status forward_partition(const fa_problem *problem, const fa_partition
         .partition = partition,
         .shared = shared,
         .caller_scratch = fa_take_scratch(partition->scratch_bytes),
-        .flushes_subnormals = fa_select_kernel(problem)->flushes_subnormals,
+        .flushes_subnormals =
+            fa_select_kernel(problem, problem->seqlen_q, problem->seqlen_k)->flushes_subnormals,
         .caller_mode = fa_float_mode(),
     };
     if (!job.caller_scratch)

@@ -109,9 +109,8 @@ static void split_keys(const fa_sequence *s, int64_t min_keys, fa_group_plan *gr
 static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
 {
     const int64_t rows = rows_per_group(p, s);
-    fa_group_plan group_plan = {.kernel = fa_select_group_kernel(p, rows, s->key_hi - s->key_lo),
-                                .num_splits = 1,
-                                .rows_per_item = 1};
+    fa_group_plan group_plan = {
+        .kernel = fa_select_kernel(p, rows, s->key_hi - s->key_lo), .num_splits = 1, .rows_per_item = 1};
     if (rows == 0)
         return group_plan;
     const int64_t lanes = group_plan.kernel->lanes, tile_rows = lanes * group_plan.kernel->max_vectors;
@@ -205,7 +204,7 @@ static void choose_threads(const fa_problem *p, double work, fa_partition *part)
 static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partition *part)
 {
     const int64_t most_rows = p->seqlen_q * (p->num_heads / p->num_kv_heads);
-    const fa_kernel *kernel = fa_select_group_kernel(p, most_rows, p->seqlen_k);
+    const fa_kernel *kernel = fa_select_kernel(p, most_rows, p->seqlen_k);
     const int64_t most_tiles = ceil_div(most_rows, (int64_t)kernel->lanes * kernel->max_vectors);
     part->tiles_per_item = (int)fa_clamp(most_tiles, 1, kernel->max_tiles);
     while (part->tiles_per_item > 1 &&
@@ -337,9 +336,9 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
     fa_partition part;
     if (!fa_partition_problem(p, &part))
         return FA_NO_MEMORY;
-    const int64_t group_size = p->num_kv_heads > 0 ? p->num_heads / p->num_kv_heads : 0;
-    const fa_kernel *kernel = fa_select_group_kernel(p, p->seqlen_q * group_size, p->seqlen_k);
-    const bool is_decode = p->seqlen_q * group_size <= kernel->decode_rows;
+    const int64_t group_rows = p->num_kv_heads > 0 ? p->seqlen_q * (p->num_heads / p->num_kv_heads) : 0;
+    const fa_kernel *kernel = fa_select_kernel(p, group_rows, p->seqlen_k);
+    const bool is_decode = group_rows <= kernel->decode_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,

@@ -58,7 +58,12 @@ cdef extern from "fastattn.h" nogil:
     const char *const *fa_available_isas()
     const char *fa_selected_isa()
     c_bool fa_select_isa(const char *name)
-    void fa_allow_split(c_bool allowed)
+    ctypedef enum fa_split_mode:
+        FA_SPLIT_NEVER
+        FA_SPLIT_IF_FASTER
+        FA_SPLIT_ALWAYS
+
+    void fa_set_split_mode(fa_split_mode mode)
     c_bool fa_splits()
     int fa_get_num_threads()
     void fa_set_num_threads(int num_threads)

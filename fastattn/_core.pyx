@@ -1221,11 +1221,12 @@ def select_isa_from_environment():
         raise RuntimeError(f"FASTATTN_ISA is {name!r}; this CPU has {', '.join(available_isas())}")
 
 
-def allow_split_from_environment():
+def set_split_mode_from_environment():
+    modes = {"": FA_SPLIT_IF_FASTER, "0": FA_SPLIT_NEVER, "1": FA_SPLIT_IF_FASTER, "always": FA_SPLIT_ALWAYS}
     text = os.environ.get("FASTATTN_SPLIT", "").strip()
-    if text not in ("", "0", "1"):
-        raise RuntimeError(f"FASTATTN_SPLIT is {text!r}; accepted are 0 and 1")
-    fa_allow_split(text != "0")
+    if text not in modes:
+        raise RuntimeError(f"FASTATTN_SPLIT is {text!r}; accepted are 0, 1 and always")
+    fa_set_split_mode(modes[text])
 
 
 def splits():
@@ -1240,5 +1241,5 @@ def check_num_threads_from_environment():
 
 
 select_isa_from_environment()
-allow_split_from_environment()
+set_split_mode_from_environment()
 check_num_threads_from_environment()

@@ -290,7 +290,8 @@ class Plan:
         Instruction set of the kernel.
     path : str
         What the kernel computes in: "float32", "float64", "bf16dot" or "bf16tile"; with "-decode" for a few query
-        rows, which are served at the speed at which keys are read.
+        rows, which are served at the speed at which keys are read. A CPU with a tile unit computes those of bfloat16
+        in float32.
     tile : (int, int)
         Query rows that are worked on together, and keys between two updates of the softmax.
     splits : int

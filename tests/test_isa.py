@@ -28,17 +28,21 @@ RUNS = [*((isa, 2) for isa in CONFIG["isas"] if isa != CONFIG["isa"]), *((isa, 1
 # The kernel of the tile unit runs, with the unit emulated, wherever there is AVX512-BF16.
 EMULATED = ["amx-emulated"] if "avx512bf16" in CONFIG["isas"] else []
 RUNS += [(isa, 2) for isa in EMULATED]
+# Of one with a tile unit, once more with float32 and float16 split whatever their shape.
+SPLITTING = [isa for isa in [*CONFIG["isas"], *EMULATED] if isa.startswith("amx")][:1]
+RUNS = [(isa, threads, "1") for isa, threads in RUNS] + [(isa, 2, "always") for isa in SPLITTING]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("isa", "threads"), RUNS)
-def test_representative_tests(isa, threads):
+@pytest.mark.parametrize(("isa", "threads", "split"), RUNS)
+def test_representative_tests(isa, threads, split):
     here = Path(__file__).parent
     done = python(
         *("-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", "-c", str(here.parent / "pyproject.toml")),
         *("--hypothesis-profile", "each-isa", *(["--quick"] if threads == 1 else []), str(here)),
         FASTATTN_ISA=isa,
         FASTATTN_NUM_THREADS=str(threads),
+        FASTATTN_SPLIT=split,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -72,21 +76,24 @@ def test_an_unknown_or_unsupported_isa_is_refused(isa):
 DIGESTS = """
 import hashlib
 import ml_dtypes, numpy as np, fastattn
+dtype = np.dtype({dtype!r})
 rng = np.random.default_rng(0)
 for seqlen_q, seqlen_k, dim, keywords in [
-    (100, 333, 64, {}), (70, 200, 128, {"causal": True}), (40, 130, 96, {"window": (60, 3)}),
-    (33, 70, 20, {"softcap": 2.0}), (40, 300, 256, {"alibi_slopes": np.array([1.0, 0.1])}),
-    (50, 64, 64, {"scale": 30.0}),
+    (100, 333, 64, dict()), (70, 200, 128, dict(causal=True)), (40, 130, 96, dict(window=(60, 3))),
+    (33, 70, 20, dict(softcap=2.0)), (40, 300, 256, dict(alibi_slopes=np.array([1.0, 0.1]))),
+    (50, 64, 64, dict(scale=30.0)), (50, 700, 64, dict(scale=2.0**80)),
 ]:
-    query = rng.standard_normal((2, seqlen_q, dim)).astype(ml_dtypes.bfloat16)
-    key, value = rng.standard_normal((2, 1, seqlen_k, dim)).astype(ml_dtypes.bfloat16)
+    query = rng.standard_normal((2, seqlen_q, dim)).astype(dtype)
+    key, value = rng.standard_normal((2, 1, seqlen_k, dim)).astype(dtype)
     for x in fastattn.attention(query, key, value, return_lse=True, **keywords):
         print(hashlib.sha256(x.tobytes()).hexdigest())
 """
 
 
 @pytest.mark.skipif("amx" not in CONFIG["isas"], reason="needs the tile unit that is emulated")
-def test_the_emulated_tile_unit_gives_the_bits_of_the_real_one():
-    real, emulated = (run_script(DIGESTS, FASTATTN_ISA=isa) for isa in ("amx", "amx-emulated"))
-    assert len(real.split()) == 12
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_the_emulated_tile_unit_gives_the_bits_of_the_real_one(dtype):
+    source = DIGESTS.format(dtype=dtype)
+    real, emulated = (run_script(source, FASTATTN_ISA=isa, FASTATTN_SPLIT="always") for isa in ("amx", "amx-emulated"))
+    assert len(real.split()) == 14
     assert emulated == real

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from oracle import DTYPE_IDS, DTYPES, F32, F64, make_rng, qkv
+from oracle import DTYPE_IDS, DTYPES, F32, F64, make_rng, qkv, run_script
 from strategies import cases
 
 import fastattn
@@ -101,3 +101,15 @@ def test_it_shows_a_wrong_order_of_axes():
     x = np.zeros((2, 8, 4, 16), F32)
     assert fastattn.plan(x.swapaxes(1, 2), x.swapaxes(1, 2), x.swapaxes(1, 2)).query.seqlen == 8
     assert "heads=8, seqlen=4" in repr(fastattn.plan(x, x, x))
+
+
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="needs AVX512-BF16")
+def test_few_rows_of_bfloat16_are_computed_in_float32_beside_the_tile_unit():
+    """There, dot products of pairs are slower than multiply-adds."""
+    source = (
+        "import numpy as np, ml_dtypes, fastattn\n"
+        "key = np.zeros((2, 4096, 64), ml_dtypes.bfloat16)\n"
+        "print(*(fastattn.plan(np.zeros((8, rows, 64), key.dtype), key, key).path for rows in (1, 2, 3, 100)))"
+    )
+    assert run_script(source, FASTATTN_ISA="amx-emulated").split() == [*["float32-decode"] * 2, *["bf16tile"] * 2]
+    assert run_script(source, FASTATTN_ISA="avx512bf16").split() == [*["bf16dot-decode"] * 2, *["bf16dot"] * 2]

@@ -8,7 +8,6 @@
 #ifndef FA_KERNEL_DECODE_H
 #define FA_KERNEL_DECODE_H
 
-#include "../cpu.h"
 #include "specialise.h"
 #include "tile.h"
 
@@ -57,11 +56,11 @@ FA_INLINE void dot_unrolled_keys(const char *const *key, fa_dtype dtype, const p
         sums[i] = vec_splat(0);
 #pragma GCC unroll 4
     for (int d = 0; d < vectors; d += at_once) {
-        if (d * step % 64 == 0 && prefetches_lines(dtype, rows, requests->to_l1)) {
+        if (d * step % 64 == 0 && prefetches_lines(dtype, rows, requests->hint)) {
 #pragma GCC unroll 16
             for (int g = 0; g < unroll; g++)
                 prefetch_line(prefetch + d * step / 64 * requests->next_line + g * requests->next_key,
-                              requests->to_l1);
+                              requests->hint);
         }
         multiply_keys(key, d * step, dtype, query + d * rows, rows, sums);
     }
@@ -105,19 +104,19 @@ typedef struct {
     bool empty; /* out is not there yet */
     vec *out;
     prefetch_plan prefetch;
-    bool to_l1; /* lines are prefetched into L1, not L2 */
+    line_hint hint;
 } value_product;
 
 /* Values of which a part is prefetched, `width` vectors of each. */
 FA_INLINE void prefetch_values(const char *prefetch, ptrdiff_t next, ptrdiff_t vector_bytes, int width,
-                               bool to_l1)
+                               line_hint hint)
 {
 #pragma GCC unroll 2
     for (int k = 0; k < VALUE_KEYS; k++)
 #pragma GCC unroll 8
         for (int i = 0; i < width; i++)
             if (i * vector_bytes % 64 == 0)
-                prefetch_line(prefetch + k * next + i * vector_bytes, to_l1);
+                prefetch_line(prefetch + k * next + i * vector_bytes, hint);
 }
 
 /* sums[r][i] += p[r] value[i], of the keys that are multiplied at once. nan_safe: where p is -0 the key
@@ -158,8 +157,8 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             const char *even = n < a->lead ? value + a->row : value;
             const char *odd = n + 1 < a->num_keys ? value + a->row : value;
             packed_vec v[8];
-            if (prefetches_lines(dtype, rows, a->to_l1))
-                prefetch_values(prefetch, next, vector_bytes, width, a->to_l1);
+            if (prefetches_lines(dtype, rows, a->hint))
+                prefetch_values(prefetch, next, vector_bytes, width, a->hint);
             load_values(even, odd, dtype, width, v);
 #pragma GCC unroll 8
             for (int i = 0; i < width && rows > 1; i++) /* as for keys */
@@ -241,7 +240,7 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
 {
     const int keys = LANES / rows, vectors = key_vectors(p->head_dim);
     const ptrdiff_t row_bytes = vectors * key_vector_bytes(dtype);
-    const bool to_l1 = fa_prefetch_to_l1();
+    const line_hint hint = hint_for_lines(dtype, rows);
     const product_rows a = key_rows(range, key);
     prefetch_plan plan;
     stream_ahead(&plan, next->streams, !is_vector_aligned(&p->key, p->head_dim),
@@ -254,7 +253,7 @@ FA_INLINE void dot_range(const fa_problem *p, const tile *t, const key_range *ra
         plan.shared = &shared;
     for (int n = 0; n < num_keys(range);) {
         const product_prefetch run = prefetch_step(&plan, n);
-        line_prefetch prefetch = spread_lines(&run, row_bytes, key_unroll(dtype, rows), to_l1);
+        line_prefetch prefetch = spread_lines(&run, row_bytes, key_unroll(dtype, rows), hint);
         const int end = n + (int)min_i64(run.rows, num_keys(range) - n);
         for (; n < end; n += keys, prefetch.data += keys * prefetch.row)
             scores[n / keys] = dot_keys(&a, n, dtype, t->query, vectors, rows, &prefetch) * scale;
@@ -285,7 +284,7 @@ static void multiply_decode_value(const fa_problem *p, const tile *t, const key_
         .vectors = vectors_of(p->head_dim_v),
         .empty = t->empty,
         .out = t->out,
-        .to_l1 = fa_prefetch_to_l1(),
+        .hint = hint_for_lines(value->dtype, t->rows_pow2),
     };
     stream_ahead(&product.prefetch, streams, !is_vector_aligned(&p->value, p->head_dim_v), NULL);
     for (int64_t n = range->key_lo, end; n < range->key_hi; n = end) {

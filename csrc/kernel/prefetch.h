@@ -16,6 +16,7 @@
 
 #include <limits.h>
 
+#include "../cpu.h"
 #include "../dtypes.h"
 #include "vec_types.h"
 
@@ -40,9 +41,12 @@ FA_INLINE void prefetch_for_write(const char *data, ptrdiff_t bytes)
         __builtin_prefetch(data + i, 1, 2);
 }
 
-FA_INLINE void prefetch_line(const char *line, bool to_l1)
+/* Where lines are prefetched to, if they are. */
+typedef enum { LINES_NOWHERE, LINES_TO_L2, LINES_TO_L1 } line_hint;
+
+FA_INLINE void prefetch_line(const char *line, line_hint hint)
 {
-    if (to_l1)
+    if (hint == LINES_TO_L1)
         __builtin_prefetch(line, 0, 3);
     else
         __builtin_prefetch(line, 0, 2);
@@ -224,9 +228,12 @@ FA_INLINE product_prefetch prefetch_step(const prefetch_plan *plan, int i)
 
 /* --- wide tiles ----------------------------------------------------------------------------------- */
 
-/* Lines that a product prefetches at once: L1 of Zen 4 has as many fill buffers. Products of pairs prefetch
- * all at once: their rows are half as long, and cut into stretches they took 2 % longer there. */
-#define MAX_PREFETCH_BURST (TILE_K == 1 ? 24 : INT_MAX)
+/* Lines that a product prefetches at once. Products of pairs prefetch all at once: their rows are half as
+ * long, and cut into stretches they took 2 % longer on Zen 4. */
+FA_INLINE int max_prefetch_burst(void)
+{
+    return TILE_K == 1 ? fa_prefetching_of_cpu()->burst : INT_MAX;
+}
 
 FA_INLINE void prefetch_burst(const product_prefetch *prefetch, const char *data)
 {
@@ -254,8 +261,9 @@ FA_INLINE void spread_stream(prefetch_plan *plan, const row_stream *stream, int 
     }
     const ptrdiff_t lead = in_step ? (ptrdiff_t)((uintptr_t)stream->data & 63) : 63; /* at most */
     int lines = (int)((lead + span + 63) / 64), every = length;
-    if (rows * lines > MAX_PREFETCH_BURST) {
-        const int most = (rows * lines + MAX_PREFETCH_BURST - 1) / MAX_PREFETCH_BURST;
+    const int max_burst = max_prefetch_burst();
+    if (rows * lines > max_burst) {
+        const int most = (rows * lines + max_burst - 1) / max_burst;
         const int bursts = most < length ? most : length;
         every = (length + bursts - 1) / bursts;
         const int stretches = (length + every - 1) / every;
@@ -274,12 +282,20 @@ FA_INLINE void spread_stream(prefetch_plan *plan, const row_stream *stream, int 
  * by stream. While it reads a row, it prefetches line by line the one that comes this far behind. */
 #define PREFETCH_DISTANCE_BYTES 16384
 
-/* Whether lines are prefetched at all. A row that is read alone leaves its lines to the CPU, which sees where
- * they come from (Zen 4: 8 % faster than prefetching into L1 in float32, 24 % in bfloat16); not so where
- * bytes are upcast, or the CPU is one that gains by it (fa_prefetch_to_l1). */
-FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, bool to_l1)
+/* Of the rows that a tile of `rows` rows reads. A row that is read alone leaves its lines to the CPU, if that
+ * likes it; not so where bytes are upcast. */
+FA_INLINE line_hint hint_for_lines(fa_dtype dtype, int rows)
 {
-    return rows > 1 || fa_traits(dtype).is_dear || to_l1;
+    const fa_prefetching *cpu = fa_prefetching_of_cpu();
+    if (rows == 1 && !fa_traits(dtype).is_dear && !cpu->single_rows)
+        return LINES_NOWHERE;
+    return cpu->to_l1 ? LINES_TO_L1 : LINES_TO_L2;
+}
+
+/* Whether there is something to prefetch: known beforehand but for a single row. */
+FA_INLINE bool prefetches_lines(fa_dtype dtype, int rows, line_hint hint)
+{
+    return rows > 1 || fa_traits(dtype).is_dear || hint != LINES_NOWHERE;
 }
 
 /* The plan of a product whose rows are streams[0], the first of STREAM_WINDOW that are read in turn. Of a
@@ -307,16 +323,16 @@ FA_INLINE void stream_ahead(prefetch_plan *plan, const row_stream *streams, bool
 typedef struct {
     const char *data;
     ptrdiff_t row, next_key, next_line;
-    bool to_l1; /* not L2 */
+    line_hint hint;
 } line_prefetch;
 
 /* Of unrolled keys that touch, lines one after another, as memory serves them best. */
 FA_INLINE line_prefetch spread_lines(const product_prefetch *rows, ptrdiff_t row_bytes, int unroll,
-                                     bool to_l1)
+                                     line_hint hint)
 {
     if (rows->row == row_bytes)
-        return (line_prefetch){rows->data, rows->row, 64, 64 * unroll, to_l1};
-    return (line_prefetch){rows->data, rows->row, rows->row, 64, to_l1};
+        return (line_prefetch){rows->data, rows->row, 64, 64 * unroll, hint};
+    return (line_prefetch){rows->data, rows->row, rows->row, 64, hint};
 }
 
 #endif

@@ -28,7 +28,7 @@ static fa_kernel kernel = {
     .partial_bytes = partial_bytes,
 };
 
-const fa_kernel *fa_select_group_kernel(const fa_problem *problem, int64_t rows, int64_t keys)
+const fa_kernel *fa_select_kernel(const fa_problem *problem, int64_t rows, int64_t keys)
 {
     (void)problem, (void)rows, (void)keys;
     return &kernel;
