@@ -289,7 +289,8 @@ class Plan:
     isa : str
         Instruction set of the kernel.
     path : str
-        What the kernel computes in: "float32", "float64", "bf16dot" or "bf16tile"; with "-decode" for a few query
+        What the kernel computes in: "float32", "float64", "bf16dot", "bf16tile" or "split", which
+        is float32 and float16 in parts that a tile unit for bfloat16 multiplies; with "-decode" for a few query
         rows, which are served at the speed at which keys are read. A CPU with a tile unit computes those of bfloat16
         in float32.
     tile : (int, int)

@@ -46,6 +46,10 @@ typedef struct {
     const char *values; /* packed: [block][2][part][head_dim_v][32] */
     ptrdiff_t value_bytes;
     part_products key_products, value_products;
+    /* The keys that are packed after these, of which some are prefetched beside each unit. */
+    const item_arrays *next_arrays;
+    int64_t next_key, next_hi;
+    int next_per_unit;
 } superblock;
 
 /* A block whose second half is behind the last key is half as long. */
@@ -112,6 +116,44 @@ static void pack_superblock(superblock *b)
         load_value_block(p, &s->arrays, block.lo, block.hi, false, &s->w,
                          s->w.packed_value + i * b->value_bytes);
     }
+}
+
+/* The next superblock of the item, or the first one of the next item. */
+static void find_next_keys(superblock *b, int64_t keys, int64_t key_hi)
+{
+    const item_state *s = b->s;
+    b->next_arrays = b->key_hi < key_hi ? &s->arrays : s->next ? &s->next_arrays : NULL;
+    b->next_key = b->key_hi;
+    b->next_hi = key_hi;
+    if (b->key_hi == key_hi && s->next) {
+        b->next_key = max_i64(s->next->sequence.key_lo, s->next->split_begin * s->next->split_keys);
+        b->next_hi = s->next->sequence.key_hi;
+    }
+    b->next_hi = min_i64(b->next_hi, b->next_key + keys);
+    const int64_t units = (int64_t)s->num_tiles * b->num_blocks;
+    b->next_per_unit = (int)((b->next_hi - b->next_key + units - 1) / units);
+}
+
+static void prefetch_next_rows(const superblock *b, const fa_array *array, const char *data, int64_t columns,
+                               int count)
+{
+    row_stream rows;
+    stream_rows(&rows, data + key_offset(b->s->problem, b->next_arrays, array, b->next_key), array, columns,
+                count);
+    prefetch_rows(&rows, 0, count, false);
+}
+
+/* Some of the next keys and their values, which lie in one page. */
+static void prefetch_next_keys(superblock *b)
+{
+    const fa_problem *p = b->s->problem;
+    const int64_t block_hi = (b->next_key / KEY_BLOCK + 1) * KEY_BLOCK;
+    const int count = (int)min_i64(b->next_per_unit, min_i64(block_hi, b->next_hi) - b->next_key);
+    if (!b->next_arrays || count <= 0)
+        return;
+    prefetch_next_rows(b, &p->key, b->next_arrays->key, p->head_dim, count);
+    prefetch_next_rows(b, &p->value, b->next_arrays->value, p->head_dim_v, count);
+    b->next_key += count;
 }
 
 /* --- stages ------------------------------------------------------------------------------------- */
@@ -434,6 +476,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         if (more)
             scores = scores_product(b, &behind, s->w.scores);
         softmax_stream f = begin_softmax(b, &now, s->w.scores);
+        prefetch_next_keys(b);
         run_unit(&values, &scores, &pending, &f, exact_sums);
         if (before.t)
             before.t->empty = false;
@@ -593,6 +636,7 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
         if (fa_should_stop(s->stop))
             return;
         pack_superblock(&b);
+        find_next_keys(&b, keys, key_hi);
         begin_products();
         const bool goes_on = nan_safe                        ? attend_superblock_nan_safe(&b)
                              : p->lse.data && MAX_PARTS == 1 ? attend_superblock(&b, true)

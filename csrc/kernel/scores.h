@@ -52,7 +52,7 @@ FA_INLINE bool sees_block(const fa_problem *p, tile *t, const key_range *range, 
  * are then 0, which bfloat16 does not show; but under a sink all of a row's may be as small. */
 FA_INLINE int max_excess_log2(const fa_problem *p)
 {
-    return p->sinks.data ? 8 : MAX_PARTS > 1 ? 24 : 60;
+    return p->sinks.data || MAX_PARTS > 1 ? 8 : 60;
 }
 
 FA_INLINE int probability_shift(const fa_problem *p)
