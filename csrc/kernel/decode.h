@@ -59,8 +59,8 @@ FA_INLINE void dot_unrolled_keys(const char *const *key, fa_dtype dtype, const p
         if (d * step % 64 == 0 && prefetches_lines(dtype, rows, requests->hint)) {
 #pragma GCC unroll 16
             for (int g = 0; g < unroll; g++)
-                prefetch_line(prefetch + d * step / 64 * requests->next_line + g * requests->next_key,
-                              requests->hint);
+                prefetch_line(prefetch + g * requests->next_key, requests->hint);
+            prefetch += requests->next_line;
         }
         multiply_keys(key, d * step, dtype, query + d * rows, rows, sums);
     }
