@@ -42,8 +42,31 @@ int fa_affinity_cpus(void)
 /* --- the lock and the condition variables --------------------------------------------------------- */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t conditions[FA_MAX_THREADS] = {
-    PTHREAD_COND_INITIALIZER}; /* fa_start_thread: the others */
+static pthread_cond_t conditions[FA_MAX_THREADS];
+
+/* What fa_wait_for measures by: a clock that nobody sets, where condition variables can be told. */
+#ifdef __APPLE__
+#define WAIT_CLOCK CLOCK_REALTIME
+#else
+#define WAIT_CLOCK CLOCK_MONOTONIC
+#endif
+
+static void init_condition(int thread_index)
+{
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+#ifndef __APPLE__
+    pthread_condattr_setclock(&attributes, WAIT_CLOCK);
+#endif
+    pthread_cond_init(&conditions[thread_index], &attributes);
+    pthread_condattr_destroy(&attributes);
+}
+
+/* When the library is loaded; fa_start_thread: the others. */
+__attribute__((constructor)) static void init_caller_condition(void)
+{
+    init_condition(0);
+}
 
 void fa_lock_pool(void)
 {
@@ -62,7 +85,7 @@ void fa_wait(int thread_index)
 
 bool fa_wait_for(int thread_index, int64_t nanoseconds)
 {
-    const int64_t end = read_clock(CLOCK_REALTIME) + nanoseconds;
+    const int64_t end = read_clock(WAIT_CLOCK) + nanoseconds;
     const struct timespec until = {.tv_sec = (time_t)(end / NANOSECONDS_PER_SECOND),
                                    .tv_nsec = (long)(end % NANOSECONDS_PER_SECOND)};
     return pthread_cond_timedwait(&conditions[thread_index], &lock, &until) != ETIMEDOUT;
@@ -78,7 +101,7 @@ static void (*reset_after_fork)(void);
 static void reset_in_child(void)
 {
     pthread_mutex_init(&lock, NULL);
-    pthread_cond_init(&conditions[0], NULL);
+    init_condition(0);
     reset_after_fork();
 }
 
@@ -119,7 +142,7 @@ bool fa_start_thread(int thread_index, void (*run)(int thread_index))
     if (!copy)
         return false;
     *copy = (thread_start){run, thread_index};
-    pthread_cond_init(&conditions[thread_index], NULL);
+    init_condition(thread_index);
     sigset_t previous;
     block_signals(&previous); /* a thread begins with the mask of its creator */
     pthread_t thread;

@@ -96,11 +96,19 @@ def typed_like(original: Function) -> Callable[[Callable[..., Any]], Function]:
 
 
 def misfit_of(function: Callable[..., Any], count: int, keywords: Iterable[str]) -> TypeError | None:
-    """Return `misfit` for that many positional arguments and these keywords; None if they are the function's."""
+    """Return what is wrong with that many positional arguments and these keywords; None if they are the function's."""
     parameters = inspect.signature(function).parameters
     positional = [p for p in parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
     others = range(len(positional), count)
-    return misfit(function, others, keywords) if others or not parameters.keys() >= set(keywords) else None
+    if others or not parameters.keys() >= set(keywords):
+        return misfit(function, others, keywords)
+    missing = [p.name for p in positional[count:] if p.default is p.empty and p.name not in keywords]
+    if not missing:
+        return None
+    return TypeError(
+        f"{function.__qualname__}() misses {' and '.join(missing)}; it takes "
+        f"{', '.join(p.name for p in positional)}, by position or by name"
+    )
 
 
 def misfit(function: Callable[..., Any], others: Sized, given: Iterable[str]) -> TypeError:

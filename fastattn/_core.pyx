@@ -832,7 +832,9 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     window : (left, right), optional
         The query at ``p`` sees key ``j`` only if ``p - left <= j <= p + right``; None is unbounded.
     mask : array_like of bool, broadcastable to (..., H, Sq, Sk), optional
-        True where a query may see a key.
+        True where a query may see a key. It broadcasts as NumPy does, from the last axis on: (Sq, Sk), also where
+        Sq is the batch's size. One of (batch, Sk), for padding, is given as ``mask[:, None, None, :]``; (1, Sk) hides
+        the same keys from all, whichever of the two it is meant as.
     bias : array_like of floats, broadcastable to (..., H, Sq, Sk), optional
         Added to the scores. -inf hides the key.
     alibi_slopes : array_like, shape (H,) or (..., H), optional

@@ -481,7 +481,8 @@ class MultiHeadAttention:
         value : array_like, shape (..., Sk, value_features), optional
             Default `key`.
         **scores
-            As for `attention`, on (..., num_heads, Sq, Sk) scores.
+            As for `attention`, on (..., num_heads, Sq, Sk) scores. So is a mask or bias broadcast: the axis before
+            the last two is that of heads.
         num_threads : int, optional
             As for `attention`. Threads of the matrix products are those of NumPy's BLAS.
         causal : bool, optional

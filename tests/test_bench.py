@@ -339,3 +339,12 @@ def test_torch_agrees_on_a_layer():
     (row,) = bench.run([case], ["float32"], ["torch"], 1, seconds=0.001).rows
     assert row.peers["torch"].rejected == []
     assert row.peers["torch"].ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("other_load", "said"), [(0.02, False), (0.5, True), (None, True)], ids=["idle", "busy", "unknown"]
+)
+def test_what_else_ran_is_told_with_the_ratios(other_load, said):
+    text = bench.report(dataclasses.replace(measured(EQUAL), other_load=other_load))
+    assert ("ratios are not to be trusted" in text or "ratios hold only if there was none" in text) == said
+    assert ("BUSY" in text) == (other_load == 0.5)

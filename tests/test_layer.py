@@ -689,6 +689,24 @@ def test_torch_cross_attention(bias, features, batch):
     assert_as_torch(torch, torch_layer(torch, bias=bias, **features), inputs, {})
 
 
+@pytest.mark.parametrize(
+    ("mask", "meant"),
+    [
+        (np.arange(5) < [[3]], np.s_[None, None]),
+        (np.arange(5) < np.arange(1, 6)[:, None], np.s_[None, None]),
+        (np.arange(5) < np.arange(1, 3)[:, None, None], np.s_[None]),
+    ],
+    ids=["(1, keys)", "(queries, keys), as many as sequences", "(heads, 1, keys)"],
+)
+def test_masks_broadcast_from_the_last_axis_on(mask, meant):
+    rng = make_rng(51)
+    attend = MultiHeadAttention(**drawn(rng), num_heads=HEADS)
+    x = normal(rng, (5, 5, EMBED), F64)
+    if mask.ndim == 3:
+        mask = np.repeat(mask, HEADS // 2, axis=0)
+    assert_same_bits(attend(x, mask=mask), attend(x, mask=np.broadcast_to(mask[meant], (5, HEADS, 5, 5))))
+
+
 def torch_masks(torch):
     """Return keywords of the layer, and those of PyTorch's that mean the same: there True is what is not seen."""
     rng = make_rng(27)

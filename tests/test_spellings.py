@@ -121,8 +121,21 @@ def test_arrays_by_other_names(name):
 
 def test_other_type_errors_are_as_they_were():
     assert complaint("attention", scale="big") == "scale must be a real number, not 'big'"
-    with pytest.raises(TypeError, match=r"takes exactly 3 positional arguments \(2 given\)"):
-        fastattn.attention(X, X)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "keywords", "missing"),
+    [
+        ((), {}, "query and key and value"),
+        ((X,), {}, "key and value"),
+        ((X, X), {}, "value"),
+        ((X, X), {"causal": True}, "value"),
+        ((X,), {"value": X}, "key"),
+    ],
+)
+def test_an_array_that_is_missing_is_named(arrays, keywords, missing):
+    with pytest.raises(TypeError, match=rf"^attention\(\) misses {missing}; it takes query, key, value"):
+        fastattn.attention(*arrays, **keywords)
 
 
 @pytest.mark.parametrize(

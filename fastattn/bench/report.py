@@ -18,8 +18,24 @@ def report(run: Run) -> str:
     parts = [f"{machine}\n{versions}", rows_table(run)]
     if means := run.means():
         parts.append("Geometric means of the ratios\n\n" + means_table(means))
-    parts += run.notes + remarks(run)
+    parts += run.notes + remarks(run) + busy(run)
     return "\n\n".join(parts)
+
+
+# CPUs' worth of other work beyond which figures are not to be trusted: a tenth moves ratios by more than they vary.
+BUSY = 0.1
+
+
+def busy(run: Run) -> list[str]:
+    """Return a line if other work ran beside the benchmark, or if nobody can tell."""
+    if run.other_load is None:
+        return ["Other work on this machine is not known: ratios hold only if there was none."]
+    if run.other_load <= BUSY:
+        return []
+    return [
+        f"BUSY: other work took {run.other_load:.2f} CPUs meanwhile, so these times and ratios are not to be trusted. "
+        "Measure again when nothing else runs."
+    ]
 
 
 def rows_table(run: Run) -> str:
