@@ -7,6 +7,7 @@
 #ifndef FA_KERNEL_ITEM_H
 #define FA_KERNEL_ITEM_H
 
+#include "probability_shift.h"
 #include "scores.h"
 
 /* The arrays of one batch item and kv head. Those with query heads start at query head 0. */

@@ -10,11 +10,6 @@
 #include "pairs.h"
 
 #define TILE_K 2
-#define MAX_PARTS 1
-#define PROBABILITY_PANELS 1
-/* Bytes from a column of packed values to the next. */
-#define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
-#define KEY_STEP 1
 #define VALUE_STEP 2
 
 FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
@@ -32,38 +27,6 @@ FA_INLINE bool value_is_operand(const fa_array *value)
 {
     (void)value;
     return false;
-}
-
-FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
-{
-    (void)lead;
-    pack_decode_rows(key, num_keys, head_dim, packed);
-}
-
-/* Of what is packed at once: a block. */
-FA_INLINE size_t wide_key_bytes(const fa_problem *p)
-{
-    return (size_t)(FA_KEY_BLOCK * packed_decode_row_bytes(p->head_dim));
-}
-
-FA_INLINE size_t wide_value_bytes(const fa_problem *p)
-{
-    return (size_t)(FA_KEY_BLOCK / TILE_K * packed_row_bytes(p->head_dim_v));
-}
-
-FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
-{
-    return packed_decode_row_bytes(head_dim);
-}
-
-FA_INLINE ptrdiff_t packed_key_step(void)
-{
-    return sizeof(operand);
-}
-
-FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
-{
-    return packed_row_bytes(head_dim_v);
 }
 
 /* pack_value without a lead, by blocks, which are transposed. */
@@ -129,5 +92,7 @@ FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int he
         }
     }
 }
+
+#include "operand_rows.h"
 
 #endif

@@ -10,11 +10,6 @@
 
 /* Elements along the reduction axis that one operand holds. */
 #define TILE_K 1
-#define MAX_PARTS 1
-#define PROBABILITY_PANELS 1
-/* Bytes from a column of packed values to the next. */
-#define PACKED_VALUE_COL ((ptrdiff_t)sizeof(operand))
-#define KEY_STEP 1
 #define VALUE_STEP 1
 
 FA_INLINE int64_t query_panel_rows(int64_t head_dim)
@@ -77,43 +72,12 @@ FA_INLINE bool value_is_operand(const fa_array *value)
     return key_is_operand(value, 0);
 }
 
-/* `lead` is always 0: keys go one by one. */
-FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
-{
-    (void)lead;
-    pack_rows(key, num_keys, head_dim, packed);
-}
-
-/* Of what is packed at once: a block. */
-FA_INLINE size_t wide_key_bytes(const fa_problem *p)
-{
-    return (size_t)(FA_KEY_BLOCK * packed_row_bytes(p->head_dim));
-}
-
-FA_INLINE size_t wide_value_bytes(const fa_problem *p)
-{
-    return (size_t)(FA_KEY_BLOCK * packed_row_bytes(p->head_dim_v));
-}
-
-FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
-{
-    return packed_row_bytes(head_dim);
-}
-
-FA_INLINE ptrdiff_t packed_key_step(void)
-{
-    return sizeof(operand);
-}
-
-FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
-{
-    return packed_row_bytes(head_dim_v);
-}
-
 FA_INLINE void pack_value(const source_rows *value, int lead, int num_keys, int head_dim_v, char *packed)
 {
     (void)lead;
     pack_rows(value, num_keys, head_dim_v, packed);
 }
+
+#include "operand_rows.h"
 
 #endif

@@ -46,24 +46,4 @@ FA_INLINE bool sees_block(const fa_problem *p, tile *t, const key_range *range, 
     return seen != MASK_EMPTY;
 }
 
-/* Of wide tiles of the pipeline: how far, in units of log2, scores may exceed their row's reference before
- * that is raised; and by which power of two probabilities, and the output until it is normalised, are
- * smaller, so that values times what exceeds it do not overflow. Probabilities below 2^-52 of a row's largest
- * are then 0, which bfloat16 does not show; but under a sink all of a row's may be as small. */
-FA_INLINE int max_excess_log2(const fa_problem *p)
-{
-    return p->sinks.data || MAX_PARTS > 1 ? 8 : 60;
-}
-
-FA_INLINE int probability_shift(const fa_problem *p)
-{
-    return IS_PIPELINED && MAX_PARTS == 1 && !p->sinks.data ? 74 : 0;
-}
-
-/* What the shift is undone by. */
-FA_INLINE real shift_factor(const fa_problem *p)
-{
-    return probability_shift(p) == 0 ? 1 : (real)0x1p74;
-}
-
 #endif

@@ -1,8 +1,8 @@
 /* The running softmax, down the registers: a lane is a query row, so no step is horizontal.
  *
- * Probabilities are p = 2^((s - row_max) to_log2), where row_max lags behind the true maximum: it is raised
- * only when a score exceeds it by more than RESCALE_THRESHOLD in units of log2, which is rare after the first
- * block, and then the sums so far are rescaled. The quotient at the end is the same, and p <=
+ * Probabilities are p = 2^((s - row_max) to_log2), where row_max may be below the true maximum: it is
+ * raised only when a score exceeds it by more than RESCALE_THRESHOLD in units of log2, which is rare after
+ * the first block, and then the sums so far are rescaled. The quotient at the end is the same, and p <=
  * 2^RESCALE_THRESHOLD cannot overflow. Each lane decides for itself, so a row does not depend on the others
  * of its tile.
  *
@@ -25,7 +25,7 @@ FA_INLINE bool update_row_max(tile *t, vec block_max[MAX_VECTORS], real to_log2,
     const real max_finite = FA_REAL_BYTES == 4 ? 1e38f : (real)1e308;
     const real threshold = RESCALE_THRESHOLD / to_log2 < max_finite
                                ? RESCALE_THRESHOLD / to_log2
-                               : max_finite; /* -inf + lag must be -inf */
+                               : max_finite; /* -inf + threshold must be -inf */
     for (int lanes = LANES / 2; decode && lanes >= t->rows_pow2; lanes /= 2)
         block_max[0] = vec_max(vec_rotate(block_max[0], lanes), block_max[0]);
     bool raised = false;
