@@ -1,4 +1,4 @@
-"""float32 and float16 on a unit that multiplies bfloat16: split into parts, without anyone noticing but for the time."""
+"""float32 and float16 split into parts that a unit for bfloat16 multiplies: nobody is to notice but for the time."""
 
 import numpy as np
 import pytest
