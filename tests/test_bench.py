@@ -12,7 +12,7 @@ from oracle import python
 import fastattn
 from fastattn import _core, bench, reference
 from fastattn.__main__ import main
-from fastattn.bench import shapes
+from fastattn.bench import limits, shapes
 from fastattn.bench.baselines import STEPS
 
 SMALL = ("--shapes", "1,2,1,16,16,8", "1,2,2,8,24,16,causal", "--seconds", "0.01", "--peers", "none", "--threads", "1")
@@ -124,7 +124,7 @@ def test_the_limit_is_of_the_path_that_plan_tells(dtype):
     problem = bench.Problem(TINY, bench.find_dtype(dtype))
     query, key, value = problem.arrays
     plan = fastattn.plan(query, key, value)
-    assert problem.work.paths == {plan.path: (plan.flops, 2 * 4 * 70)}
+    assert problem.work.paths == {plan.path: bench.PathWork(plan.flops, 2 * 4 * 70)}
     assert problem.work.nbytes == 2 * query.nbytes + problem.kv_bytes
     (row,) = measured(TINY, dtypes=[dtype]).rows
     assert row.paths == (plan.path,)
@@ -142,6 +142,14 @@ def test_every_path_has_its_limits(dtype, rows):
     assert 1e6 < flops < 1e14
     assert 1e6 < scores < 1e13
     assert isinstance(side_by_side, bool)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "products"),
+    [("float32", "float32", 6), ("float16", "float16", 3.5), ("float32", "bfloat16", 3), ("float32", "float16", 5)],
+)
+def test_what_is_split_makes_so_many_products_of_parts(query, key, products):
+    assert limits.split_effort(query, key) == pytest.approx(products / 6)
 
 
 def test_no_limits_of_an_unknown_path():

@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from fastattn import _core
 
-__all__ = ["Limit", "MachineSpeed", "PathSpeed", "PathWork", "Work", "limit_of", "measure_machine", "median_limit"]
+__all__ = [
+    "Limit",
+    "MachineSpeed",
+    "PathSpeed",
+    "PathWork",
+    "Work",
+    "limit_of",
+    "measure_machine",
+    "median_limit",
+    "split_effort",
+]
 
 
 class PathWork(NamedTuple):
@@ -17,6 +27,18 @@ class PathWork(NamedTuple):
 
     flops: int  # of the two products
     scores: int
+    effort: float = 1.0  # products that are made for each that the path's rate counts
+
+
+# Into how many parts "split" splits a stored number.
+PARTS = {"float32": 3, "float16": 2, "bfloat16": 1, "int8": 3}
+
+
+def split_effort(query: str, key: str) -> float:
+    """Return the products of parts that "split" makes over the six of float32, for stored dtypes by name."""
+    values = sum(a + b < max(PARTS[key], PARTS[query]) for a in range(PARTS[key]) for b in range(PARTS[query]))
+    scores = PARTS[key] * PARTS[query] if query == "float16" else values
+    return (scores + values) / 2 / 6
 
 
 class Work(NamedTuple):
@@ -74,9 +96,9 @@ def limit_of(work: Work, speed: MachineSpeed) -> Limit:
     beside both. The longest of what goes on at a time is the limit.
     """
     products = softmax = seconds = 0.0
-    for path, (flops, scores) in work.paths.items():
+    for path, (flops, scores, effort) in work.paths.items():
         rate = speed.paths[path]
-        multiplying, softening = flops / rate.flops, scores / rate.scores
+        multiplying, softening = flops * effort / rate.flops, scores / rate.scores
         products += multiplying
         softmax += softening
         seconds += max(multiplying, softening) if rate.side_by_side else multiplying + softening

@@ -58,7 +58,7 @@ class LayerProblem(Problem):
     def work(self) -> Work:
         """Four matrix products of the layer's width, by NumPy, and attention."""
         case, paths = self.case, dict(self.attention_paths)
-        flops, scores = paths.get(self.dtype.name, (0, 0))
+        flops, scores, _ = paths.get(self.dtype.name, PathWork(0, 0))
         paths[self.dtype.name] = PathWork(flops + 8 * case.batch * case.seqlen_q * self.embed_dim**2, scores)
         nbytes = 2 * self.x.nbytes + self.weights[0].nbytes
         return Work(paths, nbytes, footprint=nbytes)

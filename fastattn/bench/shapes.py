@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import fastattn
 from fastattn import reference
 from fastattn._pages import PAGE_SIZE
-from fastattn.bench.limits import PathWork, Work
+from fastattn.bench.limits import PathWork, Work, split_effort
 from fastattn.cache import KVCache
 
 __all__ = ["CASES", "DTYPES", "FLOATS", "GROUPS", "Case", "Problem", "find_cases", "find_dtype"]
@@ -405,8 +405,9 @@ class Problem:
         paths: dict[str, PathWork] = {}
         for rows, keys in self.parts:
             plan = fastattn.plan(query[..., rows, :], key[..., keys, :], value[..., keys, :], **self.keywords)
-            flops, scores = paths.get(plan.path, (0, 0))
-            paths[plan.path] = PathWork(flops + plan.flops, scores + plan.flops // (4 * self.case.head_dim))
+            flops, scores, _ = paths.get(plan.path, PathWork(0, 0))
+            effort = split_effort(query.dtype.name, key.dtype.name) if plan.path == "split" else 1.0
+            paths[plan.path] = PathWork(flops + plan.flops, scores + plan.flops // (4 * self.case.head_dim), effort)
         return paths
 
     @cached_property
