@@ -266,6 +266,10 @@ FA_INLINE void pack_pairs_transposed(const source_rows *src, int first, int num_
     }
 }
 
+/* Rows that are packed prefetch those so far behind them: packing waits for memory alone. Behind the last row
+ * they are mostly the next block's; if not, it does no harm. */
+#define PACKED_PREFETCH_ROWS 32
+
 /* Keys as rows [first, first + num_keys), which end in zeros. */
 FA_INLINE void pack_pairs(const source_rows *src, int first, int num_keys, int head_dim,
                           const packed_pairs *to)
@@ -276,9 +280,11 @@ FA_INLINE void pack_pairs(const source_rows *src, int first, int num_keys, int h
         return;
     }
     for (int n = 0; n < num_keys; n++)
-        for (int d = 0; d < head_dim; d += 2 * LANES)
-            vec_store(pairs_at(to, first + n, d),
-                      (vec)load_pairs(src->data + n * key->row + d * key->col, key->col, head_dim - d));
+        for (int d = 0; d < head_dim; d += 2 * LANES) {
+            const char *at = src->data + n * key->row + d * key->col;
+            __builtin_prefetch(at + PACKED_PREFETCH_ROWS * key->row, 0, 2);
+            vec_store(pairs_at(to, first + n, d), (vec)load_pairs(at, key->col, head_dim - d));
+        }
 }
 
 /* For a decode tile. */
