@@ -139,7 +139,8 @@ const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t key
     const int row = selected_row();
     const bool in_float32 = fa_traits(p->key.dtype).computed_in == FA_FLOAT32;
     const fa_kernel *kernel = fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : p->query.dtype);
-    if (kernel == table[row].bfloat16 && table[row].decodes_in_float32 && rows <= kernel->decode_rows)
+    if (kernel == table[row].bfloat16 && table[row].decodes_in_float32 &&
+        rows <= table[row].float32->decode_rows)
         return table[row].float32;
     if (fa_traits(p->query.dtype).computed_in == FA_FLOAT32 && fa_splits() && pays_to_split(p, rows, keys))
         return table[row].split;

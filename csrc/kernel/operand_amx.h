@@ -11,6 +11,9 @@
 
 #include "pairs.h"
 
+/* Groups of few rows are another kernel's. */
+#define DECODE_ROWS 0
+
 #define TILE_K 32
 /* Bits of a number that the unit multiplies: all. See operand_split.h. */
 #define MAX_PARTS 1
@@ -182,6 +185,9 @@ static void pack_whole_value(const char *src, ptrdiff_t row, int head_dim_v, cha
         vec low[LANES], high[LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) {
+            /* The next TILE_K rows: the CPU does not see through columns of 64 bytes. */
+            __builtin_prefetch(src + (TILE_K + 2 * i) * row, 0, 2);
+            __builtin_prefetch(src + (TILE_K + 2 * i + 1) * row, 0, 2);
             const vec a = vec_load(src + 2 * i * row), b = vec_load(src + (2 * i + 1) * row);
             low[i] = interleave_quarters_low(a, b);
             high[i] = interleave_quarters_high(a, b);
