@@ -116,6 +116,15 @@ def test_sums_of_many_keys():
     assert error <= 2 * np.abs(formula(query, key, value, F32) - truth).max()
 
 
+@pytest.mark.parametrize("window", [(1000, 0), (700, 100)], ids=str)
+def test_superblocks_begin_at_the_same_keys_whatever_shares_an_item(window):
+    """How many tiles an item has depends on the threads and on the batch, and with it the first key it sees."""
+    query, key, value = qkv(make_rng(), (2, 1, 1, 2048, 2048, 64))
+    alone = [fastattn.attention(query[:1], key[:1], value[:1], window=window, num_threads=n) for n in (1, 2)]
+    assert_same_bits(alone[1], alone[0])
+    assert_same_bits(fastattn.attention(query, key, value, window=window)[:1], alone[0])
+
+
 PATH = """
 import numpy as np, fastattn
 x = np.zeros((1, 2, 256, 64), {dtype!r})

@@ -630,7 +630,7 @@ static void attend_wide(item_state *s, int64_t key_lo, int64_t key_hi, bool nan_
                         list_part_products(parts_of(p->value.dtype), parts_of(p->query.dtype), false)};
     for (b.key_lo = key_lo; b.key_lo < key_hi; b.key_lo = b.key_hi) {
         b.first = b.key_lo & -(int64_t)KEY_BLOCK;
-        b.key_hi = min_i64(key_hi, b.first + keys);
+        b.key_hi = min_i64(key_hi, (b.key_lo / keys + 1) * keys); /* as blocks: whatever other rows see */
         b.num_blocks = (int)((b.key_hi - b.first + KEY_BLOCK - 1) / KEY_BLOCK);
         b.tile = b.block = 0;
         if (fa_should_stop(s->stop))
