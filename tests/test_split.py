@@ -106,6 +106,27 @@ def test_rows_do_not_depend_on_their_company(shape, key_dtype):
     assert_same_bits(fastattn.attention(query, key, value)[:, :, ::2], alone[:, :, ::2])
 
 
+def test_large_numbers_change_no_bit_of_others():
+    """A hidden key and another row that are packed smaller, in the same block and tile: 2^-138 times the rest."""
+    query, key, value = qkv(make_rng(), (1, 1, 1, 128, 256, 64))
+    mask = np.arange(256) != 7
+    clean = fastattn.attention(query, key, value, mask=mask)
+    query[..., 5, 0] = key[..., 7, 0] = 2.0**60
+    out = fastattn.attention(query, key, value, mask=mask)
+    assert_same_bits(np.delete(out, 5, axis=2), np.delete(clean, 5, axis=2))
+
+
+@pytest.mark.parametrize("exponent", [-60, -80])
+def test_small_rows_beside_a_large_one(exponent):
+    """Scores of the usual size, of numbers that are below 2^-126 if they are packed smaller."""
+    query, key, value = magnified((1, 1, 1, 128, 256, 64), (2.0**exponent, 2.0 ** min(-exponent, 58), 1))
+    scale = 2.0 ** max(0, -exponent - 58) / 8
+    alone = fastattn.attention(query, key, value, scale=scale)
+    query[..., 5, 0] = 2.0**60
+    out = fastattn.attention(query, key, value, scale=scale)
+    assert_same_bits(np.delete(out, 5, axis=2), np.delete(alone, 5, axis=2))
+
+
 def test_sums_of_many_keys():
     """Values of one sign, whose sum's roundings do not cancel."""
     rng = make_rng()

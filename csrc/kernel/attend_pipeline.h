@@ -212,9 +212,9 @@ static void restore_scores(const superblock *b, const unit *u, vec *scores)
             scores[i] = vec_select(vec_equal(scores[i], scores[i]), scores[i], leading[i]);
     }
     for (int i = 0; i < count && key->factor != 1; i++)
-        scores[i] *= 1 / key->factor;
+        scores[i] *= 1 / range_factors(key)[i / MAX_VECTORS];
     for (int i = 0; i < count && query->factor != 1; i++)
-        scores[i] *= 1 / query->factor;
+        scores[i] *= 1 / vec_load(range_factors(query) + i % MAX_VECTORS * LANES);
 }
 
 FA_INLINE bool restores_scores(const superblock *b, const unit *u)

@@ -104,6 +104,11 @@ typedef struct {
 
 static const packed_range packed_as_is = {1, false};
 
+FA_INLINE const float *range_factors(const packed_range *range)
+{
+    return &range->factor;
+}
+
 FA_INLINE const packed_range *query_range(const packed_vec *query, int64_t head_dim)
 {
     (void)query, (void)head_dim;

@@ -9,8 +9,9 @@
  * as tiles, and the parts lie one behind the other.
  *
  * The unit takes parts and products below 2^-126 for 0. What keys and queries lose by that is at most 2^-126
- * times what they meet, which is bounded: a block of keys or a tile of queries that has a number of
- * MAX_MAGNITUDE or more is packed LARGE_DIVISOR times smaller, and its scores are multiplied by that. A block
+ * times what they meet, which is bounded: a key or a query that has a number of MAX_MAGNITUDE or more is
+ * packed LARGE_DIVISOR times smaller, and its scores are multiplied by that. Each by itself: the product of
+ * two that are smaller only for their company would be below 2^-126, and their score 0. A block
  * of values without a number of 1 / TINY_FACTOR is packed that much larger, and its probabilities smaller.
  * Infinity splits into itself and zeros, which gives NaN where it meets a part that is 0: such scores are
  * replaced by those of the leading parts.
@@ -45,13 +46,27 @@
 #define TINY_FACTOR_LOG2 64
 #define TINY_FACTOR 0x1p64f
 
-/* What packed numbers were multiplied by, and whether there is an infinite one. */
+/* What packed numbers were multiplied by, and whether there is an infinite one. Of keys and queries each has
+ * its own factor, and this one is not 1 where some of them is not. */
 typedef struct {
     float factor;
     bool has_infinity;
 } packed_range;
 
-#define PACKED_RANGE_BYTES 64
+/* With the factors of keys or queries behind it. */
+#define PACKED_RANGE_BYTES (FA_VECTOR_BYTES + FA_KEY_BLOCK * (ptrdiff_t)sizeof(float))
+
+FA_INLINE float *range_factors(const packed_range *range)
+{
+    return (float *)((char *)range + FA_VECTOR_BYTES);
+}
+
+FA_INLINE void begin_range(packed_range *range, int count)
+{
+    *range = (packed_range){1, false};
+    for (int i = 0; i < count; i++)
+        range_factors(range)[i] = 1;
+}
 
 /* Parts of what is stored in this dtype. */
 FA_INLINE int parts_of(fa_dtype dtype)
@@ -85,10 +100,10 @@ FA_INLINE int64_t query_part_rows(int64_t head_dim)
 
 FA_INLINE int64_t query_panel_rows(int64_t head_dim)
 {
-    return MAX_PARTS * query_part_rows(head_dim) + 1;
+    return MAX_PARTS * query_part_rows(head_dim) + 2;
 }
 
-/* In the last row of the panel. */
+/* In the last rows of the panel. */
 FA_INLINE packed_range *query_range(packed_vec *query, int64_t head_dim)
 {
     return (packed_range *)(query + MAX_PARTS * query_part_rows(head_dim) * MAX_VECTORS);
@@ -228,10 +243,9 @@ FA_INLINE void look_at(magnitudes *seen, vec x)
     seen->infinite |= (ivec)(bits == infinity);
 }
 
-FA_INLINE packed_range range_of(const magnitudes *seen)
+FA_INLINE bool any_infinite(const magnitudes *seen)
 {
-    return (packed_range){any_reaches(seen->largest, MAX_MAGNITUDE) ? 1 / LARGE_DIVISOR : 1,
-                          vmask_any(ivec_test(seen->infinite, seen->infinite))};
+    return vmask_any(ivec_test(seen->infinite, seen->infinite));
 }
 
 /* --- keys and values ---------------------------------------------------------------------------- */
@@ -262,9 +276,9 @@ FA_INLINE vec load_half_row(const float_rows *rows, int n, int half)
                                         : vec_load(rows->data + n * rows->row + half * FA_VECTOR_BYTES);
 }
 
-/* The block's keys times `factor`, and the bits of their largest magnitude. A pair is two elements LANES
+/* The block's keys times their factors, and the bits of their largest magnitude. A pair is two elements LANES
  * apart, as in pack_query. */
-static ivec pack_key_parts(const source_rows *src, int lead, int num_keys, int head_dim, float factor,
+static ivec pack_key_parts(const source_rows *src, int lead, int num_keys, int head_dim, const float *factors,
                            char *packed)
 {
     _Alignas(64) char room[FA_KEY_BLOCK * 2 * FA_VECTOR_BYTES];
@@ -276,8 +290,8 @@ static ivec pack_key_parts(const source_rows *src, int lead, int num_keys, int h
         for (int n = 0; n < end; n++) {
             vec low = vec_splat(0), high = vec_splat(0);
             if (n >= lead && n < lead + num_keys) {
-                low = load_half_row(&rows, n - lead, 0) * factor;
-                high = load_half_row(&rows, n - lead, 1) * factor;
+                low = load_half_row(&rows, n - lead, 0) * factors[n];
+                high = load_half_row(&rows, n - lead, 1) * factors[n];
             }
             largest = larger_magnitude(larger_magnitude(largest, low), high);
             store_parts(low, high, parts, packed + n * FA_VECTOR_BYTES, part_bytes);
@@ -286,31 +300,33 @@ static ivec pack_key_parts(const source_rows *src, int lead, int num_keys, int h
     return largest;
 }
 
-static packed_range find_key_range(const source_rows *src, int num_keys, int head_dim)
+static void find_key_range(const source_rows *src, int lead, int num_keys, int head_dim, packed_range *range)
 {
     _Alignas(64) char room[FA_KEY_BLOCK * 2 * FA_VECTOR_BYTES];
-    magnitudes seen = {{0}, {0}};
     for (int d = 0; d < head_dim; d += TILE_K) {
         const float_rows rows = load_rows(src, 0, num_keys, d, head_dim, room);
         for (int n = 0; n < num_keys; n++) {
+            magnitudes seen = {{0}, {0}};
             look_at(&seen, load_half_row(&rows, n, 0));
             look_at(&seen, load_half_row(&rows, n, 1));
+            if (any_reaches(seen.largest, MAX_MAGNITUDE))
+                range->factor = range_factors(range)[lead + n] = 1 / LARGE_DIVISOR;
+            range->has_infinity |= any_infinite(&seen);
         }
     }
-    return range_of(&seen);
 }
 
 /* A block of keys, of which the first `lead` ones and those behind num_keys are missing: they are 0. */
 FA_INLINE void pack_key(const source_rows *src, int lead, int num_keys, int head_dim, char *packed)
 {
     packed_range *range = key_range_at(packed, head_dim);
-    *range = (packed_range){1, false};
-    const ivec largest = pack_key_parts(src, lead, num_keys, head_dim, 1, packed);
+    begin_range(range, FA_KEY_BLOCK);
+    const ivec largest = pack_key_parts(src, lead, num_keys, head_dim, range_factors(range), packed);
     if (!any_reaches(largest, MAX_MAGNITUDE))
         return;
-    *range = find_key_range(src, num_keys, head_dim);
+    find_key_range(src, lead, num_keys, head_dim, range);
     if (range->factor != 1)
-        pack_key_parts(src, lead, num_keys, head_dim, range->factor, packed);
+        pack_key_parts(src, lead, num_keys, head_dim, range_factors(range), packed);
 }
 
 /* TILE_K keys from n on, of which those outside [0, num_keys) are missing, and LANES columns from e on, times
@@ -375,9 +391,9 @@ FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int he
 
 /* --- queries ------------------------------------------------------------------------------------ */
 
-/* x[i]: element d + i of LANES rows, times `factor`; 0 beyond head_dim. */
-FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, int d, int head_dim,
-                            float factor, vec x[LANES])
+/* x[i]: element d + i of LANES rows, times their factors; 0 beyond head_dim. */
+FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, int d, int head_dim, vec factor,
+                            vec x[LANES])
 {
     const int count = head_dim - d < LANES ? head_dim - d : LANES;
     if (count > 0)
@@ -387,12 +403,13 @@ FA_INLINE void load_columns(char *const *rows, ptrdiff_t col, fa_dtype dtype, in
 }
 
 static ivec pack_query_parts(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
-                             float factor, packed_vec *query)
+                             real sign, const float *factors, packed_vec *query)
 {
     const int parts = parts_of(dtype);
     const ptrdiff_t part_bytes = query_part_rows(head_dim) * vectors * FA_VECTOR_BYTES;
     ivec largest = {0};
-    for (int m = 0; m < vectors; m++)
+    for (int m = 0; m < vectors; m++) {
+        const vec factor = vec_load(factors + m * LANES) * sign;
         for (int d = 0; d < head_dim; d += TILE_K) {
             vec low[LANES], high[LANES];
             load_columns(rows + m * LANES, col, dtype, d, head_dim, factor, low);
@@ -402,21 +419,26 @@ static ivec pack_query_parts(char *const *rows, ptrdiff_t col, fa_dtype dtype, i
                 store_parts(low[i], high[i], parts, (char *)(query + (d / 2 + i) * vectors + m), part_bytes);
             }
         }
+    }
     return largest;
 }
 
-static packed_range find_query_range(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim,
-                                     int vectors, real sign)
+static void find_query_range(char *const *rows, ptrdiff_t col, fa_dtype dtype, int head_dim, int vectors,
+                             real sign, packed_range *range)
 {
-    magnitudes seen = {{0}, {0}};
-    for (int m = 0; m < vectors; m++)
+    for (int m = 0; m < vectors; m++) {
+        magnitudes seen = {{0}, {0}};
         for (int d = 0; d < head_dim; d += LANES) {
             vec x[LANES];
-            load_columns(rows + m * LANES, col, dtype, d, head_dim, sign, x);
+            load_columns(rows + m * LANES, col, dtype, d, head_dim, vec_splat(sign), x);
             for (int i = 0; i < LANES; i++)
                 look_at(&seen, x[i]);
         }
-    return range_of(&seen);
+        range->has_infinity |= any_infinite(&seen);
+        for (int j = 0; j < LANES; j++)
+            if (seen.largest[j] >= magnitude_bits(MAX_MAGNITUDE))
+                range->factor = range_factors(range)[m * LANES + j] = 1 / LARGE_DIVISOR;
+    }
 }
 
 /* Row j of the tile at rows[j], times `sign` (1, -1 or 0): [part][head_dim / 2][m] lanes of pairs, of
@@ -425,13 +447,14 @@ static void pack_query(char *const *rows, ptrdiff_t col, fa_dtype dtype, int hea
                        packed_vec *query)
 {
     packed_range *range = query_range(query, head_dim);
-    *range = (packed_range){1, false};
-    const ivec largest = pack_query_parts(rows, col, dtype, head_dim, vectors, sign, query);
+    const float *factors = range_factors(range);
+    begin_range(range, vectors * LANES);
+    const ivec largest = pack_query_parts(rows, col, dtype, head_dim, vectors, sign, factors, query);
     if (!any_reaches(largest, MAX_MAGNITUDE))
         return;
-    *range = find_query_range(rows, col, dtype, head_dim, vectors, sign);
+    find_query_range(rows, col, dtype, head_dim, vectors, sign, range);
     if (range->factor != 1)
-        pack_query_parts(rows, col, dtype, head_dim, vectors, sign * range->factor, query);
+        pack_query_parts(rows, col, dtype, head_dim, vectors, sign, factors, query);
 }
 
 #endif
