@@ -106,6 +106,14 @@ def test_rows_do_not_depend_on_their_company(shape, key_dtype):
     assert_same_bits(fastattn.attention(query, key, value)[:, :, ::2], alone[:, :, ::2])
 
 
+def test_a_hidden_value_changes_no_bit_of_tiny_ones():
+    query, key, value = magnified((1, 1, 1, 128, 256, 64), (1, 1, 2.0**-103))
+    mask = np.arange(256) != 7
+    clean = fastattn.attention(query, key, value, mask=mask)
+    value[..., 7, :] = 1
+    assert_same_bits(fastattn.attention(query, key, value, mask=mask), clean)
+
+
 def test_large_numbers_change_no_bit_of_others():
     """A hidden key and another row that are packed smaller, in the same block and tile: 2^-138 times the rest."""
     query, key, value = qkv(make_rng(), (1, 1, 1, 128, 256, 64))

@@ -260,13 +260,6 @@ static void find_references(const unit *u, const vec *scores)
         t->row_max[m] = vec_select(without_reference(t, m), block_max[m], t->row_max[m]);
 }
 
-/* By which power of two a block's probabilities are smaller because its values are packed larger. */
-FA_INLINE int value_shift(const superblock *b, const unit *u)
-{
-    const char *values = b->values + u->block * b->value_bytes;
-    return value_range_at(values, b->s->problem->head_dim_v)->factor == 1 ? 0 : TINY_FACTOR_LOG2;
-}
-
 FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const vec *scores)
 {
     const fa_problem *p = b->s->problem;
@@ -277,7 +270,7 @@ FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const
                         .parts = parts_of(p->query.dtype),
                         .income = num_keys(&u->range) / 2,
                         .to_log2 = vec_splat(to_log2),
-                        .shift = vec_splat((real)(probability_shift(p) + value_shift(b, u)))};
+                        .shift = vec_splat((real)probability_shift(p))};
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++)
         f.row_max[m] = finite_row_max(u->t, m);
@@ -288,13 +281,12 @@ typedef struct {
     vec sum[MAX_VECTORS], exact[MAX_VECTORS];
 } block_sums;
 
-FA_INLINE block_sums sums_of(const superblock *b, const unit *u, const softmax_stream *f)
+FA_INLINE block_sums sums_of(const superblock *b, const softmax_stream *f)
 {
     block_sums sums;
-    const real factor = value_shift(b, u) == 0 ? 1 : TINY_FACTOR;
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++) {
-        sums.sum[m] = f->sum[m] * (shift_factor(b->s->problem) * factor);
+        sums.sum[m] = f->sum[m] * shift_factor(b->s->problem);
         sums.exact[m] = f->exact_sum[m];
     }
     return sums;
@@ -373,7 +365,7 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     rescale_exceeded(b, u->t, block_max);
     softmax_stream f = begin_softmax(b, u, scores);
     soften_down_to(&f, exact_sums, 0);
-    *sums = sums_of(b, u, &f);
+    *sums = sums_of(b, &f);
 }
 
 /* P V by itself; there is nothing to add if no unit came before. */
@@ -480,7 +472,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
         run_unit(&values, &scores, &pending, &f, exact_sums);
         if (before.t)
             before.t->empty = false;
-        block_sums sums = sums_of(b, &now, &f);
+        block_sums sums = sums_of(b, &f);
         if (__builtin_expect(!is_checked && any_may_exceed(b, t, &sums), 0)) {
             finish_pending(&pending);
             attend_again(b, &now, exact_sums, &sums);
@@ -580,7 +572,7 @@ static bool attend_superblock_nan_safe(superblock *b)
         find_references(&u, s->w.scores);
         softmax_stream f = begin_softmax(b, &u, s->w.scores);
         soften_down_to(&f, true, 0);
-        block_sums sums = sums_of(b, &u, &f);
+        block_sums sums = sums_of(b, &f);
         if (any_may_exceed(b, u.t, &sums))
             attend_again(b, &u, true, &sums);
         panel_product values = value_product_of(b, &u);

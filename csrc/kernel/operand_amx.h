@@ -99,9 +99,6 @@ typedef struct {
     bool has_infinity;
 } packed_range;
 
-#define TINY_FACTOR_LOG2 0
-#define TINY_FACTOR 1.0f
-
 static const packed_range packed_as_is = {1, false};
 
 FA_INLINE const float *range_factors(const packed_range *range)
@@ -118,12 +115,6 @@ FA_INLINE const packed_range *query_range(const packed_vec *query, int64_t head_
 FA_INLINE const packed_range *key_range_at(const char *packed, int64_t head_dim)
 {
     (void)packed, (void)head_dim;
-    return &packed_as_is;
-}
-
-FA_INLINE const packed_range *value_range_at(const char *packed, int64_t head_dim_v)
-{
-    (void)packed, (void)head_dim_v;
     return &packed_as_is;
 }
 

@@ -11,8 +11,8 @@
  * The unit takes parts and products below 2^-126 for 0. What keys and queries lose by that is at most 2^-126
  * times what they meet, which is bounded: a key or a query that has a number of MAX_MAGNITUDE or more is
  * packed LARGE_DIVISOR times smaller, and its scores are multiplied by that. Each by itself: the product of
- * two that are smaller only for their company would be below 2^-126, and their score 0. A block
- * of values without a number of 1 / TINY_FACTOR is packed that much larger, and its probabilities smaller.
+ * two that are smaller only for their company would be below 2^-126, and their score 0.
+ * Values lose 2^-126 likewise; to pack them larger and probabilities smaller would not change their products.
  * Infinity splits into itself and zeros, which gives NaN where it meets a part that is 0: such scores are
  * replaced by those of the leading parts.
  *
@@ -43,11 +43,9 @@
 /* Sums of 512 products of numbers below MAX_MAGNITUDE do not overflow. */
 #define MAX_MAGNITUDE 0x1p59f
 #define LARGE_DIVISOR 0x1p69f
-#define TINY_FACTOR_LOG2 64
-#define TINY_FACTOR 0x1p64f
 
-/* What packed numbers were multiplied by, and whether there is an infinite one. Of keys and queries each has
- * its own factor, and this one is not 1 where some of them is not. */
+/* Of keys or queries: each was multiplied by its own factor, and this one is not 1 where some of them is not;
+ * and whether there is an infinite one. */
 typedef struct {
     float factor;
     bool has_infinity;
@@ -149,12 +147,7 @@ FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
 
 FA_INLINE ptrdiff_t value_block_bytes(int64_t head_dim_v)
 {
-    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v) + PACKED_RANGE_BYTES;
-}
-
-FA_INLINE packed_range *value_range_at(const char *packed, int64_t head_dim_v)
-{
-    return (packed_range *)(packed + FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v));
+    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v);
 }
 
 FA_INLINE int64_t superblock_keys(const fa_problem *p)
@@ -329,36 +322,38 @@ FA_INLINE void pack_key(const source_rows *src, int lead, int num_keys, int head
         pack_key_parts(src, lead, num_keys, head_dim, range_factors(range), packed);
 }
 
-/* TILE_K keys from n on, of which those outside [0, num_keys) are missing, and LANES columns from e on, times
- * `factor`: transposed to rows of TILE_K keys. */
-FA_INLINE ivec pack_value_columns(const float_rows *rows, int begin, int end, int half, float factor,
-                                  int parts, ptrdiff_t part_bytes, char *packed)
+/* The same, but a NaN whose leading part would be infinity: as after every operation, that part is NaN. */
+FA_INLINE vec quiet(vec x)
+{
+    return x + vec_splat(0);
+}
+
+/* TILE_K keys from n on, of which those outside [0, num_keys) are missing, and LANES columns from e on:
+ * transposed to rows of TILE_K keys. */
+FA_INLINE void pack_value_columns(const float_rows *rows, int begin, int end, int half, int parts,
+                                  ptrdiff_t part_bytes, char *packed)
 {
     vec even[LANES], odd[LANES];
-    ivec largest = {0};
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
         const int n = 2 * i;
-        even[i] = n >= begin && n < end ? load_half_row(rows, n - begin, half) * factor : vec_splat(0);
+        even[i] = n >= begin && n < end ? quiet(load_half_row(rows, n - begin, half)) : vec_splat(0);
         odd[i] =
-            n + 1 >= begin && n + 1 < end ? load_half_row(rows, n + 1 - begin, half) * factor : vec_splat(0);
-        largest = larger_magnitude(larger_magnitude(largest, even[i]), odd[i]);
+            n + 1 >= begin && n + 1 < end ? quiet(load_half_row(rows, n + 1 - begin, half)) : vec_splat(0);
     }
     vec_transpose(even);
     vec_transpose(odd);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
         store_parts(even[i], odd[i], parts, packed + i * FA_VECTOR_BYTES, part_bytes);
-    return largest;
 }
 
-static ivec pack_value_parts(const source_rows *src, int lead, int num_keys, int head_dim_v, float factor,
-                             char *packed)
+/* A block of values, likewise. */
+FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
 {
     _Alignas(64) char room[TILE_K * 2 * FA_VECTOR_BYTES];
     const int parts = parts_of(src->array->dtype);
     const ptrdiff_t part_bytes = value_part_bytes(head_dim_v);
-    ivec largest = {0};
     for (int n = -lead; n < num_keys; n += TILE_K, packed += packed_value_bytes(head_dim_v)) {
         const int first = n < 0 ? 0 : n, last = n + TILE_K < num_keys ? n + TILE_K : num_keys;
         for (int e = 0; e < head_dim_v; e += TILE_K) {
@@ -366,27 +361,13 @@ static ivec pack_value_parts(const source_rows *src, int lead, int num_keys, int
                 load_rows(src, first, last > first ? last - first : 0, e, head_dim_v, room);
             for (int half = 0; half < 2 && e + half * LANES < head_dim_v; half++) {
                 char *to = packed + (e + half * LANES) * FA_VECTOR_BYTES;
-                const ivec bits =
-                    last - n == TILE_K && first == n
-                        ? pack_value_columns(&rows, 0, TILE_K, half, factor, parts, part_bytes, to)
-                        : pack_value_columns(&rows, first - n, last - n, half, factor, parts, part_bytes, to);
-                largest = ivec_max(largest, bits);
+                if (last - n == TILE_K && first == n)
+                    pack_value_columns(&rows, 0, TILE_K, half, parts, part_bytes, to);
+                else
+                    pack_value_columns(&rows, first - n, last - n, half, parts, part_bytes, to);
             }
         }
     }
-    return largest;
-}
-
-/* A block of values, likewise. */
-FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int head_dim_v, char *packed)
-{
-    packed_range *range = value_range_at(packed, head_dim_v);
-    *range = (packed_range){1, false};
-    const ivec largest = pack_value_parts(src, lead, num_keys, head_dim_v, 1, packed);
-    if (any_reaches(largest, 1 / TINY_FACTOR) || !vmask_any(ivec_test(largest, largest)))
-        return;
-    range->factor = TINY_FACTOR;
-    pack_value_parts(src, lead, num_keys, head_dim_v, range->factor, packed);
 }
 
 /* --- queries ------------------------------------------------------------------------------------ */

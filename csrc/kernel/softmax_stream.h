@@ -48,19 +48,11 @@ FA_INLINE void soften_coarsely(softmax_stream *f, bool exact_sums, int m)
     f->probabilities[m] = (packed_vec)round_pairs_fast(p, q);
 }
 
-/* The shift is subtracted from the whole part of the exponent, where it rounds nothing. */
-FA_INLINE vec shifted_probability(const softmax_stream *f, int m, vec score)
-{
-    exponent t = split_exponent((score - f->row_max[m]) * f->to_log2);
-    t.n -= f->shift;
-    return vec_exp2_of(t);
-}
-
 /* Two rows of vector m to float32's precision, in parts. */
 FA_INLINE void soften_in_parts(softmax_stream *f, int m)
 {
-    vec p = shifted_probability(f, m, f->scores[m]),
-        q = shifted_probability(f, m, f->scores[MAX_VECTORS + m]);
+    vec p = vec_exp2((f->scores[m] - f->row_max[m]) * f->to_log2),
+        q = vec_exp2((f->scores[MAX_VECTORS + m] - f->row_max[m]) * f->to_log2);
     f->sum[m] += p;
     f->sum[m] += q;
 #pragma GCC unroll 3
