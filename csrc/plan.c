@@ -337,7 +337,8 @@ fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
     if (!fa_partition_problem(p, &part))
         return FA_NO_MEMORY;
     const int64_t group_rows = p->num_kv_heads > 0 ? p->seqlen_q * (p->num_heads / p->num_kv_heads) : 0;
-    const fa_kernel *kernel = fa_select_kernel(p, group_rows, p->seqlen_k);
+    const fa_kernel *kernel =
+        part.group_plan.kernel ? part.group_plan.kernel : fa_select_kernel(p, group_rows, p->seqlen_k);
     const bool is_decode = group_rows <= kernel->decode_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,

@@ -137,7 +137,7 @@ static void find_next_keys(superblock *b, int64_t keys, int64_t key_hi)
 static void prefetch_next_rows(const superblock *b, const fa_array *array, const char *data, int64_t columns,
                                int count)
 {
-    row_stream rows;
+    row_stream rows = {0};
     stream_rows(&rows, data + key_offset(b->s->problem, b->next_arrays, array, b->next_key), array, columns,
                 count);
     prefetch_rows(&rows, 0, count, false);
