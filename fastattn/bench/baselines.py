@@ -574,7 +574,7 @@ class VLLM(Baseline):
         import torch
 
         torch.set_num_threads(num_threads)
-        self.has_amx = bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
+        self.has_amx: bool = bool(torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx())
         load_library: Any = torch.ops.load_library
         load_library(vllm_library())
 
