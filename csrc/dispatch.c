@@ -20,10 +20,9 @@ extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
  * not split. Behind the baseline, which every CPU has: what is for tests, chosen by name alone and not
  * listed.
  *
- * CPUs with the tile unit issue dot products at a quarter of the rate of multiply-adds (Sapphire, Emerald and
- * Granite Rapids), so there decode tiles of bfloat16, which are too small for the unit, are computed in
- * float32: four rows take two thirds of the time. Asked of the CPU and not measured, for the results depend
- * on it. */
+ * CPUs with the tile unit issue dot products at a quarter of the rate of multiply-adds (Emerald Rapids), so
+ * there decode tiles of bfloat16, which are too small for the unit, are computed in float32: four rows take
+ * 0.7 of the time. Asked of the CPU and not measured, for the results depend on it. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
@@ -121,8 +120,8 @@ bool fa_splits(void)
     return table[selected_row()].split && atomic_load(&split_mode) != FA_SPLIT_NEVER;
 }
 
-/* Granite Rapids: to split float32 pays from 128 rows and keys on (1.1 times the speed of the multiply-adds,
- * 1.6 of many), float16 from 64 rows on; fewer rows leave a tile empty, and what is split and packed must be
+/* Emerald Rapids: to split float32 pays from 128 rows and keys on (1.1 times the speed of the multiply-adds,
+ * 1.6 of many), float16 from 64 on; fewer rows leave a tile empty, and what is split and packed must be
  * met by enough of both. */
 static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
 {

@@ -74,6 +74,17 @@ def exact(query, key, value, **keywords):
     return reference.attention(*(x.astype(np.float64) for x in (query, key, value)), **keywords)
 
 
+def formula(query, key, value, dtype):
+    """What a careful user writes in NumPy; every operation rounds to dtype."""
+    query, key, value = (x.astype(dtype) for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+    scale = np.array(1 / np.sqrt(query.shape[-1]), dtype)
+    scores = (query @ key.swapaxes(-1, -2)) * scale
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (p / p.sum(axis=-1, keepdims=True, dtype=dtype)) @ value
+
+
 def tolerances(query, key, value, **keywords):
     """Return bounds on the errors of out, lse and weights.
 

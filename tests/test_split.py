@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracle import BF16, F16, F32, F64, assert_same_bits, make_rng, python, qkv, run_script
+from oracle import BF16, F16, F32, F64, assert_same_bits, formula, make_rng, python, qkv, run_script
 
 import fastattn
 
@@ -10,15 +10,6 @@ pytestmark = pytest.mark.isa
 # Enough rows, keys and head dims for the split, with tails of all of them; and whole tiles.
 SHAPES = [(1, 2, 2, 150, 200, 72), (1, 4, 2, 64, 128, 64)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def formula(query, key, value, dtype):
-    query, key, value = (x.astype(dtype) for x in (query, key, value))
-    group = query.shape[1] // key.shape[1]
-    key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
-    scores = (query @ key.swapaxes(-1, -2)) * np.array(1 / np.sqrt(query.shape[-1]), dtype)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (p / p.sum(axis=-1, keepdims=True, dtype=dtype)) @ value
 
 
 def magnified(shape, factors):
@@ -64,13 +55,13 @@ def test_scores_far_apart(shape):
 @each_shape
 def test_what_is_not_finite_reaches_those_who_see_it_alone(shape, where, planted, dtype):
     arrays = dict(zip(("query", "key", "value"), qkv(make_rng(*shape), shape, (dtype, dtype)), strict=True))
-    clean = fastattn.attention(**arrays, causal=True, query_offset=60)
+    clean = fastattn.attention(**arrays, causal=True, query_offset=70)
     place = 5 if where == "query" else 100
     arrays[where][0, 0, place, 3] = planted
     arrays[where][0, 0, place, 7] = 0
-    out = fastattn.attention(**arrays, causal=True, query_offset=60)
+    out = fastattn.attention(**arrays, causal=True, query_offset=70)
     with np.errstate(invalid="ignore", over="ignore"):
-        truth = fastattn.reference.attention(**arrays, causal=True, query_offset=60)
+        truth = fastattn.reference.attention(**arrays, causal=True, query_offset=70)
     np.testing.assert_array_equal(np.isnan(out), np.isnan(truth))
     np.testing.assert_array_equal(np.isinf(out), np.isinf(truth))
     group = shape[1] // shape[2]
@@ -78,10 +69,10 @@ def test_what_is_not_finite_reaches_those_who_see_it_alone(shape, where, planted
     if where == "query":
         sees[0, 0, place] = True
     elif where == "key":
-        sees[0, :group, place - 60 :] = True
+        sees[0, :group, place - 70 :] = True
     else:
-        sees[0, :group, place - 60 :, 3] = True
-        sees[0, :group, place - 60 :, 7] = True
+        sees[0, :group, place - 70 :, 3] = True
+        sees[0, :group, place - 70 :, 7] = True
     assert_same_bits(np.where(sees, 0, out).astype(dtype), np.where(sees, 0, clean).astype(dtype))
 
 
@@ -138,7 +129,7 @@ def test_small_rows_beside_a_large_one(exponent):
 def test_sums_of_many_keys():
     """Values of one sign, whose sum's roundings do not cancel."""
     rng = make_rng()
-    query, key = (rng.standard_normal((1, 1, n, 64)).astype(F32) for n in (64, 32768))
+    query, key = (rng.standard_normal((1, 1, n, 64)).astype(F32) for n in (128, 32768))
     value = rng.random((1, 1, 32768, 64)).astype(F32)
     truth = formula(query, key, value, np.longdouble)
     error = np.abs(fastattn.attention(query, key, value) - truth).max()
@@ -152,6 +143,13 @@ def test_superblocks_begin_at_the_same_keys_whatever_shares_an_item(window):
     alone = [fastattn.attention(query[:1], key[:1], value[:1], window=window, num_threads=n) for n in (1, 2)]
     assert_same_bits(alone[1], alone[0])
     assert_same_bits(fastattn.attention(query, key, value, window=window)[:1], alone[0])
+
+
+def test_plan_counts_the_keys_that_are_seen():
+    """64 of 200: too few to be split."""
+    query, key, value = qkv(make_rng(), (1, 1, 1, 128, 200, 64))
+    few = fastattn.plan(query, key, value, causal=True, query_offset=-64)
+    assert few.path == fastattn.plan(query, key[:, :, :64], value[:, :, :64]).path
 
 
 PATH = """

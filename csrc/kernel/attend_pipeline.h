@@ -126,7 +126,7 @@ static void find_next_keys(superblock *b, int64_t keys, int64_t key_hi)
     b->next_key = b->key_hi;
     b->next_hi = key_hi;
     if (b->key_hi == key_hi && s->next) {
-        b->next_key = max_i64(s->next->sequence.key_lo, s->next->split_begin * s->next->split_keys);
+        b->next_key = first_key(s->next);
         b->next_hi = s->next->sequence.key_hi;
     }
     b->next_hi = min_i64(b->next_hi, b->next_key + keys);

@@ -11,22 +11,13 @@
 
 #include "pairs.h"
 
-/* Groups of few rows are another kernel's. */
-#define DECODE_ROWS 0
-
 #define TILE_K 32
 /* Bits of a number that the unit multiplies: all. See operand_split.h. */
 #define MAX_PARTS 1
 /* All probabilities of a block are in registers before the next ones are stored. */
 #define PROBABILITY_PANELS 1
-/* Bytes from a column of packed values to the next. */
-#define PACKED_VALUE_COL FA_VECTOR_BYTES
-#define KEY_STEP FA_KEY_BLOCK
-#define VALUE_STEP FA_KEY_BLOCK
 
-/* Keys that are packed at once, for all tiles of an item: so many that the scratch stays small and K, V and a
- * tile stay in L2. */
-#define MAX_SUPERBLOCK_KEYS 2048
+/* Of packed keys and values, beside the tiles in L2. */
 #define MAX_SUPERBLOCK_BYTES (7 << 16)
 
 /* Rows 2048 bytes and more apart share sets of L1: a tile load of them takes 77 to 204 cycles, else 16 to 24
@@ -44,34 +35,9 @@ FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
            offset % 64 == 0;
 }
 
-FA_INLINE ptrdiff_t operand_step(const fa_array *array)
-{
-    (void)array;
-    return FA_VECTOR_BYTES;
-}
+#define PACKED_RANGE_BYTES 0
 
-/* Packed keys are tiles: [head_dim / 32][KEY_BLOCK] rows of 64 bytes, which load fastest. */
-FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
-{
-    (void)head_dim;
-    return FA_VECTOR_BYTES;
-}
-
-FA_INLINE ptrdiff_t packed_key_step(void)
-{
-    return FA_KEY_BLOCK * FA_VECTOR_BYTES;
-}
-
-FA_INLINE ptrdiff_t packed_key_bytes(int64_t head_dim)
-{
-    return key_vectors(head_dim) * packed_key_step();
-}
-
-FA_INLINE bool value_is_operand(const fa_array *value)
-{
-    (void)value;
-    return false;
-}
+#include "operand_tiles.h"
 
 FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head_dim, char *packed)
 {
@@ -80,17 +46,6 @@ FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head
     pack_pairs(key, lead, num_keys, head_dim, &to);
     const int end = lead + num_keys;
     clear_pairs(&to, end, (end + TILE_K - 1) / TILE_K * TILE_K, head_dim);
-}
-
-/* Of TILE_K keys: [head_dim_v][TILE_K], in whole vectors of columns. */
-FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
-{
-    return packed_row_bytes(head_dim_v) * LANES;
-}
-
-FA_INLINE ptrdiff_t value_block_bytes(int64_t head_dim_v)
-{
-    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v);
 }
 
 /* Numbers are packed as they are. */
@@ -122,41 +77,6 @@ FA_INLINE int parts_of(fa_dtype dtype)
 {
     (void)dtype;
     return MAX_PARTS;
-}
-
-FA_INLINE ptrdiff_t key_part_bytes(int64_t head_dim)
-{
-    return packed_key_bytes(head_dim);
-}
-
-FA_INLINE ptrdiff_t value_part_bytes(int64_t head_dim_v)
-{
-    return packed_value_bytes(head_dim_v);
-}
-
-FA_INLINE int64_t query_part_rows(int64_t head_dim)
-{
-    return query_panel_rows(head_dim);
-}
-
-FA_INLINE int64_t superblock_keys(const fa_problem *p)
-{
-    const int64_t key = key_is_operand(&p->key, p->head_dim) ? 0 : packed_key_bytes(p->head_dim);
-    const int64_t bytes = key + value_block_bytes(p->head_dim_v);
-    const int64_t blocks = bytes > 0 ? MAX_SUPERBLOCK_BYTES / bytes : 1;
-    return blocks * FA_KEY_BLOCK < MAX_SUPERBLOCK_KEYS ? blocks * FA_KEY_BLOCK : MAX_SUPERBLOCK_KEYS;
-}
-
-/* Of keys in place, those blocks are packed that are cut: the first and the last. */
-FA_INLINE size_t wide_key_bytes(const fa_problem *p)
-{
-    const int64_t keys = key_is_operand(&p->key, p->head_dim) ? 2 * FA_KEY_BLOCK : superblock_keys(p);
-    return (size_t)(keys / FA_KEY_BLOCK * packed_key_bytes(p->head_dim));
-}
-
-FA_INLINE size_t wide_value_bytes(const fa_problem *p)
-{
-    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * value_block_bytes(p->head_dim_v));
 }
 
 /* Keys first, first + 1 of the group of TILE_K, as pairs of LANES columns from e on; a missing key is 0. */

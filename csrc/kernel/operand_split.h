@@ -28,16 +28,8 @@
 #define MAX_PARTS 3
 /* Probabilities are read several times, while the next ones are stored. */
 #define PROBABILITY_PANELS 2
-#define KEY_STEP FA_KEY_BLOCK
-#define VALUE_STEP FA_KEY_BLOCK
-#define PACKED_VALUE_COL FA_VECTOR_BYTES
 
-/* Groups of few rows are another kernel's. */
-#define DECODE_ROWS 0
-
-/* Keys that are packed at once, for all tiles of an item: so many that the scratch stays small and they, with
- * the tiles, in L2. */
-#define MAX_SUPERBLOCK_KEYS 2048
+/* Of packed keys and values, beside the tiles in L2. */
 #define MAX_SUPERBLOCK_BYTES (1 << 19)
 
 /* Sums of 512 products of numbers below MAX_MAGNITUDE do not overflow. */
@@ -84,17 +76,13 @@ FA_INLINE int parts_of(fa_dtype dtype)
 
 /* --- sizes -------------------------------------------------------------------------------------- */
 
-/* Vectors of a row of a part. */
-FA_INLINE int key_steps(int64_t head_dim)
+FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
 {
-    return (int)((head_dim + TILE_K - 1) / TILE_K);
+    (void)key, (void)head_dim;
+    return false;
 }
 
-/* Of a part of the packed queries: [head_dim / 2][vectors], in whole tiles. */
-FA_INLINE int64_t query_part_rows(int64_t head_dim)
-{
-    return key_steps(head_dim) * TILE_K / 2;
-}
+#include "operand_tiles.h"
 
 FA_INLINE int64_t query_panel_rows(int64_t head_dim)
 {
@@ -107,82 +95,9 @@ FA_INLINE packed_range *query_range(packed_vec *query, int64_t head_dim)
     return (packed_range *)(query + MAX_PARTS * query_part_rows(head_dim) * MAX_VECTORS);
 }
 
-FA_INLINE ptrdiff_t packed_key_row(int64_t head_dim)
-{
-    (void)head_dim;
-    return FA_VECTOR_BYTES;
-}
-
-FA_INLINE ptrdiff_t packed_key_step(void)
-{
-    return FA_KEY_BLOCK * FA_VECTOR_BYTES;
-}
-
-FA_INLINE ptrdiff_t key_part_bytes(int64_t head_dim)
-{
-    return key_steps(head_dim) * packed_key_step();
-}
-
-/* Of a block. */
-FA_INLINE ptrdiff_t packed_key_bytes(int64_t head_dim)
-{
-    return MAX_PARTS * key_part_bytes(head_dim) + PACKED_RANGE_BYTES;
-}
-
 FA_INLINE packed_range *key_range_at(const char *packed, int64_t head_dim)
 {
     return (packed_range *)(packed + MAX_PARTS * key_part_bytes(head_dim));
-}
-
-/* Of TILE_K keys: [head_dim_v][TILE_K], in whole tiles. */
-FA_INLINE ptrdiff_t value_part_bytes(int64_t head_dim_v)
-{
-    return packed_row_bytes(head_dim_v) * LANES;
-}
-
-FA_INLINE ptrdiff_t packed_value_bytes(int64_t head_dim_v)
-{
-    return MAX_PARTS * value_part_bytes(head_dim_v);
-}
-
-FA_INLINE ptrdiff_t value_block_bytes(int64_t head_dim_v)
-{
-    return FA_KEY_BLOCK / TILE_K * packed_value_bytes(head_dim_v);
-}
-
-FA_INLINE int64_t superblock_keys(const fa_problem *p)
-{
-    const int64_t blocks =
-        MAX_SUPERBLOCK_BYTES / (packed_key_bytes(p->head_dim) + value_block_bytes(p->head_dim_v));
-    return blocks * FA_KEY_BLOCK < MAX_SUPERBLOCK_KEYS ? blocks * FA_KEY_BLOCK : MAX_SUPERBLOCK_KEYS;
-}
-
-FA_INLINE size_t wide_key_bytes(const fa_problem *p)
-{
-    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * packed_key_bytes(p->head_dim));
-}
-
-FA_INLINE size_t wide_value_bytes(const fa_problem *p)
-{
-    return (size_t)(superblock_keys(p) / FA_KEY_BLOCK * value_block_bytes(p->head_dim_v));
-}
-
-FA_INLINE bool key_is_operand(const fa_array *key, int64_t head_dim)
-{
-    (void)key, (void)head_dim;
-    return false;
-}
-
-FA_INLINE bool value_is_operand(const fa_array *value)
-{
-    (void)value;
-    return false;
-}
-
-FA_INLINE ptrdiff_t operand_step(const fa_array *array)
-{
-    (void)array;
-    return FA_VECTOR_BYTES;
 }
 
 /* --- parts -------------------------------------------------------------------------------------- */

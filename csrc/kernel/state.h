@@ -118,6 +118,12 @@ static bool next_block(const item_state *s, int64_t begin, int keys, int64_t key
     return false;
 }
 
+/* That the item reads, by position. */
+FA_INLINE int64_t first_key(const fa_work_item *item)
+{
+    return max_i64(item->sequence.key_lo, item->split_begin * item->split_keys);
+}
+
 /* The next block from `begin` on, and its arrays; after the last, the next item's first one. NULL: none. */
 static const item_arrays *find_next_block(const item_state *s, int64_t begin, fa_interval *block)
 {
@@ -125,9 +131,7 @@ static const item_arrays *find_next_block(const item_state *s, int64_t begin, fa
         return &s->arrays;
     if (!s->next)
         return NULL;
-    const fa_sequence *sequence = &s->next->sequence;
-    const int64_t first = max_i64(sequence->key_lo, s->next->split_begin * s->next->split_keys);
-    *block = block_at(first, s->block_keys, sequence->key_hi);
+    *block = block_at(first_key(s->next), s->block_keys, s->next->sequence.key_hi);
     return block->lo < block->hi ? &s->next_arrays : NULL;
 }
 
