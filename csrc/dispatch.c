@@ -131,6 +131,16 @@ static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
     return rows >= least && keys >= least && p->head_dim >= 64;
 }
 
+/* Where the best kernel of bfloat16 has no backward pass, the next one's is taken, which runs wherever the
+ * best one does. */
+static const fa_kernel *backward_bfloat16(int row)
+{
+    for (; row < NUM_ISAS; row++)
+        if (table[row].bfloat16 && table[row].bfloat16->backward)
+            return table[row].bfloat16;
+    return NULL;
+}
+
 /* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact
  * in float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
 const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t keys)
@@ -144,4 +154,11 @@ const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t key
     if (fa_traits(p->query.dtype).computed_in == FA_FLOAT32 && fa_splits() && pays_to_split(p, rows, keys))
         return table[row].split;
     return kernel;
+}
+
+const fa_kernel *fa_select_backward_kernel(const fa_problem *p)
+{
+    const int row = selected_row();
+    const fa_kernel *kernel = fa_kernel_for_dtype(p->query.dtype);
+    return kernel->backward ? kernel : backward_bfloat16(row);
 }

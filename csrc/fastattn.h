@@ -34,6 +34,15 @@ typedef struct {
     ptrdiff_t page; /* of keys and values in pages, instead of the batch strides */
 } fa_array;
 
+/* The gradients of a problem's results -> those of its arguments, in the axes of these. lse and out are then
+ * arguments, of these keys or of more. delta, each row's Σ grad_out · out - grad_lse, is a by-product. */
+typedef struct {
+    fa_array grad_out, grad_lse; /* like out and lse; no grad_lse: 0 */
+    fa_array grad_query, grad_key, grad_value;
+    fa_array grad_bias; /* of the bias's own shape, strides 0 where it was broadcast; may be absent */
+    fa_array delta;     /* like lse; may be absent */
+} fa_gradients;
+
 /* Attention of a batch of sequences. The queries and keys of a sequence are rows of (batch..., head, row,
  * col). In a packed problem, which has one batch axis, they are rows cu_seqlens[b] to cu_seqlens[b + 1] of
  * (head, row, col). Where keys are in pages, row n is in page page_table[b][n / page_size] of
@@ -69,6 +78,8 @@ typedef struct {
     int64_t left, right;       /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
     int num_threads;           /* at most this many */
     bool (*interrupted)(void); /* called now and then, by the calling thread only; may be NULL */
+
+    const fa_gradients *gradients; /* what the backward pass reads and writes; NULL: the forward pass */
 } fa_problem;
 
 /* What fa_forward does with a problem. */
@@ -86,9 +97,12 @@ typedef struct {
     size_t shared_bytes;  /* of partial results */
 } fa_plan;
 
-/* What fa_forward would do; FA_OK or FA_NO_MEMORY. */
-fa_status fa_plan_forward(const fa_problem *problem, fa_plan *plan);
+/* What fa_forward, or with gradients fa_backward, would do; FA_OK or FA_NO_MEMORY. */
+fa_status fa_plan_problem(const fa_problem *problem, fa_plan *plan);
 fa_status fa_forward(const fa_problem *problem);
+/* All but grad_bias, which fa_bias_gradient computes. */
+fa_status fa_backward(const fa_problem *problem);
+fa_status fa_bias_gradient(const fa_problem *problem);
 
 /* The instruction sets this CPU can run, best first, ended by NULL. */
 const char *const *fa_available_isas(void);

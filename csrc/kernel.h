@@ -1,6 +1,6 @@
 /* What a kernel is: the work item that it computes, and its entry in the table of dispatch.c.
  *
- * Every kernel in csrc/isa/ includes this header, and so do plan.c, which makes work items, and forward.c,
+ * Every kernel in csrc/isa/ includes this header, and so do plan.c, which makes work items, and attend.c,
  * which hands them to kernels. */
 #ifndef FA_KERNEL_H
 #define FA_KERNEL_H
@@ -22,19 +22,37 @@ typedef struct {
  *
  * Keys are split at multiples of split_keys. Each split is a softmax of its own. The splits of a group are
  * merged in order: by the item that has all of them or, if `partials` is not NULL, by the item that finishes
- * last. So results depend on the splits and not on the threads that computed them. */
+ * last. So results depend on the splits and not on the threads that computed them.
+ *
+ * In the backward pass rows are split, at multiples of split_rows, and not keys: the gradients of keys and
+ * values are sums over the splits. */
 typedef struct {
     int64_t batch_index[FA_MAX_BATCH_DIMS];
     fa_sequence sequence;
     int64_t kv_head;
     int64_t row_begin, row_end;
     int64_t split_keys; /* a multiple of FA_KEY_BLOCK */
+    int64_t split_rows;
     int64_t split_begin, split_end;
     int64_t first_split, num_splits; /* of the whole group */
-    char *partials;                  /* num_splits of them, of kernel->partial_bytes(rows) each */
+    char *partials;                  /* num_splits of them */
     _Atomic int64_t *splits_done;    /* of the group */
     bool same_geometry; /* rows, keys and splits are those of the item that used the same scratch before */
 } fa_work_item;
+
+/* Keys [lo, hi); empty if lo >= hi. */
+typedef struct {
+    int64_t lo, hi;
+} fa_interval;
+
+/* Of the gradient of a bias: rows [row_begin, row_end) of it and some keys. `work` says which batch item and
+ * rows of the query head contribute now, a tile at most. */
+typedef struct {
+    fa_work_item work;
+    int64_t head;
+    int64_t row_begin, row_end;
+    fa_interval keys;
+} fa_bias_item;
 
 typedef struct {
     const char *isa;
@@ -55,17 +73,28 @@ typedef struct {
     void (*forward)(const fa_problem *problem, const fa_work_item *item, const fa_work_item *next,
                     void *scratch, fa_stop *stop);
     bool softmax_beside_products; /* of wide tiles: another unit computes them */
+
+    /* The backward pass; NULL: another kernel of its precision has it. Rows of a head group that are worked
+     * on together; scratch for keys [key_lo, key_hi), with so many sums of their gradients (0: in partials;
+     * 2: of a split and of all) of `sum_bytes`. */
+    void (*backward)(const fa_problem *problem, const fa_work_item *item, void *scratch, fa_stop *stop);
+    int64_t (*backward_rows)(const fa_problem *problem);
+    size_t (*backward_scratch_bytes)(const fa_problem *problem, int64_t key_lo, int64_t key_hi, int num_sums);
+    size_t (*sum_bytes)(const fa_problem *problem, int64_t key_lo, int64_t key_hi);
+    /* An item of the bias's gradient: begins, adds the rows of `work`, and so on, and stores. `keys`: of an
+     * item, at most. */
+    size_t (*bias_scratch_bytes)(const fa_problem *problem, int64_t keys);
+    void (*begin_bias_gradient)(const fa_problem *problem, const fa_bias_item *item, void *scratch);
+    void (*add_bias_gradient)(const fa_problem *problem, const fa_bias_item *item, void *scratch,
+                              fa_stop *stop);
+    void (*store_bias_gradient)(const fa_problem *problem, const fa_bias_item *item, void *scratch);
+
     /* Run so many rounds, in registers, of the multiply-adds of wide tiles or of decode tiles, and return
      * FLOPs of attention done; or of the softmax, and return scores done. */
     double (*peak)(int64_t rounds), (*decode_peak)(int64_t rounds), (*softmax_peak)(int64_t rounds);
     /* Reads all bytes, by whole vectors; the result depends on each of them. */
     uint64_t (*read)(const char *data, size_t bytes, bool prefetches);
 } fa_kernel;
-
-/* Keys [lo, hi); empty if lo >= hi. */
-typedef struct {
-    int64_t lo, hi;
-} fa_interval;
 
 static inline int64_t fa_clamp(int64_t x, int64_t lowest, int64_t highest)
 {

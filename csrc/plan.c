@@ -27,6 +27,16 @@
  * too rare to show. */
 #define MIN_SPLIT_KEYS_OF_LARGE_GROUPS 2048
 
+/* Rows of a split in the backward pass, at least, and splits of a group, at most: where the groups are fewer
+ * than the threads need, each takes memory for the gradients of its keys. */
+#define MIN_SPLIT_ROWS 256
+#define MAX_ROW_SPLITS 8
+/* Of so few groups a thread, splits are items of their own. */
+#define MIN_GROUPS_PER_THREAD 2
+
+/* The backward pass has five products where the forward pass has two. */
+#define BACKWARD_WORK 2.5
+
 /* Keys of a split that has them all. */
 #define WHOLE_SPLIT_KEYS (INT64_MAX / 2 / FA_KEY_BLOCK * FA_KEY_BLOCK)
 
@@ -59,7 +69,7 @@ static int64_t read_integer(const fa_array *array, const fa_problem *p, const in
     return *(const int64_t *)data;
 }
 
-static fa_sequence sequence_at(const fa_problem *p, const int64_t *batch_index)
+fa_sequence fa_sequence_at(const fa_problem *p, const int64_t *batch_index)
 {
     fa_sequence s = {.num_queries = p->seqlen_q, .num_keys = p->seqlen_k};
     if (p->cu_seqlens_q) {
@@ -92,7 +102,8 @@ static double work_of(const fa_problem *p, const fa_sequence *s)
 {
     double rows = (double)rows_per_group(p, s);
     double row_keys = rows == 0 ? 0 : (rows + ROWS_PER_KEY_READ) * (double)(s->key_hi - s->key_lo);
-    return row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
+    const double products = row_keys * (double)p->num_kv_heads * (double)(p->head_dim + p->head_dim_v);
+    return p->gradients ? BACKWARD_WORK * products : products;
 }
 
 static void split_keys(const fa_sequence *s, int64_t min_keys, fa_group_plan *group_plan)
@@ -106,8 +117,34 @@ static void split_keys(const fa_sequence *s, int64_t min_keys, fa_group_plan *gr
         keys == 0 ? 1 : ceil_div(s->key_hi, group_plan->split_keys) - group_plan->first_split;
 }
 
+static fa_group_plan plan_backward_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
+{
+    const fa_kernel *kernel = fa_select_backward_kernel(p);
+    const int64_t rows = rows_per_group(p, s), step = kernel->backward_rows(p);
+    fa_group_plan group_plan = {.kernel = kernel,
+                                .num_splits = 1,
+                                .rows_per_item = 1,
+                                .split_keys = WHOLE_SPLIT_KEYS,
+                                .split_rows = 1};
+    if (rows == 0)
+        return group_plan;
+    const int64_t least = fa_clamp(ceil_div(rows, MAX_ROW_SPLITS), MIN_SPLIT_ROWS, INT64_MAX);
+    const int64_t splits = ceil_div(rows, ceil_div(least, step) * step);
+    group_plan.split_rows = ceil_div(ceil_div(rows, splits), kernel->lanes) * kernel->lanes;
+    group_plan.num_splits = ceil_div(rows, group_plan.split_rows);
+    group_plan.rows_per_item = rows;
+    group_plan.num_row_items = 1;
+    group_plan.shares_splits =
+        group_plan.num_splits > 1 && part->num_threads > 1 &&
+        part->num_sequences * p->num_kv_heads < (int64_t)MIN_GROUPS_PER_THREAD * part->num_threads;
+    group_plan.partial_bytes = kernel->sum_bytes(p, s->key_lo, s->key_hi);
+    return group_plan;
+}
+
 static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, const fa_sequence *s)
 {
+    if (p->gradients)
+        return plan_backward_group(p, part, s);
     const int64_t rows = rows_per_group(p, s);
     fa_group_plan group_plan = {
         .kernel = fa_select_kernel(p, rows, s->key_hi - s->key_lo), .num_splits = 1, .rows_per_item = 1};
@@ -121,6 +158,7 @@ static fa_group_plan plan_group(const fa_problem *p, const fa_partition *part, c
         /* Weights take a second pass, which one thread makes over all keys. */
         group_plan.shares_splits = group_plan.num_splits > 1 && part->num_threads > 1 && !p->weights.data &&
                                    work_of(p, s) > part->work_per_item * (double)p->num_kv_heads;
+        group_plan.partial_bytes = group_plan.kernel->partial_bytes(p, rows);
         return group_plan;
     }
     /* Items of whole vectors, as even as they can be. */
@@ -141,11 +179,10 @@ static int64_t items_per_group(const fa_group_plan *group_plan)
 /* A cache line with the count of finished splits, before the partial results of a group. */
 #define COUNT_BYTES 64
 
-static size_t partial_bytes_per_group(const fa_problem *p, const fa_group_plan *group_plan)
+static size_t partial_bytes_per_group(const fa_group_plan *group_plan)
 {
     return group_plan->shares_splits
-               ? COUNT_BYTES + (size_t)group_plan->num_splits *
-                                   group_plan->kernel->partial_bytes(p, group_plan->rows_per_item)
+               ? COUNT_BYTES + (size_t)group_plan->num_splits * group_plan->partial_bytes
                : 0;
 }
 
@@ -167,7 +204,7 @@ static fa_sequence nth_sequence(const fa_problem *p, int64_t n)
 {
     int64_t batch_index[FA_MAX_BATCH_DIMS];
     index_sequence(p, n, batch_index);
-    return sequence_at(p, batch_index);
+    return fa_sequence_at(p, batch_index);
 }
 
 /* Of uniform sequences, the first stands for all. */
@@ -213,17 +250,26 @@ static void choose_tiles_per_item(const fa_problem *p, bool uniform, fa_partitio
         part->tiles_per_item--;
 }
 
-/* Adds the items and the memory of `times` sequences with this plan. */
-static void add_sequences(const fa_problem *p, const fa_group_plan *group_plan, int64_t times,
-                          fa_partition *part)
+static size_t scratch_bytes_of(const fa_problem *p, const fa_group_plan *group_plan, const fa_sequence *s)
+{
+    const fa_kernel *kernel = group_plan->kernel;
+    if (p->gradients) {
+        const int num_sums = group_plan->shares_splits ? 0 : group_plan->num_splits > 1 ? 2 : 1;
+        return kernel->backward_scratch_bytes(p, s->key_lo, s->key_hi, num_sums);
+    }
+    const int64_t tile_rows = (int64_t)kernel->lanes * kernel->max_vectors;
+    return kernel->scratch_bytes(p, (int)ceil_div(group_plan->rows_per_item, tile_rows));
+}
+
+/* Adds the items and the memory of `times` sequences like this one, with this plan. */
+static void add_sequences(const fa_problem *p, const fa_group_plan *group_plan, const fa_sequence *s,
+                          int64_t times, fa_partition *part)
 {
     if (group_plan->num_row_items == 0)
         return;
-    const int64_t tile_rows = (int64_t)group_plan->kernel->lanes * group_plan->kernel->max_vectors;
-    size_t scratch =
-        group_plan->kernel->scratch_bytes(p, (int)ceil_div(group_plan->rows_per_item, tile_rows));
+    const size_t scratch = scratch_bytes_of(p, group_plan, s);
     part->num_items += times * p->num_kv_heads * items_per_group(group_plan);
-    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(p, group_plan);
+    part->shared_bytes += (size_t)(times * p->num_kv_heads) * partial_bytes_per_group(group_plan);
     part->scratch_bytes = scratch > part->scratch_bytes ? scratch : part->scratch_bytes;
     part->max_splits = group_plan->num_splits > part->max_splits ? group_plan->num_splits : part->max_splits;
 }
@@ -235,11 +281,12 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
         return true;
     const bool uniform = sequences_are_uniform(p);
     choose_threads(p, total_work(p, part->num_sequences, uniform), part);
-    choose_tiles_per_item(p, uniform, part);
+    if (!p->gradients)
+        choose_tiles_per_item(p, uniform, part);
     if (uniform) {
         part->sequence = nth_sequence(p, 0);
         part->group_plan = plan_group(p, part, &part->sequence);
-        add_sequences(p, &part->group_plan, part->num_sequences, part);
+        add_sequences(p, &part->group_plan, &part->sequence, part->num_sequences, part);
     } else {
         part->prefixes = malloc(((size_t)part->num_sequences + 1) * sizeof *part->prefixes);
         if (!part->prefixes)
@@ -248,7 +295,7 @@ bool fa_partition_problem(const fa_problem *p, fa_partition *part)
             part->prefixes[n] = (fa_prefix){part->num_items, part->shared_bytes};
             fa_sequence s = nth_sequence(p, n);
             fa_group_plan group_plan = plan_group(p, part, &s);
-            add_sequences(p, &group_plan, 1, part);
+            add_sequences(p, &group_plan, &s, 1, part);
         }
         part->prefixes[part->num_sequences] = (fa_prefix){part->num_items, part->shared_bytes};
     }
@@ -293,7 +340,7 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
         part->prefixes ? find_sequence(part, index) : index / (part->num_items / part->num_sequences);
     const fa_prefix prefix = prefix_of(part, sequence);
     index_sequence(p, sequence, item->batch_index);
-    item->sequence = part->prefixes ? sequence_at(p, item->batch_index) : part->sequence;
+    item->sequence = part->prefixes ? fa_sequence_at(p, item->batch_index) : part->sequence;
 
     const fa_group_plan group_plan = part->prefixes ? plan_group(p, part, &item->sequence) : part->group_plan;
     const int64_t per_group = items_per_group(&group_plan);
@@ -301,6 +348,7 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
     int64_t in_group = (index - prefix.items) % per_group;
 
     item->split_keys = group_plan.split_keys;
+    item->split_rows = group_plan.split_rows;
     item->first_split = item->split_begin = group_plan.first_split;
     item->num_splits = group_plan.num_splits;
     item->split_end = group_plan.first_split + group_plan.num_splits;
@@ -309,7 +357,7 @@ const fa_kernel *fa_item_at(const fa_problem *p, const fa_partition *part, int64
     int64_t row_item = group_plan.num_row_items - 1 - in_group;
     if (group_plan.shares_splits) {
         char *partials =
-            shared + prefix.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(p, &group_plan);
+            shared + prefix.partial_bytes + (size_t)item->kv_head * partial_bytes_per_group(&group_plan);
         item->splits_done = (_Atomic int64_t *)partials;
         item->partials = partials + COUNT_BYTES;
         item->split_begin = group_plan.first_split + in_group;
@@ -331,15 +379,20 @@ bool fa_same_geometry(const fa_work_item *a, const fa_work_item *b)
            a->split_keys == b->split_keys && a->split_begin == b->split_begin && a->split_end == b->split_end;
 }
 
-fa_status fa_plan_forward(const fa_problem *p, fa_plan *plan)
+static const fa_kernel *select_kernel(const fa_problem *p, int64_t rows, int64_t keys)
+{
+    return p->gradients ? fa_select_backward_kernel(p) : fa_select_kernel(p, rows, keys);
+}
+
+fa_status fa_plan_problem(const fa_problem *p, fa_plan *plan)
 {
     fa_partition part;
     if (!fa_partition_problem(p, &part))
         return FA_NO_MEMORY;
     const int64_t group_rows = p->num_kv_heads > 0 ? p->seqlen_q * (p->num_heads / p->num_kv_heads) : 0;
     const fa_kernel *kernel =
-        part.group_plan.kernel ? part.group_plan.kernel : fa_select_kernel(p, group_rows, p->seqlen_k);
-    const bool is_decode = group_rows <= kernel->decode_rows;
+        part.group_plan.kernel ? part.group_plan.kernel : select_kernel(p, group_rows, p->seqlen_k);
+    const bool is_decode = !p->gradients && group_rows <= kernel->decode_rows;
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,

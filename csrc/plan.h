@@ -10,7 +10,9 @@ typedef struct {
     int64_t rows_per_item;
     int64_t num_row_items;
     int64_t split_keys, first_split, num_splits;
-    bool shares_splits; /* each split is an item */
+    int64_t split_rows;   /* of the backward pass, whose splits are of rows */
+    bool shares_splits;   /* each split is an item */
+    size_t partial_bytes; /* of a split that is */
 } fa_group_plan;
 
 /* Items, and bytes of partial results, of all sequences before one. */
@@ -40,6 +42,9 @@ void fa_free_partition(fa_partition *partition);
 /* The item of a given index, 0 <= index < num_items, and its kernel. `shared` is shared_bytes of zeros. */
 const fa_kernel *fa_item_at(const fa_problem *problem, const fa_partition *partition, int64_t index,
                             char *shared, fa_work_item *item);
+
+/* What a batch item is. */
+fa_sequence fa_sequence_at(const fa_problem *problem, const int64_t *batch_index);
 
 /* Whether two items differ in nothing but the addresses of their arrays. */
 bool fa_same_geometry(const fa_work_item *a, const fa_work_item *b);

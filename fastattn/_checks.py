@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 SequenceIds = Sequence[int] | NDArray[np.integer[Any]]
@@ -148,3 +148,38 @@ def checked_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Arr
     if not out.flags.writeable:
         raise ValueError("out is read-only")
     return out
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def as_grads(grads: object) -> list[Array | None]:
+    """Return the three arrays, or Nones, that gradients are to be stored in."""
+    if not isinstance(grads, (tuple, list)) or len(grads) != 3:
+        raise TypeError(
+            f"grads must be a tuple of three arrays or None, for the gradients of query, key and value, not {grads!r}"
+        )
+    return list(grads)
+
+
+def sum_to(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], out: Array | None) -> Array:
+    """Sum an array over the leading axes, and those of size 1, along which one of `shape` was broadcast to it."""
+    if array.shape != shape:
+        extra = array.ndim - len(shape)
+        axes = (*range(extra), *(extra + axis for axis, size in enumerate(shape) if size != array.shape[extra + axis]))
+        array = array.sum(axis=axes, keepdims=True).reshape(shape).astype(dtype)
+    if out is None or out is array:
+        return array
+    out[...] = array
+    return out
+
+
+def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
+    """Return the gradient of each head's sink, a score that has a probability and no value; axis -2 is heads."""
+    logits = np.asarray(sinks)
+    dtype = logits.dtype if logits.dtype.kind in "fV" else np.dtype(np.float64)
+    lse = lse.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        gradients = -np.exp(logits.astype(np.float64)[:, None] - lse) * delta
+    gradients = np.where(np.isneginf(lse), 0, gradients)
+    return gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)

@@ -25,6 +25,11 @@ cdef extern from "fastattn.h" nogil:
         Py_ssize_t head, row, col
         Py_ssize_t page
 
+    ctypedef struct fa_gradients:
+        fa_array grad_out, grad_lse
+        fa_array grad_query, grad_key, grad_value
+        fa_array grad_bias, delta
+
     ctypedef struct fa_problem:
         int batch_ndim
         int64_t batch_shape[16]
@@ -43,6 +48,7 @@ cdef extern from "fastattn.h" nogil:
         int64_t left, right
         int num_threads
         c_bool (*interrupted)() noexcept nogil
+        const fa_gradients *gradients
 
     ctypedef struct fa_plan:
         const char *isa
@@ -53,8 +59,10 @@ cdef extern from "fastattn.h" nogil:
         int num_threads
         size_t scratch_bytes, shared_bytes
 
-    fa_status fa_plan_forward(const fa_problem *problem, fa_plan *plan)
+    fa_status fa_plan_problem(const fa_problem *problem, fa_plan *plan)
     fa_status fa_forward(const fa_problem *problem)
+    fa_status fa_backward(const fa_problem *problem)
+    fa_status fa_bias_gradient(const fa_problem *problem)
     const char *const *fa_available_isas()
     const char *fa_selected_isa()
     c_bool fa_select_isa(const char *name)

@@ -478,22 +478,23 @@ cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
     return x.end <= y.begin or y.end <= x.begin
 
 
-cdef int check_out(object out, tuple shape, cnp.ndarray query, dict inputs) except -1:
+cdef int check_out(object out, str name, tuple shape, cnp.ndarray like, str like_name, dict inputs) except -1:
+    """Whether results can be stored in `out`: of that shape, and the dtype of `like`."""
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be an ndarray, not {type(out).__name__}")
+        raise TypeError(f"{name} must be an ndarray, not {type(out).__name__}")
     if type(out) is not cnp.ndarray:
-        _checks.refuse_masked("out", out)
-    if out.dtype != query.dtype:
-        raise TypeError(f"out has dtype {out.dtype}; accepted is that of query, {query.dtype}")
+        _checks.refuse_masked(name, out)
+    if out.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {out.dtype}; accepted is that of {like_name}, {like.dtype}")
     if out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}; accepted is {shape}")
+        raise ValueError(f"{name} has shape {out.shape}; accepted is {shape}")
     if not out.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(f"{name} is read-only")
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
-        raise ValueError(f"out overlaps itself: it has shape {out.shape} and strides {out.strides}")
-    for name, array in inputs.items():
+        raise ValueError(f"{name} overlaps itself: it has shape {out.shape} and strides {out.strides}")
+    for other, array in inputs.items():
         if not lie_apart(out, array) and share_memory(out, array):
-            raise ValueError(f"out overlaps {name} in memory")
+            raise ValueError(f"{name} overlaps {other} in memory")
     return 0
 
 
@@ -711,7 +712,7 @@ cdef class Call:
                 rows = (self.query.shape[0], p.num_heads)
             else:
                 *rows, _ = score_shape(p, self.single_head)
-            check_out(out, (*rows, p.head_dim_v), self.query, self.inputs)
+            check_out(out, "out", (*rows, p.head_dim_v), self.query, "query", self.inputs)
             array = out
         if self.packed:
             describe_packed(&p.out, array)
@@ -772,12 +773,15 @@ cdef int raise_pending() except -1:
     return -1
 
 
-cdef int run(Call call) except -1:
+ctypedef fa_status (*fa_pass)(const fa_problem *problem) noexcept nogil
+
+
+cdef int run(Call call, fa_pass compute) except -1:
     cdef fa_status status
     if in_main_thread():
         call.problem.interrupted = interrupted
     with nogil:
-        status = fa_forward(&call.problem)
+        status = compute(&call.problem)
     if status == FA_NO_MEMORY:
         raise MemoryError("no memory for the scratch of a thread")
     if status == FA_INTERRUPTED:
@@ -790,7 +794,7 @@ cdef object compute(Call call, object out, bint return_lse, bint return_weights)
     cdef cnp.ndarray result = call.set_out(out)
     cdef cnp.ndarray lse = call.set_lse() if return_lse else None
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
-    run(call)
+    run(call, fa_forward)
     if lse is None and weights is None:
         return result
     return (result, *((lse,) if lse is not None else ()), *((weights,) if weights is not None else ()))
@@ -1010,7 +1014,7 @@ def top_keys(query, key, k, dict scores not None, bint return_totals):
         # The largest total is the number of rows; it must stay below 2**63.
         p.fixed_point_scale = 2.0 ** (61 - int(p.seqlen_q).bit_length())
         p.column_sums.col, p.column_sums.row = p.column_sums.row, 0
-    run(call)
+    run(call, fa_forward)
     if not return_totals:
         return indices, weights
     dtype = np.float64 if p.query.dtype == FA_FLOAT64 else np.float32
@@ -1051,6 +1055,148 @@ def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.nda
     return compute(call, out, return_lse, return_weights)
 
 
+# --- gradients ------------------------------------------------------------------------------------
+
+
+cdef class Gradients:
+    """Of a call: what comes of its results, and where the gradients of its arguments go."""
+
+    cdef fa_gradients gradients
+    cdef Call call
+    cdef cnp.ndarray grad_out, out, lse, grad_lse
+    cdef list results  # of query, key and value
+    cdef cnp.ndarray delta
+
+    cdef tuple result_shape(self, bint columns):
+        cdef const fa_problem *p = &self.call.problem
+        if self.call.packed:
+            rows = [self.call.query.shape[0], p.num_heads]
+        else:
+            *rows, _ = score_shape(p, self.call.single_head)
+        return (*rows, p.head_dim_v) if columns else tuple(rows)
+
+    cdef cnp.ndarray checked(self, object x, str name, bint columns):
+        """An argument that has the shape of `out`, or of `lse`."""
+        cdef cnp.ndarray array = self.call.taken(x, name)
+        shape = self.result_shape(columns)
+        if shape_of(array) != shape:
+            raise ValueError(f"{name} has shape {shape_of(array)}; accepted is that of "
+                             f"{'out' if columns else 'lse'}, {shape}")
+        if columns and array.dtype != self.call.query.dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}; accepted is that of query, {self.call.query.dtype}")
+        return array
+
+    cdef int describe_result(self, fa_array *view, cnp.ndarray array, str name, int core_ndim) except -1:
+        view.dtype = <fa_dtype>float_dtype(array, name)
+        if self.call.packed:
+            describe_packed(view, array)
+        else:
+            describe(view, &self.call.problem, array, core_ndim)
+        return 0
+
+    cdef int set_results(self, object grad_out, object out, object lse, object grad_lse) except -1:
+        """What the forward pass has returned, and its gradients."""
+        cdef fa_problem *p = &self.call.problem
+        self.grad_out = self.checked(grad_out, "grad_out", True)
+        self.out = self.checked(out, "out", True)
+        self.lse = self.checked(lse, "lse", False)
+        self.describe_result(&self.gradients.grad_out, self.grad_out, "grad_out", 3)
+        self.describe_result(&p.out, self.out, "out", 3)
+        self.describe_result(&p.lse, self.lse, "lse", 2)
+        if grad_lse is not None:
+            self.grad_lse = self.checked(grad_lse, "grad_lse", False)
+            self.describe_result(&self.gradients.grad_lse, self.grad_lse, "grad_lse", 2)
+        p.gradients = &self.gradients
+        return 0
+
+    cdef cnp.ndarray new_gradient(self, fa_array *view, cnp.ndarray like, str name, object given):
+        """Where the gradient of an array goes: `given`, or a new array. A batch that it was broadcast to has one for
+        each item, in the precision of sums."""
+        cdef fa_problem *p = &self.call.problem
+        cdef cnp.ndarray array
+        cdef tuple shape = shape_of(like)
+        if not self.call.packed and not self.call.single_head:
+            shape = (*batch_shape_of(p), *shape[len(shape) - 3:])
+        if given is not None:
+            check_out(given, f"grads' {name}", shape_of(like), like, name, self.call.inputs)
+            self.call.inputs[f"grads' {name}"] = given
+        if shape != shape_of(like):
+            array = np.zeros(shape, np.float64 if p.query.dtype == FA_FLOAT64 else np.float32)
+        elif given is not None:
+            array = given
+        else:
+            array = np.empty(shape, like.dtype)
+        if self.call.packed or p.num_heads == 0 or p.seqlen_q == 0:  # keys that belong to no work
+            array.fill(0)
+        self.describe_result(view, array, name, 3)
+        return array
+
+    cdef int set_grads(self, object grads) except -1:
+        cdef Call call = self.call
+        cdef fa_gradients *g = &self.gradients
+        cdef list given = [None, None, None] if grads is None else _checks.as_grads(grads)
+        self.results = [
+            self.new_gradient(&g.grad_query, call.query, "query", given[0]),
+            self.new_gradient(&g.grad_key, call.key, "key", given[1]),
+            self.new_gradient(&g.grad_value, call.value, "value", given[2]),
+        ]
+        return 0
+
+    cdef int set_delta(self) except -1:
+        self.delta = self.call.new_array(np.dtype(np.float64), -1)
+        self.describe_result(&self.gradients.delta, self.delta, "delta", 2)
+        return 0
+
+    cdef cnp.ndarray new_bias_gradient(self):
+        cdef fa_array *view = &self.gradients.grad_bias
+        cdef cnp.ndarray array = np.zeros(shape_of(self.call.bias), self.call.bias.dtype)
+        view.dtype = self.call.problem.bias.dtype
+        describe(view, &self.call.problem, array, 3)
+        return array
+
+    cdef cnp.ndarray sink_gradients(self, object sinks):
+        cdef cnp.ndarray lse = self.lse, delta = self.delta
+        if self.call.packed:
+            lse, delta = lse.T, delta.T
+        elif self.call.single_head:
+            lse, delta = lse[None], delta[None]
+        return _checks.sink_gradients(sinks, lse, delta)
+
+    cdef list summed(self, object grads):
+        """The results, in which the batch axes along which an array was broadcast are summed."""
+        cdef list given = [None, None, None] if grads is None else list(grads)
+        cdef list arrays = [self.call.query, self.call.key, self.call.value]
+        return [_checks.sum_to(result, array.shape, array.dtype, out)
+                for result, array, out in zip(self.results, arrays, given, strict=True)]
+
+
+def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, dict scores not None,
+                       grad_lse, bint return_grad_bias, bint return_grad_sinks, grads):
+    cdef Call call = Call.__new__(Call)
+    cdef Gradients gradients = Gradients.__new__(Gradients)
+    call.inputs = {}
+    gradients.call = call
+    if cu_seqlens_q is None:
+        call.set_arrays(query, key, value)
+    else:
+        call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
+    call.read_scores(scores)
+    gradients.set_results(grad_out, out, lse, grad_lse)
+    gradients.set_grads(grads)
+    if return_grad_sinks:
+        gradients.set_delta()
+    bias = gradients.new_bias_gradient() if return_grad_bias else None
+    run(call, fa_backward)
+    if return_grad_bias:
+        run(call, fa_bias_gradient)
+    results = gradients.summed(grads)
+    if return_grad_bias:
+        results.append(bias)
+    if return_grad_sinks:
+        results.append(gradients.sink_gradients(scores["sinks"]))
+    return tuple(results)
+
+
 cdef tuple axes_of(cnp.ndarray array):
     """Batch axes, heads, seqlen and head_dim."""
     *batch, heads, seqlen, head_dim = (1, *shape_of(array)) if array.ndim == 2 else shape_of(array)
@@ -1063,7 +1209,7 @@ def plan(query, key, value, dict scores not None, bint return_weights):
     call.read_scores(scores)
     cdef fa_problem *p = &call.problem
     cdef fa_plan chosen
-    if fa_plan_forward(p, &chosen) == FA_NO_MEMORY:
+    if fa_plan_problem(p, &chosen) == FA_NO_MEMORY:
         raise MemoryError("no memory for the plan")
     return {
         "query": axes_of(call.query),

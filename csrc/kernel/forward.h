@@ -15,6 +15,7 @@
 #include "attend_pipeline.h"
 #else
 #include "attend_wide.h"
+#include "bias_gradient.h"
 #endif
 
 /* Scores of the panel -> weights. */
@@ -203,19 +204,6 @@ static void attend_weights(item_state *s)
     }
 }
 
-/* Of a tile of a few rows: the power of two that holds them, and the keys that share a vector then. */
-static void set_decode_rows(int64_t rows, tile *t)
-{
-    t->rows_pow2 = 0;
-    t->key_shift = 0;
-    if (rows > DECODE_ROWS)
-        return;
-    for (t->rows_pow2 = 1; t->rows_pow2 < rows;)
-        t->rows_pow2 *= 2;
-    while (t->rows_pow2 << t->key_shift < LANES)
-        t->key_shift++;
-}
-
 /* What is masked or packed is so block by block, and a page may end with a block. */
 static int decode_block_keys(const fa_problem *p)
 {
@@ -226,27 +214,10 @@ static int decode_block_keys(const fa_problem *p)
     return one_piece ? DECODE_KEYS : KEY_BLOCK;
 }
 
-/* Spreads the item's rows evenly over as few tiles as hold them. */
-static void locate_tiles(item_state *s, const fa_work_item *item)
+/* The tiles of an item, and the keys that they and its splits have in common. */
+static void locate_item(item_state *s, const fa_work_item *item)
 {
-    int64_t rows = item->row_end - item->row_begin;
-    int vectors = (int)((rows + LANES - 1) / LANES);
-    s->num_tiles = (vectors + MAX_VECTORS - 1) / MAX_VECTORS;
-    s->key_lo = INT64_MAX;
-    s->key_hi = 0;
-    int64_t row = item->row_begin;
-    for (int i = 0; i < s->num_tiles; i++) {
-        tile *t = &s->w.tiles[i];
-        set_decode_rows(s->arrays.group_size * item->sequence.num_queries, t);
-        t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
-        if (t->vectors < MIN_VECTORS && !is_decode(t))
-            t->vectors = MIN_VECTORS;
-        t->rows = (int)min_i64(t->vectors * LANES, item->row_end - row);
-        locate_rows(s->problem, &s->arrays, row, t);
-        s->key_lo = min_i64(s->key_lo, t->key_lo);
-        s->key_hi = max_i64(s->key_hi, t->key_hi);
-        row += t->rows;
-    }
+    locate_tiles(s, item->row_begin, item->row_end, s->arrays.group_size * item->sequence.num_queries);
     s->block_keys = is_decode(&s->w.tiles[0]) ? decode_block_keys(s->problem) : KEY_BLOCK;
     s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);
@@ -295,7 +266,7 @@ static void forward_item(const fa_problem *p, const fa_work_item *item, const fa
         int64_t rows = item->row_end - item->row_begin;
         s->arrays = arrays;
         lay_out(p, (int)((rows + TILE_ROWS - 1) / TILE_ROWS), (char *)scratch + STATE_BYTES, &s->w);
-        locate_tiles(s, item);
+        locate_item(s, item);
     }
     attend_item(s);
     end_products();
@@ -348,6 +319,16 @@ const fa_kernel FA_KERNEL = {
     .partial_bytes = partial_bytes,
     .forward = forward_item,
     .softmax_beside_products = IS_PIPELINED,
+#if !IS_PIPELINED
+    .backward = backward_item,
+    .backward_rows = backward_rows,
+    .backward_scratch_bytes = backward_scratch_bytes,
+    .sum_bytes = sum_bytes,
+    .bias_scratch_bytes = bias_scratch_bytes,
+    .begin_bias_gradient = begin_bias_gradient,
+    .add_bias_gradient = add_bias_gradient,
+    .store_bias_gradient = store_bias_gradient,
+#endif
     .peak = measure_peak_rounds,
     .decode_peak = measure_decode_rounds,
     .softmax_peak = measure_softmax_rounds,

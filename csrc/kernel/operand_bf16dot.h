@@ -93,6 +93,29 @@ FA_INLINE void pack_value(const source_rows *src, int lead, int num_keys, int he
     }
 }
 
+/* `count` columns at `offset` of rows 0 and 1, in pairs, as lanes; 0 beyond. */
+FA_INLINE packed_vec pack_row_operands(char *const *rows, ptrdiff_t offset, ptrdiff_t col, fa_dtype dtype,
+                                       int count)
+{
+    (void)dtype;
+    return make_pairs(load_halves(rows[0] + offset, col, count), load_halves(rows[1] + offset, col, count));
+}
+
+/* Rows of a score panel as pairs of lanes, rounded, at `to`. */
+FA_INLINE const char *round_panel_rows(const vec *panel, int rows, int vectors, char *to)
+{
+    for (int i = 0; i < rows * vectors; i++)
+        store_contiguous(to + i * 2 * LANES, FA_BFLOAT16, panel[i]);
+    return to;
+}
+
+/* multiply_add, but where half of a is 0, what it meets is hidden, be it NaN. */
+FA_INLINE vec multiply_add_visible(operand a, packed_vec b, vec c)
+{
+    const uint32_t low = a & 0x7fff ? 0xffff : 0, high = a & 0x7fff0000 ? 0xffff0000 : 0;
+    return multiply_add(a, b & (low | high), c);
+}
+
 #include "operand_rows.h"
 
 #endif

@@ -78,6 +78,26 @@ FA_INLINE void pack_value(const source_rows *value, int lead, int num_keys, int 
     pack_rows(value, num_keys, head_dim_v, packed);
 }
 
+/* Of row 0, `count` columns at `offset` as lanes; 0 beyond. Of pairs: of rows 0 and 1. */
+FA_INLINE packed_vec pack_row_operands(char *const *rows, ptrdiff_t offset, ptrdiff_t col, fa_dtype dtype,
+                                       int count)
+{
+    return load_elements(rows[0] + offset, col, count, dtype);
+}
+
+/* Rows of a score panel as operands, in place. Of pairs: rounded, at `to`. */
+FA_INLINE const char *round_panel_rows(const vec *panel, int rows, int vectors, char *to)
+{
+    (void)rows, (void)vectors, (void)to;
+    return (const char *)panel;
+}
+
+/* multiply_add, but where a is 0, what it meets is hidden, be it NaN. */
+FA_INLINE vec multiply_add_visible(operand a, packed_vec b, vec c)
+{
+    return a == 0 ? c : multiply_add(a, b, c);
+}
+
 #include "operand_rows.h"
 
 #endif

@@ -29,56 +29,75 @@ FA_INLINE operand_block in_place(const source_rows *src, int64_t begin, ptrdiff_
                            src->array->dtype, src->scale, src->scale_step};
 }
 
-/* Keys [begin, end) and their values as operands: in place, or packed at `packed`. */
+/* Rows [begin, end) that a product reads along their columns, as it does keys: in place, or packed at
+ * `packed`, and before that gathered at `gathered` if they are scattered. */
+static operand_block load_row_block(source_rows src, int64_t columns, int64_t begin, int64_t end,
+                                    char *gathered, char *packed)
+{
+    const bool is_whole = begin % KEY_STEP == 0 && end % KEY_STEP == 0;
+    fa_array dense;
+    if (is_whole && key_is_operand(src.array, columns))
+        return in_place(&src, begin, operand_step(src.array));
+    if (is_scattered(src.array))
+        src = gather_rows(&src, (int)(end - begin), (int)columns, &dense, gathered);
+    const int lead = (int)(begin % KEY_STEP);
+    pack_key(&src, lead, (int)(end - begin), (int)columns, packed);
+    return (operand_block){.data = packed,
+                           .first = begin - lead,
+                           .row = packed_key_row(columns),
+                           .col = packed_key_step(),
+                           .dtype = FA_REAL_DTYPE};
+}
+
+/* The same, of rows that a product reads across, column by column, as it does values. */
+static operand_block load_column_block(source_rows src, int64_t columns, int64_t begin, int64_t end,
+                                       char *gathered, char *packed)
+{
+    fa_array dense;
+    if (value_is_operand(src.array))
+        return in_place(&src, begin, operand_step(src.array));
+    if (is_scattered(src.array))
+        src = gather_rows(&src, (int)(end - begin), (int)columns, &dense, gathered);
+    const int lead = (int)(begin % VALUE_STEP);
+    pack_value(&src, lead, (int)(end - begin), (int)columns, packed);
+    return (operand_block){.data = packed,
+                           .first = (begin - lead) / TILE_K,
+                           .row = packed_value_bytes(columns),
+                           .col = PACKED_VALUE_COL,
+                           .dtype = FA_REAL_DTYPE};
+}
+
+/* The same, for a decode tile: of keys and values alike. */
+static operand_block load_decode_block(source_rows src, int64_t columns, int64_t begin, int64_t end,
+                                       char *gathered, char *packed)
+{
+    fa_array dense;
+    if (is_vector_aligned(src.array, columns))
+        return in_place(&src, begin, operand_step(src.array));
+    if (is_scattered(src.array))
+        src = gather_rows(&src, (int)(end - begin), (int)columns, &dense, gathered);
+    pack_decode_rows(&src, (int)(end - begin), (int)columns, packed);
+    return (operand_block){.data = packed,
+                           .first = begin,
+                           .row = packed_decode_row_bytes(columns),
+                           .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
+}
+
+/* Keys [begin, end), and their values, as operands. */
 static operand_block load_key_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
                                     bool decode, const workspace *w, char *packed)
 {
-    const bool is_whole = begin % KEY_STEP == 0 && end % KEY_STEP == 0;
-    fa_array gathered;
-    source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
-    if (decode ? is_vector_aligned(&p->key, p->head_dim) : is_whole && key_is_operand(&p->key, p->head_dim))
-        return in_place(&src, begin, operand_step(&p->key));
-    if (is_scattered(&p->key))
-        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim, &gathered, w->gathered);
-    if (decode) {
-        pack_decode_rows(&src, (int)(end - begin), (int)p->head_dim, packed);
-        return (operand_block){.data = packed,
-                               .first = begin,
-                               .row = packed_decode_row_bytes(p->head_dim),
-                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
-    }
-    int lead = (int)(begin % KEY_STEP);
-    pack_key(&src, lead, (int)(end - begin), (int)p->head_dim, packed);
-    return (operand_block){.data = packed,
-                           .first = begin - lead,
-                           .row = packed_key_row(p->head_dim),
-                           .col = packed_key_step(),
-                           .dtype = FA_REAL_DTYPE};
+    const source_rows src = rows_from(p, a, &p->key, a->key, &p->key_scale, a->key_scale, begin);
+    return decode ? load_decode_block(src, p->head_dim, begin, end, w->gathered, packed)
+                  : load_row_block(src, p->head_dim, begin, end, w->gathered, packed);
 }
 
 static operand_block load_value_block(const fa_problem *p, const item_arrays *a, int64_t begin, int64_t end,
                                       bool decode, const workspace *w, char *packed)
 {
-    fa_array gathered;
-    source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
-    if (decode ? is_vector_aligned(&p->value, p->head_dim_v) : value_is_operand(&p->value))
-        return in_place(&src, begin, operand_step(&p->value));
-    if (is_scattered(&p->value))
-        src = gather_rows(&src, (int)(end - begin), (int)p->head_dim_v, &gathered, w->gathered);
-    if (decode) { /* in rows, like keys */
-        pack_decode_rows(&src, (int)(end - begin), (int)p->head_dim_v, packed);
-        return (operand_block){.data = packed,
-                               .first = begin,
-                               .row = packed_decode_row_bytes(p->head_dim_v),
-                               .dtype = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE};
-    }
-    int lead = (int)(begin % VALUE_STEP);
-    pack_value(&src, lead, (int)(end - begin), (int)p->head_dim_v, packed);
-    return (operand_block){.data = packed,
-                           .first = (begin - lead) / TILE_K,
-                           .row = packed_value_bytes(p->head_dim_v),
-                           .col = PACKED_VALUE_COL,
-                           .dtype = FA_REAL_DTYPE};
+    const source_rows src = rows_from(p, a, &p->value, a->value, &p->value_scale, a->value_scale, begin);
+    return decode ? load_decode_block(src, p->head_dim_v, begin, end, w->gathered, packed)
+                  : load_column_block(src, p->head_dim_v, begin, end, w->gathered, packed);
 }
 
 typedef struct {
@@ -91,6 +110,42 @@ typedef struct {
     int64_t key_lo, key_hi; /* keys of the item's splits that some tile reads */
     fa_stop *stop;
 } item_state; /* at the front of the scratch */
+
+/* Of a tile of a few rows: the power of two that holds them, and the keys that share a vector then. */
+static void set_decode_rows(int64_t rows, tile *t)
+{
+    t->rows_pow2 = 0;
+    t->key_shift = 0;
+    if (rows > DECODE_ROWS)
+        return;
+    for (t->rows_pow2 = 1; t->rows_pow2 < rows;)
+        t->rows_pow2 *= 2;
+    while (t->rows_pow2 << t->key_shift < LANES)
+        t->key_shift++;
+}
+
+/* Spreads rows [row_begin, row_end), of a head group of `group_rows`, evenly over as few tiles as hold them.
+ */
+static void locate_tiles(item_state *s, int64_t row_begin, int64_t row_end, int64_t group_rows)
+{
+    const int vectors = (int)((row_end - row_begin + LANES - 1) / LANES);
+    s->num_tiles = (vectors + MAX_VECTORS - 1) / MAX_VECTORS;
+    s->key_lo = INT64_MAX;
+    s->key_hi = 0;
+    int64_t row = row_begin;
+    for (int i = 0; i < s->num_tiles; i++) {
+        tile *t = &s->w.tiles[i];
+        set_decode_rows(group_rows, t);
+        t->vectors = vectors / s->num_tiles + (i < vectors % s->num_tiles);
+        if (t->vectors < MIN_VECTORS && !is_decode(t))
+            t->vectors = MIN_VECTORS;
+        t->rows = (int)min_i64(t->vectors * LANES, row_end - row);
+        locate_rows(s->problem, &s->arrays, row, t);
+        s->key_lo = min_i64(s->key_lo, t->key_lo);
+        s->key_hi = max_i64(s->key_hi, t->key_hi);
+        row += t->rows;
+    }
+}
 
 /* Whether some row of a tile may see keys of [lo, hi). A mask that hides whole blocks from tiles belongs
  * here: next_block asks for every way of attending, and for what is packed and prefetched. */

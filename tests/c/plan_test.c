@@ -9,7 +9,7 @@
 #include "dispatch.h"
 #include "plan.h"
 
-enum { MAX_SEQUENCES = 12, NUM_PROBLEMS = 3000 };
+enum { MAX_SEQUENCES = 12, NUM_PROBLEMS = 8000 };
 
 static size_t scratch_bytes(const fa_problem *p, int tiles)
 {
@@ -21,16 +21,40 @@ static size_t partial_bytes(const fa_problem *p, int64_t rows)
     return ((size_t)rows * (size_t)p->head_dim_v * sizeof(float) + 63) / 64 * 64;
 }
 
+static int64_t backward_rows(const fa_problem *p)
+{
+    return p->head_dim % 7 * 16 + 16;
+}
+
+static size_t sum_bytes(const fa_problem *p, int64_t key_lo, int64_t key_hi)
+{
+    return (size_t)((key_hi - key_lo) * p->head_dim + 63) / 64 * 64;
+}
+
+static size_t backward_scratch_bytes(const fa_problem *p, int64_t key_lo, int64_t key_hi, int num_sums)
+{
+    return 1000 + (size_t)num_sums * sum_bytes(p, key_lo, key_hi);
+}
+
 static fa_kernel kernel = {
     .isa = "none",
     .name = "none",
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,
+    .backward_rows = backward_rows,
+    .backward_scratch_bytes = backward_scratch_bytes,
+    .sum_bytes = sum_bytes,
 };
 
 const fa_kernel *fa_select_kernel(const fa_problem *problem, int64_t rows, int64_t keys)
 {
     (void)problem, (void)rows, (void)keys;
+    return &kernel;
+}
+
+const fa_kernel *fa_select_backward_kernel(const fa_problem *problem)
+{
+    (void)problem;
     return &kernel;
 }
 
@@ -126,6 +150,8 @@ static void make_case(test_case *c)
     p->num_threads = (int)random_int(1, 16);
     static char weights;
     p->weights.data = one_in(8) ? &weights : NULL;
+    static const fa_gradients gradients;
+    p->gradients = one_in(3) ? &gradients : NULL;
     if (one_in(3))
         make_packed(c);
     else
@@ -202,7 +228,20 @@ static void check_geometry(const fa_problem *p, const fa_partition *part, const 
     REQUIRE(item->row_begin >= 0 && rows > 0);
     REQUIRE(item->split_begin >= item->first_split && item->split_begin < item->split_end);
     REQUIRE(item->split_end <= item->first_split + item->num_splits);
-    REQUIRE(scratch_bytes(p, (int)((rows + tile_rows - 1) / tile_rows)) <= part->scratch_bytes);
+    const fa_sequence *s = &item->sequence;
+    const int num_sums = item->partials ? 0 : item->num_splits > 1 ? 2 : 1;
+    const size_t bytes = p->gradients ? backward_scratch_bytes(p, s->key_lo, s->key_hi, num_sums)
+                                      : scratch_bytes(p, (int)((rows + tile_rows - 1) / tile_rows));
+    REQUIRE(bytes <= part->scratch_bytes);
+    if (p->gradients)
+        REQUIRE(item->split_rows > 0 && item->split_rows % kernel.lanes == 0);
+}
+
+static size_t partials_bytes(const fa_problem *p, const fa_work_item *item)
+{
+    const fa_sequence *s = &item->sequence;
+    return (size_t)item->num_splits * (p->gradients ? sum_bytes(p, s->key_lo, s->key_hi)
+                                                    : partial_bytes(p, item->row_end - item->row_begin));
 }
 
 /* Splits that are merged by the item that finishes last: each has a place of its own, and the group a count.
@@ -215,7 +254,7 @@ static void check_partials(const fa_problem *p, const fa_partition *part, const 
         REQUIRE(item->split_end == item->first_split + item->num_splits);
         return;
     }
-    const size_t bytes = (size_t)item->num_splits * partial_bytes(p, item->row_end - item->row_begin);
+    const size_t bytes = partials_bytes(p, item);
     REQUIRE(item->partials >= shared && item->partials + bytes <= shared + part->shared_bytes);
     REQUIRE((uintptr_t)item->partials % 64 == (uintptr_t)shared % 64);
     REQUIRE((const char *)item->splits_done >= shared &&
@@ -228,8 +267,7 @@ static void check_partials(const fa_problem *p, const fa_partition *part, const 
 /* Groups with partial results mark their bytes, which nobody else may have marked. */
 static void claim_partials(const fa_problem *p, const fa_work_item *item, const char *shared, char *owned)
 {
-    const char *end =
-        item->partials + (size_t)item->num_splits * partial_bytes(p, item->row_end - item->row_begin);
+    const char *end = item->partials + partials_bytes(p, item);
     for (const char *at = (const char *)item->splits_done; at < end; at++) {
         REQUIRE(!owned[at - shared]);
         owned[at - shared] = 1;
@@ -240,11 +278,14 @@ static void count_keys(const fa_problem *p, const fa_work_item *item, group_reco
 {
     const int64_t group_size = p->num_heads / p->num_kv_heads;
     for (int64_t row = item->row_begin; row < item->row_end; row++) {
+        if (p->gradients &&
+            (row / item->split_rows < item->split_begin || row / item->split_rows >= item->split_end))
+            continue;
         const int64_t position = row / group_size + item->sequence.query_offset;
         const fa_interval keys = fa_row_interval(p, position, item->sequence.num_keys);
-        const int64_t begin = item->split_begin * item->split_keys;
+        const int64_t begin = p->gradients ? 0 : item->split_begin * item->split_keys;
         for (int64_t n = keys.lo > begin ? keys.lo : begin;
-             n < keys.hi && n / item->split_keys < item->split_end; n++)
+             n < keys.hi && (p->gradients || n / item->split_keys < item->split_end); n++)
             group->counts[row * group->num_keys + n]++;
     }
 }
@@ -313,7 +354,7 @@ static void check_items(const test_case *c, const fa_partition *part, group_reco
 }
 
 /* What kind of work a partition has, so that no kind is missed by chance. */
-static int num_shared, num_split, num_uniform, num_ragged;
+static int num_shared, num_split, num_uniform, num_ragged, num_shared_rows;
 
 static void check_case(const test_case *c)
 {
@@ -325,7 +366,8 @@ static void check_case(const test_case *c)
     begin_groups(c, groups);
     check_items(c, &part, groups);
     end_groups(c, groups);
-    num_shared += part.shared_bytes > 0;
+    num_shared += !c->problem.gradients && part.shared_bytes > 0;
+    num_shared_rows += c->problem.gradients && part.shared_bytes > 0;
     num_split += part.max_splits > 1;
     num_ragged += part.prefixes != NULL;
     num_uniform += part.prefixes == NULL && part.num_items > 0;
@@ -340,7 +382,7 @@ int main(void)
         make_case(&c);
         check_case(&c);
     }
-    REQUIRE(num_shared > 50 && num_split > 50 && num_uniform > 50 && num_ragged > 50, "%d %d %d %d",
-            num_shared, num_split, num_uniform, num_ragged);
+    REQUIRE(num_shared > 50 && num_split > 50 && num_uniform > 50 && num_ragged > 50 && num_shared_rows > 50,
+            "%d %d %d %d %d", num_shared, num_split, num_uniform, num_ragged, num_shared_rows);
     return 0;
 }

@@ -1,0 +1,405 @@
+/* The gradients of one work item: all keys of a kv head, and some splits of the rows of its head group.
+ *
+ * For some tiles at a time, block by block of keys: scores and their probabilities anew, then
+ *
+ *     dP = V · dOᵀ,  dS = p (dP - delta),  dQ += Kᵀ · dS,   lanes are query rows;
+ *     dV += p · dO,  dK += dS · Q,                          lanes are columns.
+ *
+ * Five products, each of the form that the forward pass has. dQ is a tile's own; dK and dV are sums of the
+ * item, in scratch, formed apart for each split of the rows and then added in the order of the splits, so
+ * that they depend on neither the threads nor the batch.
+ *
+ * Requires attend_wide.h; provides what a kernel's entry needs for the backward pass. */
+#include "for_editors.h"
+
+#ifndef FA_KERNEL_BACKWARD_H
+#define FA_KERNEL_BACKWARD_H
+
+#include "attend_wide.h"
+#include "grad_tile.h"
+
+/* Tiles that share a key block: what a tile has packed is 5 panels, and the blocks of K, V, dK and dV are
+ * read from L2 once for each. */
+#define MAX_GRAD_TILES 4
+#define GRAD_TILE_BYTES (384 << 10)
+
+typedef struct {
+    item_state s; /* its workspace has the tiles, the score panel and the packed keys */
+    grad_arrays arrays;
+    grad_tile tiles[MAX_GRAD_TILES];
+    vec *grad_scores;                     /* dP, then dS: a panel like the scores */
+    vec *raw_scores;                      /* with a softcap: the scores before it */
+    char *score_operands, *grad_operands; /* the panels, rounded */
+    char *packed_value_rows;
+    int64_t first_block, num_blocks; /* of KEY_BLOCK keys, that the sequence reads */
+    vec *sums, *total;               /* dK and dV over a split, and over the splits before */
+} backward_state;
+
+/* --- scratch ---------------------------------------------------------------------------------------- */
+
+static size_t grad_tile_bytes(const fa_problem *p)
+{
+    return (size_t)(query_panel_rows(p->head_dim) + query_panel_rows(p->head_dim_v) + p->head_dim +
+                    MAX_SPARE_ROWS) *
+               MAX_VECTORS * sizeof(vec) +
+           (size_t)(row_panel_vectors(p->head_dim) + row_panel_vectors(p->head_dim_v)) * sizeof(vec);
+}
+
+static int count_grad_tiles(const fa_problem *p)
+{
+    const size_t fit = GRAD_TILE_BYTES / grad_tile_bytes(p);
+    return fit < 1 ? 1 : fit > MAX_GRAD_TILES ? MAX_GRAD_TILES : (int)fit;
+}
+
+/* Vectors of dK and dV of a block. */
+static int64_t block_sum_vectors(const fa_problem *p)
+{
+    return sum_vectors(p->head_dim) + sum_vectors(p->head_dim_v);
+}
+
+static int64_t count_blocks(int64_t key_lo, int64_t key_hi)
+{
+    return key_lo < key_hi ? (key_hi + KEY_BLOCK - 1) / KEY_BLOCK - key_lo / KEY_BLOCK : 0;
+}
+
+static size_t sum_bytes(const fa_problem *p, int64_t key_lo, int64_t key_hi)
+{
+    return (size_t)(count_blocks(key_lo, key_hi) * block_sum_vectors(p)) * sizeof(vec);
+}
+
+/* Lays out the scratch of `num_sums` sums of `sum_bytes` at `base`; with NULL, only sizes it. */
+static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_sums, char *base,
+                               backward_state *b)
+{
+    const size_t panel_bytes = (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec);
+    const int num_tiles = count_grad_tiles(p);
+    workspace *w = &b->s.w;
+    size_t offset = 0;
+    w->tiles = take(base, &offset, (size_t)num_tiles * sizeof(tile));
+    for (int i = 0; i < num_tiles; i++) {
+        grad_tile *g = &b->tiles[i];
+        void *query = take(base, &offset, query_bytes(p));
+        if (base)
+            w->tiles[i].query = query;
+        g->grad_out =
+            take(base, &offset, (size_t)query_panel_rows(p->head_dim_v) * MAX_VECTORS * sizeof(vec));
+        g->query_rows = take(base, &offset, (size_t)row_panel_vectors(p->head_dim) * sizeof(vec));
+        g->grad_out_rows = take(base, &offset, (size_t)row_panel_vectors(p->head_dim_v) * sizeof(vec));
+        g->grad_query =
+            take(base, &offset, (size_t)(p->head_dim + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
+    }
+    w->scores = take(base, &offset, panel_bytes);
+    b->grad_scores = take(base, &offset, panel_bytes);
+    b->raw_scores = take(base, &offset, p->softcap != 0 ? panel_bytes : 0);
+    b->score_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
+    b->grad_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
+    w->packed_key = take(base, &offset, wide_key_bytes(p));
+    w->packed_value = take(base, &offset, (size_t)(KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim)));
+    b->packed_value_rows = take(base, &offset, (size_t)KEY_BLOCK * (size_t)packed_key_row(p->head_dim_v));
+    w->gathered = take(base, &offset, gathered_bytes(p));
+    b->sums = take(base, &offset, num_sums > 0 ? sum_bytes : 0);
+    b->total = take(base, &offset, num_sums > 1 ? sum_bytes : 0);
+    return offset;
+}
+
+#define BACKWARD_STATE_BYTES ((sizeof(backward_state) + 63) / 64 * 64)
+
+static size_t backward_scratch_bytes(const fa_problem *p, int64_t key_lo, int64_t key_hi, int num_sums)
+{
+    backward_state unused;
+    return BACKWARD_STATE_BYTES + lay_out_backward(p, sum_bytes(p, key_lo, key_hi), num_sums, NULL, &unused);
+}
+
+/* Rows that are worked on together. */
+static int64_t backward_rows(const fa_problem *p)
+{
+    return (int64_t)count_grad_tiles(p) * TILE_ROWS;
+}
+
+/* --- a block of keys -------------------------------------------------------------------------------- */
+
+/* Keys of a block as operands: in rows, for scores; in columns, for dQ; and their values in rows, for dP. */
+typedef struct {
+    operand_block key, key_columns, value;
+    bool is_finite;
+} grad_block;
+
+static bool are_finite_rows(const source_rows *src, int rows, int64_t columns)
+{
+    vec zeros = {0};
+    for (int n = 0; n < rows; n++)
+        zeros += zero_times_row(src->data + n * src->array->row, src->array->col, src->array->dtype, columns);
+    return is_zero(zeros);
+}
+
+static void load_grad_block(backward_state *b, fa_interval keys, grad_block *block)
+{
+    const item_state *s = &b->s;
+    const fa_problem *p = s->problem;
+    const item_arrays *a = &s->arrays;
+    const int count = (int)(keys.hi - keys.lo);
+    const source_rows key = rows_from(p, a, &p->key, a->key, NULL, NULL, keys.lo);
+    const source_rows value = rows_from(p, a, &p->value, a->value, NULL, NULL, keys.lo);
+    block->key = load_row_block(key, p->head_dim, keys.lo, keys.hi, s->w.gathered, s->w.packed_key);
+    block->key_columns =
+        TILE_K == 1 ? block->key
+                    : load_column_block(key, p->head_dim, keys.lo, keys.hi, s->w.gathered, s->w.packed_value);
+    block->value =
+        load_row_block(value, p->head_dim_v, keys.lo, keys.hi, s->w.gathered, b->packed_value_rows);
+    block->is_finite =
+        are_finite_rows(&key, count, p->head_dim) && are_finite_rows(&value, count, p->head_dim_v);
+}
+
+/* Where the sums of a block of keys are. */
+FA_INLINE vec *block_sums(const backward_state *b, int64_t key)
+{
+    return b->sums + (key / KEY_BLOCK - b->first_block) * block_sum_vectors(b->s.problem);
+}
+
+/* --- a tile and a block ----------------------------------------------------------------------------- */
+
+/* Scores of the panel -> probabilities; false if no row sees any of the keys. */
+FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const key_range *range,
+                                     const operand_block *key, int vectors, bool nan_safe)
+{
+    static const next_streams nothing;
+    const fa_problem *p = b->s.problem;
+    vec *scores = b->s.w.scores, block_max[MAX_VECTORS];
+    score_mods mods;
+    if (!sees_block(p, t, range, &mods))
+        return false;
+    const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
+    multiply_query_key(p, t, range, key, &nothing, scale, vectors, scores, block_max);
+    if (mods & MOD_SOFTCAP)
+        memcpy(b->raw_scores, scores, (size_t)(num_keys(range) * vectors) * sizeof(vec));
+    mask_rows_behind(t, range, scores);
+    if (mods != 0)
+        modify_scores(p, t, range, mods, scores, block_max);
+    exponentiate(t, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
+    return true;
+}
+
+/* dP[r][m] = Σ_e V[first + r][e] dO[m][e] */
+FA_INLINE void multiply_value_grad_out(const fa_problem *p, const grad_tile *g, const key_range *range,
+                                       const operand_block *value, int vectors, vec *grad_scores)
+{
+    const product_prefetch nothing = {.every = INT_MAX};
+    const product_rows a = key_rows(range, value);
+    const int length = (int)((p->head_dim_v + TILE_K - 1) / TILE_K);
+    vec unused[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++)
+        unused[m] = vec_splat(0);
+    for (int r = 0; r < num_keys(range); r += PRODUCT_ROWS(vectors))
+        product_scores(&a, r, g->grad_out, length, vectors, 1, &nothing, grad_scores + r * vectors, unused);
+}
+
+/* dP of the panel -> dS = p (dP - delta). Where p is 0 it is p: what is hidden may be NaN. */
+FA_INLINE void differentiate_softmax(const grad_tile *g, const vec *probabilities, int rows, int vectors,
+                                     vec *grad_scores)
+{
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            const vec p = probabilities[r * vectors + m];
+            vec *x = &grad_scores[r * vectors + m];
+            *x = vec_select(vec_equal(p, vec_splat(0)), p, p * (*x - g->delta[m]));
+        }
+}
+
+/* dS of capped scores c tanh(s / c) -> dS of s; 1 - tanh² is their slope. */
+static void differentiate_softcap(const fa_problem *p, const vec *raw_scores, int count, vec *grad_scores)
+{
+    score_mod_terms terms;
+    set_softcap(p, &terms);
+    for (int i = 0; i < count; i++) {
+        const vec t = vec_tanh(raw_scores[i] * terms.inverse_softcap), slope = 1 - t * t;
+        const vec x = grad_scores[i];
+        grad_scores[i] = vec_select(vec_equal(x, vec_splat(0)), x, x * slope);
+    }
+}
+
+/* dQ[d][m] += Σ_r K[first + r][d] dS[r][m] */
+FA_INLINE void multiply_key_grad_scores(const fa_problem *p, grad_tile *g, const key_range *range,
+                                        const operand_block *key, const packed_vec *grad_scores, int vectors,
+                                        bool nan_safe)
+{
+    const product_prefetch nothing = {.every = INT_MAX};
+    const product_rows a = {key->data + (range->first / TILE_K - key->first) * key->row, key->col, key->row,
+                            0, (int)p->head_dim};
+    for (int d = 0; d < p->head_dim; d += PRODUCT_ROWS(vectors))
+        product_add(&a, d, grad_scores, num_keys(range) / TILE_K, vectors, nan_safe, g->empty, &nothing,
+                    g->grad_query + d * vectors);
+    g->empty = false;
+}
+
+/* Both panels: probabilities, and dS of the scores after all that modifies them; false if no row sees any of
+ * the keys. */
+FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
+                                       const grad_block *block, int vectors, bool nan_safe)
+{
+    if (!compute_probabilities(b, t, range, &block->key, vectors, nan_safe))
+        return false;
+    multiply_value_grad_out(b->s.problem, g, range, &block->value, vectors, b->grad_scores);
+    differentiate_softmax(g, b->s.w.scores, num_keys(range), vectors, b->grad_scores);
+    return true;
+}
+
+FA_INLINE void differentiate_block(backward_state *b, tile *t, grad_tile *g, fa_interval keys,
+                                   const grad_block *block, int vectors, bool nan_safe)
+{
+    const fa_problem *p = b->s.problem;
+    const key_range range = tile_range(t, keys);
+    const int rows = num_keys(&range), first = (int)(range.first % KEY_BLOCK);
+    vec *probabilities = b->s.w.scores, *grad_scores = b->grad_scores;
+    vec *key_sums = block_sums(b, keys.lo), *value_sums = key_sums + sum_vectors(p->head_dim);
+    if (!compute_score_gradients(b, t, g, &range, block, vectors, nan_safe))
+        return;
+    if (p->softcap != 0)
+        differentiate_softcap(p, b->raw_scores, rows * vectors, grad_scores);
+    const panel_operands a = as_operands(probabilities, rows, vectors, b->score_operands);
+    add_rows(&a, g->grad_out_rows, p->head_dim_v, vectors, nan_safe, first, value_sums);
+    const panel_operands da = as_operands(grad_scores, rows, vectors, b->grad_operands);
+    add_rows(&da, g->query_rows, p->head_dim, vectors, nan_safe, first, key_sums);
+    multiply_key_grad_scores(p, g, &range, &block->key_columns,
+                             pack_probabilities(grad_scores, rows, vectors), vectors, nan_safe);
+}
+
+static void differentiate_block_any(backward_state *b, tile *t, grad_tile *g, fa_interval keys,
+                                    const grad_block *block)
+{
+    if (g->is_finite && block->is_finite)
+        WITH_VECTORS(t->vectors, differentiate_block(b, t, g, keys, block, VECTORS, false))
+    else
+        WITH_VECTORS(t->vectors, differentiate_block(b, t, g, keys, block, VECTORS, true))
+}
+
+/* --- an item ---------------------------------------------------------------------------------------- */
+
+/* Rows [row_begin, row_end), as many as the tiles hold. */
+static void differentiate_tiles(backward_state *b, int64_t row_begin, int64_t row_end)
+{
+    item_state *s = &b->s;
+    locate_tiles(s, row_begin, row_end, INT64_MAX);
+    for (int i = 0; i < s->num_tiles; i++)
+        begin_grad_tile(s->problem, &s->arrays, &b->arrays, &s->w.tiles[i], &b->tiles[i]);
+    fa_interval keys;
+    for (int64_t begin = s->key_lo; next_block(s, begin, KEY_BLOCK, s->key_hi, &keys); begin = keys.hi) {
+        if (fa_should_stop(s->stop))
+            return;
+        grad_block block;
+        load_grad_block(b, keys, &block);
+        for (int i = 0; i < s->num_tiles; i++)
+            if (tile_sees(&s->w.tiles[i], keys))
+                differentiate_block_any(b, &s->w.tiles[i], &b->tiles[i], keys, &block);
+    }
+    for (int i = 0; i < s->num_tiles; i++)
+        finish_grad_tile(s->problem, &b->arrays, &s->w.tiles[i], &b->tiles[i]);
+}
+
+/* b->sums = dK and dV over the rows of a split. */
+static void differentiate_split(backward_state *b, int64_t split)
+{
+    const fa_problem *p = b->s.problem;
+    const fa_work_item *item = b->s.item;
+    const int64_t end = min_i64((split + 1) * item->split_rows, item->row_end), step = backward_rows(p);
+    memset(b->sums, 0, (size_t)(b->num_blocks * block_sum_vectors(p)) * sizeof(vec));
+    for (int64_t row = split * item->split_rows; row < end; row += step)
+        differentiate_tiles(b, row, min_i64(row + step, end));
+}
+
+static void add_sums(const vec *sums, int64_t count, vec *total)
+{
+    for (int64_t i = 0; i < count; i++)
+        total[i] += sums[i];
+}
+
+/* Key n's row of a gradient, times `scale`; 0 if no query sees it. */
+static void store_key_gradient(const backward_state *b, const fa_array *to, char *data, const vec *sums,
+                               int64_t n, int64_t columns, real scale)
+{
+    const int64_t block = n / KEY_BLOCK - b->first_block;
+    const bool is_seen = block >= 0 && block < b->num_blocks;
+    char *row = data + n * to->row;
+    if (is_seen)
+        sums += block * block_sum_vectors(b->s.problem);
+    for (int i = 0; i < count_column_panels(columns); i++) {
+        const column_panel panel = column_panel_at(columns, i);
+        for (int v = 0; v < panel.vectors; v++) {
+            const int e = (panel.vector + v) * LANES;
+            const vec x = is_seen ? sums[(n % KEY_BLOCK) * panel.vectors + v] * scale : vec_splat(0);
+            store_elements(row + e * to->col, to->col, (int)min_i64(LANES, columns - e), to->dtype, x);
+        }
+        if (is_seen)
+            sums += SUM_ROWS * panel.vectors;
+    }
+}
+
+/* Of every key of the sequence, also of those that key_lengths cuts off. */
+static void store_key_gradients(const backward_state *b, const vec *sums)
+{
+    const fa_problem *p = b->s.problem;
+    const fa_gradients *g = p->gradients;
+    const int64_t num_keys = p->cu_seqlens_k ? b->s.item->sequence.num_keys : p->seqlen_k;
+    for (int64_t n = 0; n < num_keys; n++) {
+        store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, (real)p->scale);
+        store_key_gradient(b, &g->grad_value, b->arrays.grad_value, sums + sum_vectors(p->head_dim), n,
+                           p->head_dim_v, 1);
+    }
+}
+
+/* Every split, added up as they come. */
+static void differentiate_all_splits(backward_state *b)
+{
+    const fa_work_item *item = b->s.item;
+    const int64_t count = b->num_blocks * block_sum_vectors(b->s.problem);
+    if (item->num_splits > 1)
+        memset(b->total, 0, (size_t)count * sizeof(vec));
+    for (int64_t split = item->split_begin; split < item->split_end; split++) {
+        differentiate_split(b, split);
+        if (item->num_splits > 1)
+            add_sums(b->sums, count, b->total);
+    }
+    store_key_gradients(b, item->num_splits > 1 ? b->total : b->sums);
+}
+
+/* One split; the last of the group to be there adds all up, in their order. */
+static void differentiate_shared_split(backward_state *b)
+{
+    const fa_work_item *item = b->s.item;
+    const fa_sequence *sequence = &item->sequence;
+    const size_t bytes = sum_bytes(b->s.problem, sequence->key_lo, sequence->key_hi);
+    const int64_t count = b->num_blocks * block_sum_vectors(b->s.problem);
+    b->sums = (vec *)(item->partials + (size_t)item->split_begin * bytes);
+    differentiate_split(b, item->split_begin);
+    if (atomic_fetch_add_explicit(item->splits_done, 1, memory_order_acq_rel) + 1 < item->num_splits)
+        return;
+    vec *total = (vec *)item->partials;
+    for (int64_t split = 1; split < item->num_splits; split++)
+        add_sums((vec *)(item->partials + (size_t)split * bytes), count, total);
+    store_key_gradients(b, total);
+}
+
+/* The state at the front of the scratch, of an item with so many sums. */
+static void begin_backward(const fa_problem *p, const fa_work_item *item, int num_sums, fa_stop *stop,
+                           backward_state *b)
+{
+    const fa_sequence *sequence = &item->sequence;
+    b->s = (item_state){.problem = p, .item = item, .arrays = locate(p, item), .stop = stop};
+    b->arrays = locate_gradients(p, item);
+    b->first_block = sequence->key_lo / KEY_BLOCK;
+    b->num_blocks = count_blocks(sequence->key_lo, sequence->key_hi);
+    lay_out_backward(p, sum_bytes(p, sequence->key_lo, sequence->key_hi), num_sums,
+                     (char *)b + BACKWARD_STATE_BYTES, b);
+}
+
+static void backward_item(const fa_problem *p, const fa_work_item *item, void *scratch, fa_stop *stop)
+{
+    backward_state *b = scratch;
+    begin_backward(p, item, item->partials ? 0 : item->num_splits > 1 ? 2 : 1, stop, b);
+    if (item->partials)
+        differentiate_shared_split(b);
+    else
+        differentiate_all_splits(b);
+}
+
+#endif

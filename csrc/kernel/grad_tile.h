@@ -1,0 +1,154 @@
+/* A tile's part in the backward pass: what its rows' gradients are made of, and the gradients of its queries.
+ *
+ * Of a row, with scores s = scale q·k (and what modifies them), probabilities p = e^(s - lse), and dP = dO ·
+ * V,
+ *
+ *     delta = Σ_e dO[e] O[e] - dlse,   dS = p (dP - delta),   dQ = scale Σ_n dS[n] K[n],
+ *
+ * so that lse and out of the forward pass stand for all that other keys contribute (Dao, "FlashAttention-2",
+ * 2023; dlse moves every score by its probability).
+ *
+ * Requires row_panels.h; provides grad_tile, its beginning and its end. */
+#include "for_editors.h"
+
+#ifndef FA_KERNEL_GRAD_TILE_H
+#define FA_KERNEL_GRAD_TILE_H
+
+#include "row_panels.h"
+
+/* The arrays of one batch item and kv head, as item_arrays has them. */
+typedef struct {
+    char *grad_out, *grad_lse, *grad_query, *grad_key, *grad_value, *delta;
+} grad_arrays;
+
+static grad_arrays locate_gradients(const fa_problem *p, const fa_work_item *item)
+{
+    const fa_gradients *g = p->gradients;
+    return (grad_arrays){
+        .grad_out = at_queries(&g->grad_out, p, item),
+        .grad_lse = at_queries(&g->grad_lse, p, item),
+        .grad_query = at_queries(&g->grad_query, p, item),
+        .grad_key = at_keys(&g->grad_key, p, item),
+        .grad_value = at_keys(&g->grad_value, p, item),
+        .delta = at_queries(&g->delta, p, item),
+    };
+}
+
+/* Beside a `tile`, whose row_max is its rows' lse, in units of the scores. */
+typedef struct {
+    vec delta[MAX_VECTORS];
+    bool is_finite; /* its queries and gradients of out */
+    bool empty;     /* grad_query is not there, and stands for 0 */
+    char *grad_out_row[TILE_ROWS];
+    packed_vec *grad_out;                   /* as the tile's `query` */
+    packed_vec *query_rows, *grad_out_rows; /* row panels */
+    vec *grad_query;                        /* [head_dim][vectors] */
+} grad_tile;
+
+/* x · 0 for all columns of a row: 0, or NaN if one of them is not finite. */
+FA_INLINE vec zero_times_row(const char *row, ptrdiff_t col, fa_dtype dtype, int64_t columns)
+{
+    vec zeros = {0};
+    for (int64_t e = 0; e < columns; e += LANES) {
+        const vec x = load_elements(row + e * col, col, (int)min_i64(LANES, columns - e), dtype);
+        zeros += x - x;
+    }
+    return zeros;
+}
+
+FA_INLINE bool is_zero(vec zeros)
+{
+    return are_finite(zeros);
+}
+
+/* Σ_e a[e] b[e], in float64. */
+static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
+                       int64_t columns)
+{
+    vec sums = {0};
+    for (int64_t e = 0; e < columns; e += LANES) {
+        const int count = (int)min_i64(LANES, columns - e);
+        sums += load_elements(a + e * a_col, a_col, count, dtype) *
+                load_elements(b + e * b_col, b_col, count, dtype);
+    }
+    double sum = 0;
+    for (int i = 0; i < LANES; i++)
+        sum += sums[i];
+    return sum;
+}
+
+/* Of row j, of its rows' lse and delta. */
+static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, tile *t, int j,
+                           grad_tile *g)
+{
+    const fa_gradients *gradients = p->gradients;
+    const char *lse_at = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
+    double lse = load_element(lse_at, p->lse.dtype);
+    double delta = dot_rows(g->grad_out_row[j], gradients->grad_out.col, t->out_row[j], p->out.col,
+                            p->out.dtype, p->head_dim_v);
+    if (ga->grad_lse)
+        delta -= load_element(ga->grad_lse + t->head[j] * gradients->grad_lse.head +
+                                  t->row[j] * gradients->grad_lse.row,
+                              gradients->grad_lse.dtype);
+    /* Of a row that sees no key p is 0, whatever its lse and its scores. */
+    t->row_max[j / LANES][j % LANES] = (real)(lse == -INFINITY ? INFINITY : lse / deferred_scale(p));
+    g->delta[j / LANES][j % LANES] = (real)delta;
+    if (ga->delta)
+        store_element(ga->delta + t->head[j] * gradients->delta.head + t->row[j] * gradients->delta.row,
+                      gradients->delta.dtype, (real)delta);
+}
+
+/* The lanes beyond the last row repeat it; their p are 0, for sums over lanes meet them. */
+static void load_rows_terms(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, tile *t,
+                            grad_tile *g)
+{
+    for (int m = 0; m < t->vectors; m++) {
+        t->row_max[m] = vec_splat((real)INFINITY);
+        t->row_sum[m] = g->delta[m] = vec_splat(0);
+    }
+    vec zeros = {0};
+    for (int j = 0; j < t->rows; j++) {
+        load_row_terms(p, a, ga, t, j, g);
+        zeros += zero_times_row(t->query_row[j], p->query.col, p->query.dtype, p->head_dim);
+        zeros += zero_times_row(g->grad_out_row[j], p->gradients->grad_out.col, p->gradients->grad_out.dtype,
+                                p->head_dim_v);
+    }
+    g->is_finite = is_zero(zeros);
+}
+
+/* What the key blocks need of a tile whose rows are located. */
+static void begin_grad_tile(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, tile *t,
+                            grad_tile *g)
+{
+    const fa_array *grad_out = &p->gradients->grad_out;
+    point_at_rows(t, ga->grad_out, grad_out, g->grad_out_row);
+    load_rows_terms(p, a, ga, t, g);
+    pack_tile(p, t);
+    pack_query(g->grad_out_row, grad_out->col, grad_out->dtype, (int)p->head_dim_v, t->vectors, 1,
+               g->grad_out);
+    pack_row_panels(t->query_row, p->query.col, p->query.dtype, p->head_dim, t->vectors, g->query_rows);
+    pack_row_panels(g->grad_out_row, grad_out->col, grad_out->dtype, p->head_dim_v, t->vectors,
+                    g->grad_out_rows);
+    t->empty = false;
+    g->empty = true;
+}
+
+/* Stores the gradients of the tile's queries. */
+static void finish_grad_tile(const fa_problem *p, const grad_arrays *ga, const tile *t, const grad_tile *g)
+{
+    const fa_array *to = &p->gradients->grad_query;
+    char *rows[TILE_ROWS];
+    point_at_rows(t, ga->grad_query, to, rows);
+    const vec scale = vec_splat((real)(g->empty ? 0 : p->scale));
+    for (int m = 0; m < t->vectors && rows_of_vector(t, m) > 0; m++)
+        for (int d = 0; d < p->head_dim; d += LANES) {
+            const int count = (int)min_i64(LANES, p->head_dim - d);
+            vec x[LANES];
+            for (int i = 0; i < LANES; i++)
+                x[i] = g->empty ? scale : g->grad_query[(d + (i < count ? i : 0)) * t->vectors + m] * scale;
+            store_transposed(rows + m * LANES, rows_of_vector(t, m), d * to->col, to->col, count, to->dtype,
+                             x);
+        }
+}
+
+#endif
