@@ -46,6 +46,7 @@ from fastattn._arguments import misfit, typed_like
 from fastattn._checks import as_array, refuse_masked
 from fastattn._keywords import PACKED, SCORES, Array, PackedKeywords, ScoreKeywords, takes
 from fastattn._merge import refuse_plus_infinity
+from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
 from fastattn.api import attention as fast_attention
 from fastattn.api import attention_varlen as fast_varlen
 from fastattn.api import merge as fast_merge
@@ -132,6 +133,8 @@ def attention(
     out: Array | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[ScoreKeywords],
 ) -> Any:
     """Multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``, in float64.
@@ -148,7 +151,14 @@ def attention(
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result.
     return_lse, return_weights : bool
-        Whether to return the log-sum-exp of each row, and the attention weights.
+        Whether to return the log-sum-exp of each row, and the attention weights: with `dropout` those that are left.
+    dropout : float
+        Share of the weights that are dropped, after the softmax: at least 0, less than 1, and rounded to a multiple
+        of 2**-16. The others are divided by ``1 - dropout``. Neither lse nor a sink's part changes.
+    seed : int, optional
+        From 0 to 2**64 - 1, and needed with `dropout`: the same seed drops the same weights, wherever the arrays are
+        cut into blocks of rows (of the same positions), and another seed other ones. Which they are depends on the
+        batch item's index, the head, the query's position and the key alone.
     num_threads : int, optional
         Ignored.
 
@@ -175,7 +185,8 @@ def attention(
     """
     if others or not scores.keys() <= SCORES:
         raise misfit(attention, others, scores)
-    result, lse, weights, _ = attention_steps(query, key, value, return_weights, **scores)
+    kept = checked_dropout(dropout, seed)
+    result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept)
     if out is not None:
         refuse_masked("out", out)
         np.copyto(out, result)
@@ -185,10 +196,19 @@ def attention(
 
 
 def attention_steps(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, keep: bool, **keywords: Unpack[ScoreKeywords]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    keywords: ScoreKeywords,
+    keep: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+    item: int = 0,
 ) -> tuple[Array, Array, Any, Any]:
-    """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf."""
-    heads = Heads(query, key, value, keywords)
+    """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf.
+
+    `item` is the index of the first batch item, by which dropout tells it from others.
+    """
+    heads = Heads(query, key, value, keywords, dropout, item)
     result = np.zeros((*heads.shape, heads.seqlen_q, heads.value.shape[-1]), heads.query.dtype)
     lse = np.zeros(result.shape[:-1], np.float64 if result.dtype == np.float64 else np.float32)
     kept: Any = np.zeros((2, *lse.shape, heads.seqlen_k), result.dtype) if keep else (None, None)
@@ -196,6 +216,7 @@ def attention_steps(
         for index in np.ndindex(*heads.shape):
             head = heads[index]
             head_weights, lse[index] = softmax(head.scores, head.sink)
+            head_weights *= head.dropout
             result[index] = weighted_values(head_weights, head.visible, head.value)
             if keep:
                 kept[0][index], kept[1][index] = head_weights, head.scores
@@ -215,6 +236,7 @@ class Head(NamedTuple):
     scores: Array  # what the softmax is of; -inf hides a key
     visible: Array
     sink: float
+    dropout: Array  # what the weights are multiplied by
 
 
 class Heads:
@@ -223,7 +245,15 @@ class Heads:
     ``heads[index]`` is one head, for each index of ``np.ndindex(*heads.shape)``; 2-D arrays are one, too.
     """
 
-    def __init__(self, query: ArrayLike, key: ArrayLike, value: ArrayLike, keywords: ScoreKeywords) -> None:
+    def __init__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        keywords: ScoreKeywords,
+        dropout: Dropout = NO_DROPOUT,
+        item: int = 0,
+    ) -> None:
         query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
         self.single = query.ndim == 2
         if self.single:
@@ -234,6 +264,7 @@ class Heads:
         num_heads, self.seqlen_q, head_dim = query.shape[-3:]
         num_kv_heads, self.seqlen_k, _ = value.shape[-3:]
         self.shape = (*batch, num_heads)
+        self.dropout, self.item = dropout, item
         self.group_size = num_heads // num_kv_heads if num_kv_heads else 1
 
         given: Mapping[str, Any] = {name: x for name, x in keywords.items() if x is not None}
@@ -271,7 +302,9 @@ class Heads:
         visible = visible_keys(position, self.seqlen_k, int(self.key_lengths[item]), self.causal, self.window)
         visible &= self.mask[index] & (bias != -np.inf)
         scores = np.where(visible, scores, -np.inf)
-        return Head(query, key, value, capped, scores, scores != -np.inf, float(self.sinks[head]))
+        flat_item = self.item + int(np.ravel_multi_index(item, self.shape[:-1])) if item else self.item
+        dropout = self.dropout.factors(flat_item, head, position, self.seqlen_k)
+        return Head(query, key, value, capped, scores, scores != -np.inf, float(self.sinks[head]), dropout)
 
 
 @typed_like(fast_varlen)
@@ -285,6 +318,8 @@ def attention_varlen(
     *others: Never,
     out: Array | None = None,
     return_lse: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[PackedKeywords],
 ) -> Any:
     """`attention` of each sequence of packed arrays by itself.
@@ -303,6 +338,8 @@ def attention_varlen(
         As in `fastattn.attention`.
     out, return_lse
         As in `fastattn.attention_varlen`.
+    dropout, seed
+        As in `reference.attention`, where sequence ``b`` is batch item ``b``.
 
     Returns
     -------
@@ -322,18 +359,21 @@ def attention_varlen(
         raise misfit(attention_varlen, others, scores)
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
+    kept = checked_dropout(dropout, seed)
     result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
-    for of_queries, of_keys, own in sequences_of(cu_seqlens_q, cu_seqlens_k, query.shape[1], scores):
+    sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, query.shape[1], scores)
+    for b, (of_queries, of_keys, own) in enumerate(sequences):
         result[of_queries], lse[of_queries] = (
             x.swapaxes(0, 1)
-            for x in attention(
+            for x in attention_steps(
                 query[of_queries].swapaxes(0, 1),
                 key[of_keys].swapaxes(0, 1),
                 value[of_keys].swapaxes(0, 1),
-                return_lse=True,
-                **own,
-            )
+                cast(ScoreKeywords, own),
+                dropout=kept,
+                item=b,
+            )[:2]
         )
     return (result, lse) if return_lse else result
 
@@ -377,11 +417,12 @@ def head_gradients(
         dL/ds = p (dL/dp - Σ p' dL/dp' + grad_lse) = p (dL/dp - delta).
 
     Σ p' dL/dp' is grad_out · out: it takes no other keys of the row, so that `out` and `lse` may be those of more.
+    Dropout multiplies p where it meets V, and so dL/dp.
     """
     weights = np.where(head.visible, np.exp(head.scores - lse[:, None]), 0.0)
     # The result of a row without keys is 0 whatever its gradient, NaN included.
     delta = np.where(out == 0.0, 0.0, grad_out * out).sum(axis=-1) - grad_lse
-    grad_weights = grad_out @ head.value.T
+    grad_weights = (grad_out @ head.value.T) * head.dropout
     grad_scores = np.where(weights == 0.0, 0.0, weights * (grad_weights - delta[:, None]))
     grad_capped = grad_scores
     if softcap is not None:
@@ -391,7 +432,7 @@ def head_gradients(
     return HeadGradients(
         query=scale * weighted_values(grad_capped, head.visible, head.key),
         key=scale * weighted_values(grad_capped.T, head.visible.T, head.query),
-        value=weighted_values(weights.T, head.visible.T, grad_out),
+        value=weighted_values((weights * head.dropout).T, head.visible.T, grad_out),
         bias=grad_scores,
         sink=-float(np.sum(sink_weights * delta)),
     )
@@ -405,13 +446,17 @@ def summed_to(shape: tuple[int, ...], grad: Array) -> Array:
 
 
 def gradient_steps(
-    arrays: Mapping[str, Array], results: Mapping[str, Array], keywords: ScoreKeywords
+    arrays: Mapping[str, Array],
+    results: Mapping[str, Array],
+    keywords: ScoreKeywords,
+    dropout: Dropout,
+    item: int = 0,
 ) -> dict[str, Array]:
     """Return the gradients of query, key, value, bias and sinks, in float64 and in their own shapes.
 
     All are by their names; arrays are the first three, results are out, lse and the gradients of both.
     """
-    heads = Heads(**arrays, keywords=keywords)
+    heads = Heads(**arrays, keywords=keywords, dropout=dropout, item=item)
     rows = (*heads.shape, heads.seqlen_q)
     of_rows = {
         name: np.broadcast_to(x, rows if "lse" in name else (*rows, heads.value.shape[-1]))
@@ -477,6 +522,8 @@ def attention_backward(
     grad_lse: ArrayLike | None = None,
     return_grad_bias: bool = False,
     return_grad_sinks: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[ScoreKeywords],
 ) -> tuple[Array, ...]:
     """Return the gradients of query, key and value, given that of the result of `attention`, in float64.
@@ -499,6 +546,8 @@ def attention_backward(
         The gradient of the loss in respect to `lse`. Default: 0, for a loss that does not depend on it.
     return_grad_bias, return_grad_sinks : bool
         Whether to return the gradient of `bias` and of `sinks`, which then must be given.
+    dropout, seed
+        As they were for `attention`.
     num_threads : int, optional
         Ignored.
 
@@ -541,7 +590,8 @@ def attention_backward(
     if others or not scores.keys() <= SCORES:
         raise misfit(attention_backward, others, scores)
     arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
-    grads = gradient_steps(arrays, results_by_name(grad_out, out, lse, grad_lse), scores)
+    results = results_by_name(grad_out, out, lse, grad_lse)
+    grads = gradient_steps(arrays, results, scores, checked_dropout(dropout, seed))
     return returned_gradients(grads, {**arrays, **scores}, return_grad_bias, return_grad_sinks)
 
 
@@ -558,6 +608,8 @@ def attention_varlen_backward(
     *others: Never,
     grad_lse: ArrayLike | None = None,
     return_grad_sinks: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[PackedKeywords],
 ) -> tuple[Array, ...]:
     """`attention_backward` of each sequence of packed arrays by itself.
@@ -582,6 +634,8 @@ def attention_varlen_backward(
         The gradient of the loss in respect to `lse`. Default: 0.
     return_grad_sinks : bool
         Whether to return the gradient of `sinks`, which then must be given.
+    dropout, seed
+        As they were for `attention_varlen`.
     num_threads : int, optional
         Ignored.
 
@@ -613,16 +667,20 @@ def attention_varlen_backward(
         raise misfit(attention_varlen_backward, others, scores)
     arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
     results = results_by_name(grad_out, out, lse, grad_lse)
+    kept = checked_dropout(dropout, seed)
     inputs: dict[str, Any] = {**arrays, **scores}
     grads = {name: np.zeros(x.shape) for name, x in arrays.items()}
     if inputs.get("sinks") is not None:
         grads["sinks"] = np.zeros(np.shape(inputs["sinks"]))
-    for of_queries, of_keys, own in sequences_of(cu_seqlens_q, cu_seqlens_k, arrays["query"].shape[1], scores):
+    sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, arrays["query"].shape[1], scores)
+    for b, (of_queries, of_keys, own) in enumerate(sequences):
         where = {"query": of_queries, "key": of_keys, "value": of_keys}
         each = gradient_steps(
             {name: x[where[name]].swapaxes(0, 1) for name, x in arrays.items()},
             {name: x[of_queries].swapaxes(0, 1) for name, x in results.items()},
             cast(ScoreKeywords, own),
+            kept,
+            b,
         )
         for name, part in where.items():
             grads[name][part] = each[name].swapaxes(0, 1)
@@ -708,7 +766,7 @@ def top_keys(
     queries, keys = as_array("query", query), as_array("key", key)
     dtype = queries.dtype
     query, key = queries.astype(np.float64), keys.astype(np.float64)
-    _, _, weights, steps = attention_steps(query, key, key[..., :0], True, **scores)
+    _, _, weights, steps = attention_steps(query, key, key[..., :0], scores, True)
     # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
     beyond = [(0, 0)] * (steps.ndim - 1) + [(0, k)]
     listed = np.pad(np.where(np.isnan(steps), -np.inf, steps), beyond, constant_values=-np.inf)

@@ -111,6 +111,15 @@ def cases(draw, dtypes=tuple(DTYPES)):
     )
 
 
+# Shares about which the threshold, and the factor of what is left, are special.
+dropouts = st.fixed_dictionaries(
+    {
+        "dropout": st.sampled_from([0.0, 1e-6, 2.0**-16, 0.1, 0.5, 0.9, 0.999]),
+        "seed": st.sampled_from([0, 1, 2**32, 2**64 - 1]) | st.integers(0, 2**64 - 1),
+    }
+)
+
+
 @st.composite
 def backward_cases(draw, dtypes=tuple(DTYPES)):
     """Return a case, and the gradients of its result and, sometimes, of its lse."""
