@@ -36,8 +36,8 @@ True
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Never, Unpack, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Never, Unpack, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -46,12 +46,20 @@ from fastattn._arguments import misfit, typed_like
 from fastattn._checks import as_array, refuse_masked
 from fastattn._keywords import PACKED, SCORES, Array, PackedKeywords, ScoreKeywords, takes
 from fastattn._merge import refuse_plus_infinity
+from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
 from fastattn.api import attention as fast_attention
 from fastattn.api import attention_varlen as fast_varlen
 from fastattn.api import merge as fast_merge
 from fastattn.api import top_keys as fast_top_keys
 
-__all__ = ["attention", "attention_varlen", "merge", "top_keys"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "merge",
+    "top_keys",
+]
 
 
 def scaled_scores(query: Array, key: Array, scale: float) -> Array:
@@ -125,6 +133,8 @@ def attention(
     out: Array | None = None,
     return_lse: bool = False,
     return_weights: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[ScoreKeywords],
 ) -> Any:
     """Multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``, in float64.
@@ -141,7 +151,14 @@ def attention(
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result.
     return_lse, return_weights : bool
-        Whether to return the log-sum-exp of each row, and the attention weights.
+        Whether to return the log-sum-exp of each row, and the attention weights: with `dropout` those that are left.
+    dropout : float
+        Share of the weights that are dropped, after the softmax: at least 0, less than 1, and rounded to a multiple
+        of 2**-16. The others are divided by ``1 - dropout``. Neither lse nor a sink's part changes.
+    seed : int, optional
+        From 0 to 2**64 - 1, and needed with `dropout`: the same seed drops the same weights, wherever the arrays are
+        cut into blocks of rows (of the same positions), and another seed other ones. Which they are depends on the
+        batch item's index, the head, the query's position and the key alone.
     num_threads : int, optional
         Ignored.
 
@@ -168,7 +185,8 @@ def attention(
     """
     if others or not scores.keys() <= SCORES:
         raise misfit(attention, others, scores)
-    result, lse, weights, _ = attention_steps(query, key, value, return_weights, **scores)
+    kept = checked_dropout(dropout, seed)
+    result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept)
     if out is not None:
         refuse_masked("out", out)
         np.copyto(out, result)
@@ -178,64 +196,115 @@ def attention(
 
 
 def attention_steps(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, keep: bool, **keywords: Unpack[ScoreKeywords]
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    keywords: ScoreKeywords,
+    keep: bool = False,
+    dropout: Dropout = NO_DROPOUT,
+    item: int = 0,
 ) -> tuple[Array, Array, Any, Any]:
-    """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf."""
-    query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
-    single_head = query.ndim == 2
-    if single_head:
-        query, key, value = query[None], key[None], value[None]
+    """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf.
 
-    num_heads, seqlen_q, head_dim = query.shape[-3:]
-    num_kv_heads, seqlen_k, head_dim_v = value.shape[-3:]
-    group_size = num_heads // num_kv_heads if num_kv_heads else 1
-    batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    heads = (*batch, num_heads)
-
-    def per_batch(array: Array) -> Array:
-        return np.broadcast_to(array, batch + array.shape[-3:])
-
-    given: Mapping[str, Any] = {name: x for name, x in keywords.items() if x is not None}
-
-    def broadcast(name: str, default: ArrayLike, shape: tuple[int, ...]) -> Array:
-        return np.broadcast_to(as_array(name, given.get(name, default)), shape)
-
-    query, key, value = per_batch(query), per_batch(key), per_batch(value)
-    scale = float(given.get("scale", 1.0 / math.sqrt(max(head_dim, 1))))
-    softcap, causal, window = given.get("softcap"), given.get("causal", False), given.get("window")
-    mask = broadcast("mask", True, (*heads, seqlen_q, seqlen_k))
-    bias = broadcast("bias", 0.0, (*heads, seqlen_q, seqlen_k))
-    alibi_slopes = broadcast("alibi_slopes", 0.0, heads)
-    sinks = broadcast("sinks", -np.inf, (num_heads,))
-    key_lengths = broadcast("key_lengths", seqlen_k, batch)
-    # By default the last query sees the last key.
-    query_offset = broadcast("query_offset", key_lengths.astype(np.int64) - seqlen_q, batch)
-
-    result = np.zeros((*heads, seqlen_q, head_dim_v), query.dtype)
-    lse = np.zeros((*heads, seqlen_q), np.float64 if query.dtype == np.float64 else np.float32)
-    kept: Any = np.zeros((2, *heads, seqlen_q, seqlen_k), query.dtype) if keep else (None, None)
+    `item` is the index of the first batch item, by which dropout tells it from others.
+    """
+    heads = Heads(query, key, value, keywords, dropout, item)
+    result = np.zeros((*heads.shape, heads.seqlen_q, heads.value.shape[-1]), heads.query.dtype)
+    lse = np.zeros(result.shape[:-1], np.float64 if result.dtype == np.float64 else np.float32)
+    kept: Any = np.zeros((2, *lse.shape, heads.seqlen_k), result.dtype) if keep else (None, None)
     with np.errstate(all="ignore"):
-        for index in np.ndindex(*heads):
-            *b, h = index
-            kv_index = (*b, h // group_size)
-            position = np.arange(seqlen_q) + query_offset[tuple(b)]
-            head_bias = bias[index].astype(np.float64)
-
-            q, k, v = (x.astype(np.float64) for x in (query[index], key[kv_index], value[kv_index]))
-            scores = soft_capped(scaled_scores(q, k, scale), softcap)
-            scores = scores + head_bias + alibi(float(alibi_slopes[index]), position, seqlen_k)
-            visible = visible_keys(position, seqlen_k, int(key_lengths[tuple(b)]), causal, window)
-            visible &= mask[index] & (head_bias != -np.inf)
-            scores = np.where(visible, scores, -np.inf)
-
-            head_weights, lse[index] = softmax(scores, float(sinks[h]))
-            result[index] = weighted_values(head_weights, scores != -np.inf, v)
+        for index in np.ndindex(*heads.shape):
+            head = heads[index]
+            head_weights, lse[index] = softmax(head.scores, head.sink)
+            head_weights *= head.dropout
+            result[index] = weighted_values(head_weights, head.visible, head.value)
             if keep:
-                kept[0][index], kept[1][index] = head_weights, scores
+                kept[0][index], kept[1][index] = head_weights, head.scores
 
-    if single_head:
+    if heads.single:
         return result[0], lse[0], *((x[0] for x in kept) if keep else kept)
     return result, lse, *kept
+
+
+class Head(NamedTuple):
+    """What one head of one batch item attends with, in float64."""
+
+    query: Array
+    key: Array
+    value: Array
+    capped: Array  # the scores before bias and ALiBi
+    scores: Array  # what the softmax is of; -inf hides a key
+    visible: Array
+    sink: float
+    dropout: Array  # what the weights are multiplied by
+
+
+class Heads:
+    """The arguments of attention, each broadcast over the batch axes and, but for key and value, the heads.
+
+    ``heads[index]`` is one head, for each index of ``np.ndindex(*heads.shape)``; 2-D arrays are one, too.
+    """
+
+    def __init__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        keywords: ScoreKeywords,
+        dropout: Dropout = NO_DROPOUT,
+        item: int = 0,
+    ) -> None:
+        query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
+        self.single = query.ndim == 2
+        if self.single:
+            query, key, value = query[None], key[None], value[None]
+        batch = np.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+        self.query, self.key, self.value = (np.broadcast_to(x, batch + x.shape[-3:]) for x in (query, key, value))
+
+        num_heads, self.seqlen_q, head_dim = query.shape[-3:]
+        num_kv_heads, self.seqlen_k, _ = value.shape[-3:]
+        self.shape = (*batch, num_heads)
+        self.dropout, self.item = dropout, item
+        self.group_size = num_heads // num_kv_heads if num_kv_heads else 1
+
+        given: Mapping[str, Any] = {name: x for name, x in keywords.items() if x is not None}
+
+        def broadcast(name: str, default: ArrayLike, shape: tuple[int, ...]) -> Array:
+            return np.broadcast_to(as_array(name, given.get(name, default)), shape)
+
+        scores = (*self.shape, self.seqlen_q, self.seqlen_k)
+        self.scale = float(given.get("scale", 1.0 / math.sqrt(max(head_dim, 1))))
+        self.softcap: float | None = given.get("softcap")
+        self.causal, self.window = given.get("causal", False), given.get("window")
+        self.mask, self.bias = broadcast("mask", True, scores), broadcast("bias", 0.0, scores)
+        self.alibi_slopes = broadcast("alibi_slopes", 0.0, self.shape)
+        self.sinks = broadcast("sinks", -np.inf, (num_heads,))
+        self.key_lengths = broadcast("key_lengths", self.seqlen_k, batch)
+        # By default the last query sees the last key.
+        by_default = self.key_lengths.astype(np.int64) - self.seqlen_q
+        self.query_offset = broadcast("query_offset", by_default, batch)
+
+    def kv_index(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the index of the head of keys and values that a head of queries reads."""
+        *batch, head = index
+        return (*batch, head // self.group_size)
+
+    def __getitem__(self, index: tuple[int, ...]) -> Head:
+        *batch, head = index
+        item = tuple(batch)
+        arrays = self.query[index], self.key[self.kv_index(index)], self.value[self.kv_index(index)]
+        query, key, value = (x.astype(np.float64) for x in arrays)
+        position = np.arange(self.seqlen_q) + self.query_offset[item]
+        bias = self.bias[index].astype(np.float64)
+
+        capped = soft_capped(scaled_scores(query, key, self.scale), self.softcap)
+        scores = capped + bias + alibi(float(self.alibi_slopes[index]), position, self.seqlen_k)
+        visible = visible_keys(position, self.seqlen_k, int(self.key_lengths[item]), self.causal, self.window)
+        visible &= self.mask[index] & (bias != -np.inf)
+        scores = np.where(visible, scores, -np.inf)
+        flat_item = self.item + int(np.ravel_multi_index(item, self.shape[:-1])) if item else self.item
+        dropout = self.dropout.factors(flat_item, head, position, self.seqlen_k)
+        return Head(query, key, value, capped, scores, scores != -np.inf, float(self.sinks[head]), dropout)
 
 
 @typed_like(fast_varlen)
@@ -249,6 +318,8 @@ def attention_varlen(
     *others: Never,
     out: Array | None = None,
     return_lse: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
     **scores: Unpack[PackedKeywords],
 ) -> Any:
     """`attention` of each sequence of packed arrays by itself.
@@ -267,6 +338,8 @@ def attention_varlen(
         As in `fastattn.attention`.
     out, return_lse
         As in `fastattn.attention_varlen`.
+    dropout, seed
+        As in `reference.attention`, where sequence ``b`` is batch item ``b``.
 
     Returns
     -------
@@ -286,31 +359,334 @@ def attention_varlen(
         raise misfit(attention_varlen, others, scores)
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
-    rows, keys = as_array("cu_seqlens_q", cu_seqlens_q), as_array("cu_seqlens_k", cu_seqlens_k)
-    num_sequences = len(rows) - 1
+    kept = checked_dropout(dropout, seed)
     result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
+    sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, query.shape[1], scores)
+    for b, (of_queries, of_keys, own) in enumerate(sequences):
+        result[of_queries], lse[of_queries] = (
+            x.swapaxes(0, 1)
+            for x in attention_steps(
+                query[of_queries].swapaxes(0, 1),
+                key[of_keys].swapaxes(0, 1),
+                value[of_keys].swapaxes(0, 1),
+                cast(ScoreKeywords, own),
+                dropout=kept,
+                item=b,
+            )[:2]
+        )
+    return (result, lse) if return_lse else result
+
+
+def sequences_of(
+    cu_seqlens_q: ArrayLike, cu_seqlens_k: ArrayLike, num_heads: int, scores: PackedKeywords
+) -> Iterator[tuple[slice, slice, PackedKeywords]]:
+    """Yield each sequence's rows of queries, its rows of keys, and its keywords."""
+    rows, keys = as_array("cu_seqlens_q", cu_seqlens_q), as_array("cu_seqlens_k", cu_seqlens_k)
+    num_sequences = len(rows) - 1
     # Of these each sequence has its own.
-    shapes = {"query_offset": (num_sequences,), "alibi_slopes": (num_sequences, query.shape[1])}
+    shapes = {"query_offset": (num_sequences,), "alibi_slopes": (num_sequences, num_heads)}
     each = {
         name: np.broadcast_to(as_array(name, x), shapes[name])
         for name, x in scores.items()
         if name in shapes and x is not None
     }
     for b in range(num_sequences):
-        of_queries, of_keys = slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1])
         own = cast(PackedKeywords, {**scores, **{name: x[b] for name, x in each.items()}})
-        result[of_queries], lse[of_queries] = (
-            x.swapaxes(0, 1)
-            for x in attention(
-                query[of_queries].swapaxes(0, 1),
-                key[of_keys].swapaxes(0, 1),
-                value[of_keys].swapaxes(0, 1),
-                return_lse=True,
-                **own,
-            )
+        yield slice(rows[b], rows[b + 1]), slice(keys[b], keys[b + 1]), own
+
+
+class HeadGradients(NamedTuple):
+    """The gradients of what one head attends with, in float64."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Array
+    sink: float
+
+
+def head_gradients(
+    head: Head, scale: float, softcap: float | None, grad_out: Array, out: Array, lse: Array, grad_lse: Array
+) -> HeadGradients:
+    """Return the gradients of one head. A hidden key adds nothing to any of them, not even 0 · NaN.
+
+    With s the scores, p = exp(s - lse) the weights, out = p V and L the loss:
+
+        dL/dp = grad_out Vᵀ,  dp/ds = p (1 - p) and -p p' in the row,  dlse/ds = p,  so that
+        dL/ds = p (dL/dp - Σ p' dL/dp' + grad_lse) = p (dL/dp - delta).
+
+    Σ p' dL/dp' is grad_out · out: it takes no other keys of the row, so that `out` and `lse` may be those of more.
+    Dropout multiplies p where it meets V, and so dL/dp.
+    """
+    weights = np.where(head.visible, np.exp(head.scores - lse[:, None]), 0.0)
+    # The result of a row without keys is 0 whatever its gradient, NaN included.
+    delta = np.where(out == 0.0, 0.0, grad_out * out).sum(axis=-1) - grad_lse
+    grad_weights = (grad_out @ head.value.T) * head.dropout
+    grad_scores = np.where(weights == 0.0, 0.0, weights * (grad_weights - delta[:, None]))
+    grad_capped = grad_scores
+    if softcap is not None:
+        slope = 1.0 - (head.capped / softcap) ** 2
+        grad_capped = np.where(grad_scores == 0.0, 0.0, grad_scores * slope)
+    sink_weights = np.where(head.sink == -np.inf, 0.0, np.exp(head.sink - lse))
+    return HeadGradients(
+        query=scale * weighted_values(grad_capped, head.visible, head.key),
+        key=scale * weighted_values(grad_capped.T, head.visible.T, head.query),
+        value=weighted_values((weights * head.dropout).T, head.visible.T, grad_out),
+        bias=grad_scores,
+        sink=-float(np.sum(sink_weights * delta)),
+    )
+
+
+def summed_to(shape: tuple[int, ...], grad: Array) -> Array:
+    """Return a gradient summed over the axes along which an array of that shape was broadcast."""
+    grad = np.asarray(grad.sum(axis=tuple(range(grad.ndim - len(shape)))))
+    stretched = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    return np.asarray(grad.sum(axis=stretched, keepdims=True))
+
+
+def gradient_steps(
+    arrays: Mapping[str, Array],
+    results: Mapping[str, Array],
+    keywords: ScoreKeywords,
+    dropout: Dropout,
+    item: int = 0,
+) -> dict[str, Array]:
+    """Return the gradients of query, key, value, bias and sinks, in float64 and in their own shapes.
+
+    All are by their names; arrays are the first three, results are out, lse and the gradients of both.
+    """
+    heads = Heads(**arrays, keywords=keywords, dropout=dropout, item=item)
+    rows = (*heads.shape, heads.seqlen_q)
+    of_rows = {
+        name: np.broadcast_to(x, rows if "lse" in name else (*rows, heads.value.shape[-1]))
+        for name, x in results.items()
+    }
+    grads = {
+        "query": np.zeros(heads.query.shape),
+        "key": np.zeros(heads.key.shape),
+        "value": np.zeros(heads.value.shape),
+        "bias": np.zeros((*rows, heads.seqlen_k)),
+        "sinks": np.zeros(heads.shape[-1]),
+    }
+    with np.errstate(all="ignore"):
+        for index in np.ndindex(*heads.shape):
+            of_head = {name: x[index].astype(np.float64) for name, x in of_rows.items()}
+            each = head_gradients(heads[index], heads.scale, heads.softcap, **of_head)
+            grads["query"][index] = each.query
+            # The heads of a group read the same keys and values.
+            grads["key"][heads.kv_index(index)] += each.key
+            grads["value"][heads.kv_index(index)] += each.value
+            grads["bias"][index] = each.bias
+            grads["sinks"][index[-1]] += each.sink
+    inputs: dict[str, Any] = {**arrays, **keywords}
+    return {
+        name: summed_to(np.shape(inputs[name]), grad) for name, grad in grads.items() if inputs.get(name) is not None
+    }
+
+
+def results_by_name(
+    grad_out: ArrayLike, out: ArrayLike, lse: ArrayLike, grad_lse: ArrayLike | None
+) -> dict[str, Array]:
+    """Return results and their gradients as arrays by their names."""
+    array = as_array("lse", lse)
+    return {
+        "grad_out": as_array("grad_out", grad_out),
+        "out": as_array("out", out),
+        "lse": array,
+        "grad_lse": np.zeros(array.shape) if grad_lse is None else as_array("grad_lse", grad_lse),
+    }
+
+
+def returned_gradients(
+    grads: Mapping[str, Array], inputs: Mapping[str, object], return_grad_bias: bool, return_grad_sinks: bool
+) -> tuple[Array, ...]:
+    """Return the gradients that are asked for, each in the dtype of its array."""
+    names = ["query", "key", "value", *["bias"] * return_grad_bias, *["sinks"] * return_grad_sinks]
+    for name in names:
+        if name not in grads:
+            raise ValueError(f"return_grad_{name} is given, but {name} is not")
+    with np.errstate(over="ignore"):
+        return tuple(grads[name].astype(as_array(name, inputs[name]).dtype) for name in names)
+
+
+@takes(ScoreKeywords)
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *others: Never,
+    grad_lse: ArrayLike | None = None,
+    return_grad_bias: bool = False,
+    return_grad_sinks: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    **scores: Unpack[ScoreKeywords],
+) -> tuple[Array, ...]:
+    """Return the gradients of query, key and value, given that of the result of `attention`, in float64.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (..., H, Sq, Dv)
+        The gradient of a loss in respect to `out`.
+    query : array_like, shape (..., H, Sq, D)
+    key : array_like, shape (..., Hkv, Sk, D)
+    value : array_like, shape (..., Hkv, Sk, Dv)
+    out : array_like, shape (..., H, Sq, Dv)
+        What `attention` returned for these arrays and keywords, or `merge` for these keys and others: the gradients are
+        then the share of these keys.
+    lse : array_like, shape (..., H, Sq)
+        Likewise.
+    **scores
+        As they were for `fastattn.attention`. There is no gradient of `alibi_slopes`, which are not trained.
+    grad_lse : array_like, shape (..., H, Sq), optional
+        The gradient of the loss in respect to `lse`. Default: 0, for a loss that does not depend on it.
+    return_grad_bias, return_grad_sinks : bool
+        Whether to return the gradient of `bias` and of `sinks`, which then must be given.
+    dropout, seed
+        As they were for `attention`.
+    num_threads : int, optional
+        Ignored.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        Each in the shape and dtype of its array, rounded once: summed over the heads that share one of keys and
+        values, and over the axes along which the array was broadcast. Of a hidden key they are 0, and NaN in it, or in
+        a row that does not see it, reaches none of them.
+    grad_bias, grad_sinks : ndarray
+        Returned with ``return_grad_bias`` and ``return_grad_sinks``, likewise.
+
+    Raises
+    ------
+    ValueError
+        ``return_grad_bias`` without `bias`, or ``return_grad_sinks`` without `sinks`.
+
+    References
+    ----------
+    .. [1] Dao, Fu, Ermon, Rudra and Ré, "FlashAttention: Fast and Memory-Efficient Exact Attention with
+       IO-Awareness", 2022, appendix B.2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> query, key, value = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    >>> out, lse = reference.attention(query, key, value, causal=True, return_lse=True)
+
+    The loss ``0.5 * (out**2).sum()`` has the gradient ``out``:
+
+    >>> grads = reference.attention_backward(out, query, key, value, out, lse, causal=True)
+    >>> [grad.shape for grad in grads]
+    [(2, 5, 4), (2, 5, 4), (2, 5, 4)]
+    >>> step = 1e-6 * grads[1]
+    >>> change = reference.attention(query, key + step, value, causal=True) - out
+    >>> bool(np.isclose((change * out).sum(), (step * grads[1]).sum(), rtol=1e-4))
+    True
+    """
+    if others or not scores.keys() <= SCORES:
+        raise misfit(attention_backward, others, scores)
+    arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
+    results = results_by_name(grad_out, out, lse, grad_lse)
+    grads = gradient_steps(arrays, results, scores, checked_dropout(dropout, seed))
+    return returned_gradients(grads, {**arrays, **scores}, return_grad_bias, return_grad_sinks)
+
+
+@takes(PackedKeywords)
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *others: Never,
+    grad_lse: ArrayLike | None = None,
+    return_grad_sinks: bool = False,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    **scores: Unpack[PackedKeywords],
+) -> tuple[Array, ...]:
+    """`attention_backward` of each sequence of packed arrays by itself.
+
+    Parameters
+    ----------
+    grad_out : array_like, shape (total_q, H, Dv)
+        The gradient of a loss in respect to `out`.
+    query : array_like, shape (total_q, H, D)
+    key : array_like, shape (total_k, Hkv, D)
+    value : array_like, shape (total_k, Hkv, Dv)
+    out : array_like, shape (total_q, H, Dv)
+        What `attention_varlen` returned for these arrays and keywords, or `merge` for these keys and others.
+    lse : array_like, shape (total_q, H)
+        Likewise.
+    cu_seqlens_q, cu_seqlens_k : array_like of int, shape (B + 1,)
+    query_offset : int or array_like of int, shape (B,), optional
+    alibi_slopes : array_like, shape (H,) or (B, H), optional
+    **scores
+        As they were for `fastattn.attention_varlen`.
+    grad_lse : array_like, shape (total_q, H), optional
+        The gradient of the loss in respect to `lse`. Default: 0.
+    return_grad_sinks : bool
+        Whether to return the gradient of `sinks`, which then must be given.
+    dropout, seed
+        As they were for `attention_varlen`.
+    num_threads : int, optional
+        Ignored.
+
+    Returns
+    -------
+    grad_query, grad_key, grad_value : ndarray
+        Each in the shape and dtype of its array, rounded once.
+    grad_sinks : ndarray
+        Returned with ``return_grad_sinks``, likewise.
+
+    Raises
+    ------
+    ValueError
+        ``return_grad_sinks`` without `sinks`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fastattn import reference
+    >>> x = np.eye(3)[:, None]
+    >>> out, lse = reference.attention_varlen(x, x, x, [0, 1, 3], [0, 1, 3], causal=True, return_lse=True)
+    >>> _, _, grad_value = reference.attention_varlen_backward(
+    ...     np.ones_like(out), x, x, x, out, lse, [0, 1, 3], [0, 1, 3], causal=True
+    ... )
+    >>> grad_value[:, 0].sum(axis=-1).round(4)
+    array([3.    , 4.0786, 1.9214])
+    """
+    if others or not scores.keys() <= PACKED:
+        raise misfit(attention_varlen_backward, others, scores)
+    arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
+    results = results_by_name(grad_out, out, lse, grad_lse)
+    kept = checked_dropout(dropout, seed)
+    inputs: dict[str, Any] = {**arrays, **scores}
+    grads = {name: np.zeros(x.shape) for name, x in arrays.items()}
+    if inputs.get("sinks") is not None:
+        grads["sinks"] = np.zeros(np.shape(inputs["sinks"]))
+    sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, arrays["query"].shape[1], scores)
+    for b, (of_queries, of_keys, own) in enumerate(sequences):
+        where = {"query": of_queries, "key": of_keys, "value": of_keys}
+        each = gradient_steps(
+            {name: x[where[name]].swapaxes(0, 1) for name, x in arrays.items()},
+            {name: x[of_queries].swapaxes(0, 1) for name, x in results.items()},
+            cast(ScoreKeywords, own),
+            kept,
+            b,
         )
-    return (result, lse) if return_lse else result
+        for name, part in where.items():
+            grads[name][part] = each[name].swapaxes(0, 1)
+        if "sinks" in grads:
+            grads["sinks"] += each["sinks"]
+    return returned_gradients(grads, inputs, False, return_grad_sinks)
 
 
 @typed_like(fast_merge)
@@ -390,7 +766,7 @@ def top_keys(
     queries, keys = as_array("query", query), as_array("key", key)
     dtype = queries.dtype
     query, key = queries.astype(np.float64), keys.astype(np.float64)
-    _, _, weights, steps = attention_steps(query, key, key[..., :0], True, **scores)
+    _, _, weights, steps = attention_steps(query, key, key[..., :0], scores, True)
     # Listed by their scores, which tell keys apart whose weights are both 0. Hidden keys and NaN are not listed.
     beyond = [(0, 0)] * (steps.ndim - 1) + [(0, k)]
     listed = np.pad(np.where(np.isnan(steps), -np.inf, steps), beyond, constant_values=-np.inf)

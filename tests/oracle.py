@@ -127,6 +127,116 @@ def tolerances(query, key, value, **keywords):
     return out_tol, lse_tol, weights_tol
 
 
+def formula_backward(grad_out, query, key, value, dtype):
+    """What a careful user writes in NumPy for the gradients of `formula`; every operation rounds to dtype."""
+    grad_out, query, key, value = (x.astype(dtype) for x in (grad_out, query, key, value))
+    batch, kv_heads, seqlen_k, _ = key.shape
+    group = query.shape[1] // kv_heads
+    keys, values = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
+    scale = np.array(1 / np.sqrt(np.longdouble(query.shape[-1])), dtype)
+    scores = (query @ keys.swapaxes(-1, -2)) * scale
+    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True, dtype=dtype)
+    delta = (grad_out * (p @ values)).sum(axis=-1, keepdims=True, dtype=dtype)
+    grad_scores = p * (grad_out @ values.swapaxes(-1, -2) - delta) * scale
+
+    def of_groups(grads):
+        return grads.reshape(batch, kv_heads, group, seqlen_k, -1).sum(axis=2, dtype=dtype)
+
+    transposed = grad_scores.swapaxes(-1, -2)
+    return grad_scores @ keys, of_groups(transposed @ query), of_groups(p.swapaxes(-1, -2) @ grad_out)
+
+
+def backward_tolerances(grad_out, query, key, value, out, lse, *, grad_lse=None, **keywords):
+    """Return bounds on the errors of the gradients of query, key, value, bias and sinks, given the same out and lse.
+
+    With δ and u as in `tolerances`, p' = p (1 + ε), where ε = δ + 4 u |lse| + 16 u for what is subtracted and for
+    exp. The sums that make dL/dp and delta are off by (Dv + 4) u of the sums of magnitudes; what dL/ds is made of is,
+    in magnitudes,
+
+        A = p (|grad_out| |V|ᵀ + Σ |grad_out| |out| + |grad_lse|),
+
+    which is the reference's gradient of the bias for these magnitudes, with the signs that do not cancel. dL/ds' is
+    thus off by A (ε + (2 Dv + 16) u), and by A u_p where it is rounded before it meets K and Q; the cap's slope,
+    1 - (s/c)², by 2 δ / c + 8 u. The gradients sum these in the magnitudes of K, Q or grad_out, with as many roundings
+    as terms, and are rounded once. What is below 2^-126 (2^-960 in float64) may be 0.
+    """
+    dtypes = {"query": query.dtype, "key": key.dtype, "value": value.dtype}
+    unit = UNIT[F64] if query.dtype == F64 else UNIT[F32]
+    sides = 2.0 if query.dtype == F64 else 1.0
+    unit_p = UNIT[BF16] if query.dtype == key.dtype == BF16 else 0.0
+    grad_out, query, key, value, out, lse = (x.astype(np.float64) for x in (grad_out, query, key, value, out, lse))
+    grad_lse = np.zeros_like(lse) if grad_lse is None else np.abs(grad_lse.astype(np.float64))
+
+    delta = score_error(query, key, **keywords) * unit
+    assert delta < 0.1, "the linear bound does not hold for such scores; compare otherwise"
+    relative = 1.1 * delta + (4 * _largest(lse) + 2 * value.shape[-1] + 40) * unit
+    if keywords.get("softcap") is not None:
+        relative += 2.2 * delta / keywords["softcap"] + 8 * unit
+
+    full = (*lse.shape, key.shape[-2])
+    bias = keywords.get("bias")
+    full_bias = np.broadcast_to(0.0 if bias is None else bias.astype(np.float64), full)
+    sinks = keywords.get("sinks")
+    magnitudes = (np.abs(grad_out), query, key, np.abs(value), -np.abs(out), lse)
+    _, _, of_value, of_scores, *of_sinks = reference.attention_backward(
+        *magnitudes,
+        **{**keywords, "bias": full_bias},
+        grad_lse=grad_lse,
+        return_grad_bias=True,
+        return_grad_sinks=sinks is not None,
+    )
+    scale = abs(1 / np.sqrt(max(query.shape[-1], 1)) if keywords.get("scale") is None else keywords["scale"])
+    of_heads = scale * of_scores.swapaxes(-1, -2) @ np.abs(query)
+    keys = np.abs(key)
+    if query.ndim > 2 and key.shape[-3]:
+        kv_heads, group = key.shape[-3], query.shape[-3] // key.shape[-3]
+        keys = np.repeat(keys, group, axis=-3)
+        of_heads = of_heads.reshape(*of_heads.shape[:-3], kv_heads, group, *of_heads.shape[-2:]).sum(axis=-3)
+    spreads = {
+        "query": reference.summed_to(query.shape, scale * of_scores @ keys),
+        "key": reference.summed_to(key.shape, of_heads),
+        "value": of_value,
+    }
+    if bias is not None:
+        spreads["bias"], dtypes["bias"] = reference.summed_to(bias.shape, of_scores), bias.dtype
+    if sinks is not None:
+        spreads["sinks"], dtypes["sinks"] = of_sinks[0], np.asarray(sinks).dtype
+
+    terms = 16 + max(lse.size, key.shape[-2])
+    smallest = 2.0**-950 if query.dtype == F64 else 2.0**-120
+    flushed = smallest * terms * (1 + _largest(grad_out)) * (1 + _largest(value)) * (1 + _largest(out))
+    flushed *= (
+        (1 + max(_largest(query), _largest(key))) * (1 + scale) * (1 + value.shape[-1]) * (1 + _largest(grad_lse))
+    )
+    bounds = {}
+    for name, spread in spreads.items():
+        rounding = UNIT.get(dtypes[name], UNIT[F64])
+        subnormal = float(ml_dtypes.finfo(dtypes[name]).smallest_subnormal)
+        bounds[name] = (sides * (relative + terms * unit) + 2 * unit_p + rounding) * spread + flushed + subnormal
+    return bounds
+
+
+def check_backward(backward, query, key, value, grad_out, *, grad_lse=None, **keywords):
+    """Compare what a function returns for the gradients with the reference, given the same out and lse; return them.
+
+    The results are those that fastattn.attention gives.
+    """
+    asked = {f"return_grad_{name}": True for name in ("bias", "sinks") if keywords.get(name) is not None}
+    out, lse = fastattn.attention(query, key, value, **keywords, return_lse=True)
+    arrays = (grad_out, query, key, value, out, lse)
+    wide = {name: x.astype(np.float64) if name == "bias" else x for name, x in keywords.items()}
+    expected = reference.attention_backward(*(x.astype(np.float64) for x in arrays), **wide, grad_lse=grad_lse, **asked)
+    allowed = backward_tolerances(*arrays, grad_lse=grad_lse, **keywords)
+    actual = backward(*arrays, **keywords, grad_lse=grad_lse, **asked)
+    inputs = {"query": query, "key": key, "value": value, **keywords}
+    assert len(actual) == len(expected) == len(allowed)
+    for a, e, (name, tolerance) in zip(actual, expected, allowed.items(), strict=True):
+        assert a.dtype == np.asarray(inputs[name]).dtype, name
+        assert_close(a, e, tolerance, f"grad_{name}")
+    return actual
+
+
 def described(values):
     """Return a line for each array, shape, number and dict of keywords among a test's variables, and one for the isa.
 

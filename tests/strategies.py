@@ -109,3 +109,24 @@ def cases(draw, dtypes=tuple(DTYPES)):
         array(kv_dtype, kv_heads, seqlen_k, head_dim_v),
         draw(keywords_for(rng, batch, kv_heads * group, seqlen_q, seqlen_k, single_head)),
     )
+
+
+# Shares about which the threshold, and the factor of what is left, are special.
+dropouts = st.fixed_dictionaries(
+    {
+        "dropout": st.sampled_from([0.0, 1e-6, 2.0**-16, 0.1, 0.5, 0.9, 0.999]),
+        "seed": st.sampled_from([0, 1, 2**32, 2**64 - 1]) | st.integers(0, 2**64 - 1),
+    }
+)
+
+
+@st.composite
+def backward_cases(draw, dtypes=tuple(DTYPES)):
+    """Return a case, and the gradients of its result and, sometimes, of its lse."""
+    case = draw(cases(dtypes))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch = np.broadcast_shapes(case.query.shape[:-3], case.key.shape[:-3], case.value.shape[:-3])
+    rows = (*batch, *case.query.shape[-3:-1])
+    grad_out = draw(laid_out(normal(rng, (*rows, case.value.shape[-1]), case.query.dtype)))
+    lse_dtype = F64 if case.query.dtype == F64 else F32
+    return case, grad_out, draw(laid_out(normal(rng, rows, lse_dtype))) if draw(st.booleans()) else None

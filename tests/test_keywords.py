@@ -26,6 +26,8 @@ FUNCTIONS = {
     ),
     "reference.attention": (reference.attention, SCORES),
     "reference.attention_varlen": (reference.attention_varlen, PACKED),
+    "reference.attention_backward": (reference.attention_backward, SCORES),
+    "reference.attention_varlen_backward": (reference.attention_varlen_backward, PACKED),
     "reference.top_keys": (reference.top_keys, SCORES),
 }
 # Defaults of their own: a query in a cache is causal unless told otherwise.

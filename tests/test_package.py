@@ -72,6 +72,8 @@ TYPES = {
     "reference.attention(x, x, x, return_weights=True)": "tuple[Array, Array]",
     "reference.attention(x, x, x, return_lse=flag)": ONE_TO_THREE,
     "reference.attention_varlen(x, x, x, [0], [0])": "Array",
+    "reference.attention_backward(x, x, x, x, x, x, grad_lse=x, return_grad_bias=flag)": "tuple[Array, ...]",
+    "reference.attention_varlen_backward(x, x, x, x, x, x, [0], [0])": "tuple[Array, ...]",
     "reference.top_keys(x, x)": "tuple[Indices, Array]",
     "reference.merge([x], [x])": "tuple[Array, Array]",
     "fastattn.plan(x, x, x).flops": "int",
@@ -88,6 +90,7 @@ TYPES |= {
     f"cache.attention(x, 0, causal=True, query_offset=0, {PACKED})": "Array",
     f"layer(x, causal=True, {PACKED}, {DENSE})": "Array",
     f"reference.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
+    f"reference.attention_backward(x, x, x, x, x, x, causal=True, {PACKED}, {DENSE})": "tuple[Array, ...]",
 }
 REFUSED = [
     "fastattn.attention(x, x, x, no_such_keyword=1)",
