@@ -165,6 +165,7 @@ def backward_tolerances(grad_out, query, key, value, out, lse, *, grad_lse=None,
     unit = UNIT[F64] if query.dtype == F64 else UNIT[F32]
     sides = 2.0 if query.dtype == F64 else 1.0
     unit_p = UNIT[BF16] if query.dtype == key.dtype == BF16 else 0.0
+    smallest = 2.0**-950 if query.dtype == F64 else 2.0**-120
     grad_out, query, key, value, out, lse = (x.astype(np.float64) for x in (grad_out, query, key, value, out, lse))
     grad_lse = np.zeros_like(lse) if grad_lse is None else np.abs(grad_lse.astype(np.float64))
 
@@ -204,7 +205,6 @@ def backward_tolerances(grad_out, query, key, value, out, lse, *, grad_lse=None,
         spreads["sinks"], dtypes["sinks"] = of_sinks[0], np.asarray(sinks).dtype
 
     terms = 16 + max(lse.size, key.shape[-2])
-    smallest = 2.0**-950 if query.dtype == F64 else 2.0**-120
     flushed = smallest * terms * (1 + _largest(grad_out)) * (1 + _largest(value)) * (1 + _largest(out))
     flushed *= (
         (1 + max(_largest(query), _largest(key))) * (1 + scale) * (1 + value.shape[-1]) * (1 + _largest(grad_lse))

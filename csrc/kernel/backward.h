@@ -158,8 +158,37 @@ FA_INLINE vec *block_sums(const backward_state *b, int64_t key)
 
 /* --- a tile and a block ----------------------------------------------------------------------------- */
 
+/* Scores -> probabilities, by the rows' lse; exponentiate says why row after row. nan_safe: those of hidden keys
+ * are -0. */
+FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, real to_log2, int vectors, bool nan_safe)
+{
+    vec lse[MAX_VECTORS], rest[MAX_VECTORS];
+    exponent next[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++) {
+        lse[m] = g->lse[m];
+        rest[m] = g->lse_rest[m];
+        next[m] = split_exponent((scores[m] - lse[m]) * to_log2 + rest[m]);
+    }
+    for (int r = 0; r < rows; r++) {
+        vec *row = scores + r * vectors, *row_after = r + 1 < rows ? row + vectors : row;
+        exponent now[MAX_VECTORS];
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            now[m] = next[m];
+            next[m] = split_exponent((row_after[m] - lse[m]) * to_log2 + rest[m]);
+        }
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            vec p = vec_exp2_of(now[m]);
+            if (nan_safe)
+                p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
+            row[m] = p;
+        }
+    }
+}
+
 /* Scores of the panel -> probabilities; false if no row sees any of the keys. */
-FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const key_range *range,
+FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
                                      const operand_block *key, int vectors, bool nan_safe)
 {
     static const next_streams nothing;
@@ -175,7 +204,7 @@ FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const key_range
     mask_rows_behind(t, range, scores);
     if (mods != 0)
         modify_scores(p, t, range, mods, scores, block_max);
-    exponentiate(t, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
+    exponentiate_by_lse(g, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
     return true;
 }
 
@@ -237,7 +266,7 @@ FA_INLINE void multiply_key_grad_scores(const fa_problem *p, grad_tile *g, const
 FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
                                        const grad_block *block, int vectors, bool nan_safe)
 {
-    if (!compute_probabilities(b, t, range, &block->key, vectors, nan_safe))
+    if (!compute_probabilities(b, t, g, range, &block->key, vectors, nan_safe))
         return false;
     multiply_value_grad_out(b->s.problem, g, range, &block->value, vectors, b->grad_scores);
     differentiate_softmax(g, b->s.w.scores, num_keys(range), vectors, b->grad_scores);

@@ -34,8 +34,10 @@ static grad_arrays locate_gradients(const fa_problem *p, const fa_work_item *ite
     };
 }
 
-/* Beside a `tile`, whose row_max is its rows' lse, in units of the scores. */
+/* Beside a `tile`. */
 typedef struct {
+    vec lse[MAX_VECTORS];     /* of its rows, in units of the scores */
+    vec lse_rest[MAX_VECTORS]; /* what was lost when that was rounded, in units of log2 */
     vec delta[MAX_VECTORS];
     bool is_finite; /* its queries and gradients of out */
     bool empty;     /* grad_query is not there, and stands for 0 */
@@ -61,15 +63,16 @@ FA_INLINE bool is_zero(vec zeros)
     return are_finite(zeros);
 }
 
-/* Σ_e a[e] b[e], in float64. */
+/* Σ_e a[e] b[e]; 0 where b is 0: the out of a row that sees no key, whatever its gradient holds. */
 static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
                        int64_t columns)
 {
     vec sums = {0};
     for (int64_t e = 0; e < columns; e += LANES) {
         const int count = (int)min_i64(LANES, columns - e);
-        sums += load_elements(a + e * a_col, a_col, count, dtype) *
-                load_elements(b + e * b_col, b_col, count, dtype);
+        const vec x = load_elements(a + e * a_col, a_col, count, dtype);
+        const vec y = load_elements(b + e * b_col, b_col, count, dtype);
+        sums += vec_select(vec_equal(y, vec_splat(0)), y, x * y);
     }
     double sum = 0;
     for (int i = 0; i < LANES; i++)
@@ -90,8 +93,11 @@ static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad
         delta -= load_element(ga->grad_lse + t->head[j] * gradients->grad_lse.head +
                                   t->row[j] * gradients->grad_lse.row,
                               gradients->grad_lse.dtype);
-    /* Of a row that sees no key p is 0, whatever its lse and its scores. */
-    t->row_max[j / LANES][j % LANES] = (real)(lse == -INFINITY ? INFINITY : lse / deferred_scale(p));
+    /* Of a row that sees no key p is 0, whatever its scores. */
+    lse = lse == -INFINITY ? INFINITY : lse / deferred_scale(p);
+    const double rounded = (real)lse;
+    g->lse[j / LANES][j % LANES] = (real)rounded;
+    g->lse_rest[j / LANES][j % LANES] = isfinite(lse) ? (real)((rounded - lse) * deferred_scale(p) * LOG2E) : 0;
     g->delta[j / LANES][j % LANES] = (real)delta;
     if (ga->delta)
         store_element(ga->delta + t->head[j] * gradients->delta.head + t->row[j] * gradients->delta.row,
@@ -103,8 +109,8 @@ static void load_rows_terms(const fa_problem *p, const item_arrays *a, const gra
                             grad_tile *g)
 {
     for (int m = 0; m < t->vectors; m++) {
-        t->row_max[m] = vec_splat((real)INFINITY);
-        t->row_sum[m] = g->delta[m] = vec_splat(0);
+        g->lse[m] = vec_splat((real)INFINITY);
+        g->lse_rest[m] = g->delta[m] = vec_splat(0);
     }
     vec zeros = {0};
     for (int j = 0; j < t->rows; j++) {
