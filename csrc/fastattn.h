@@ -75,6 +75,8 @@ typedef struct {
 
     double scale;
     double softcap;            /* 0: none */
+    double dropout;            /* share of the probabilities that are dropped; 0: none */
+    uint64_t seed;             /* which ones */
     int64_t left, right;       /* query position p sees keys p - left .. p + right; FA_UNBOUNDED */
     int num_threads;           /* at most this many */
     bool (*interrupted)(void); /* called now and then, by the calling thread only; may be NULL */

@@ -21,7 +21,7 @@ class Spelling(NamedTuple):
     meaning: str
 
 
-NO_DROPOUT = Spelling(None, "there is no dropout; a call with dropout 0 leaves it out")
+DROPOUT = Spelling("dropout", "dropout=, with which seed= says what is dropped")
 SCALE = Spelling("scale", "scale=")
 SOFTCAP = Spelling("softcap", "softcap=, where None, not 0, is no cap")
 SINKS = Spelling("sinks", "sinks=, one logit a head")
@@ -45,7 +45,7 @@ SPELLINGS = {
     "key_padding_mask": Spelling(
         "mask", "mask=~key_padding_mask[:, None, None, :], for here True means attend, or the lengths as key_lengths="
     ),
-    "dropout_p": NO_DROPOUT,
+    "dropout_p": DROPOUT,
     "enable_gqa": Spelling(None, "it is not needed: key and value may always have fewer heads than query"),
     "need_weights": WEIGHTS,
     "average_attn_weights": Spelling(
@@ -80,7 +80,7 @@ SPELLINGS = {
         "mask",
         "mask=attention_mask[:, None, None, :] as bools, where True means attend, or the lengths as key_lengths=",
     ),
-    "dropout": NO_DROPOUT,
+    "dropout": DROPOUT,
     "scaling": SCALE,
     "sliding_window": Spelling("window", "window=(sliding_window - 1, 0), for a query's own key is not counted"),
     "output_attentions": WEIGHTS,

@@ -1,5 +1,5 @@
 # csrc/fastattn.h as Cython sees it.
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 
 cdef extern from "stdbool.h":
@@ -44,7 +44,8 @@ cdef extern from "fastattn.h" nogil:
         const int64_t *cu_seqlens_k
         fa_array page_table
         int64_t page_size
-        double scale, softcap
+        double scale, softcap, dropout
+        uint64_t seed
         int64_t left, right
         int num_threads
         c_bool (*interrupted)() noexcept nogil

@@ -17,6 +17,7 @@ from libc.stdint cimport uintptr_t
 from fastattn._core cimport *
 
 from fastattn import _arguments, _checks
+from fastattn._philox import checked_dropout
 from fastattn._visible import count_visible
 
 
@@ -668,6 +669,12 @@ cdef class Call:
                                              "query_offset", -FARTHEST, FARTHEST)
         return 0
 
+    cdef int set_dropout(self, object dropout, object seed) except -1:
+        if seed is None and type(dropout) is float and dropout == 0.0:
+            return 0
+        self.problem.dropout, self.problem.seed = checked_dropout(dropout, seed)
+        return 0
+
     cdef int read_scores(self, dict scores) except -1:
         """`set_scores` from a dict, in which a keyword that was not given is not there."""
         return self.set_scores(
@@ -801,8 +808,8 @@ cdef object compute(Call call, object out, bint return_lse, bint return_weights)
 
 
 def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
-              alibi_slopes=None, softcap=None, sinks=None, key_lengths=None, out=None, bint return_lse=False,
-              bint return_weights=False, num_threads=None):
+              alibi_slopes=None, softcap=None, sinks=None, key_lengths=None, dropout=0.0, seed=None, out=None,
+              bint return_lse=False, bint return_weights=False, num_threads=None):
     """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
 
     The order of the axes is (batch, heads, seqlen, head_dim). Arrays in the order (batch, seqlen, heads, head_dim)
@@ -850,6 +857,12 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
         value: weights then sum to less than 1.
     key_lengths : int or array_like of int, broadcastable to the batch shape, optional
         Keys from there on do not exist, and are not read.
+    dropout : float
+        The share of the weights that is dropped, from 0 to below 1, for training; rounded to a multiple of 2**-16. The
+        others are divided by ``1 - dropout``. Neither lse nor a sink's part changes.
+    seed : int, optional
+        From 0 to 2**64 - 1, and needed with `dropout`: which weights are dropped. It depends on the seed, the batch
+        item, the head, the query's position and the key alone, by Philox4x32-10 [4]_; give another for each call.
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
     return_lse, return_weights : bool
@@ -869,7 +882,7 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
         Natural logarithm; float64 for float64, else float32. -inf for a query that sees no key, or its
         sink. Returned with ``return_lse``.
     weights : ndarray, shape (..., H, Sq, Sk)
-        In query's dtype. Returned with ``return_weights``.
+        In query's dtype; with `dropout`, those that are left. Returned with ``return_weights``.
 
     Raises
     ------
@@ -898,6 +911,7 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     .. [1] Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     .. [2] Dao, Fu, Ermon, Rudra and Ré, "FlashAttention", 2022; Dao, "FlashAttention-2", 2023.
     .. [3] Press, Smith and Lewis, "Train Short, Test Long", 2021.
+    .. [4] Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Examples
     --------
@@ -917,6 +931,7 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     call.set_arrays(query, key, value)
     call.set_scores(scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
                     num_threads)
+    call.set_dropout(dropout, seed)
     return compute(call, out, return_lse, return_weights)
 
 
@@ -1030,12 +1045,14 @@ cdef int64_t top_count(object k) except -1:
     return count
 
 
-def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, dict scores not None, out, bint return_lse):
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, dict scores not None, dropout, seed, out,
+                     bint return_lse):
     cdef Call call = Call.__new__(Call)
     if out is not None:
         call.inputs = {}
     call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
     call.read_scores(scores)
+    call.set_dropout(dropout, seed)
     return compute(call, out, return_lse, False)
 
 
@@ -1171,7 +1188,7 @@ cdef class Gradients:
 
 
 def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, dict scores not None,
-                       grad_lse, bint return_grad_bias, bint return_grad_sinks, grads):
+                       dropout, seed, grad_lse, bint return_grad_bias, bint return_grad_sinks, grads):
     cdef Call call = Call.__new__(Call)
     cdef Gradients gradients = Gradients.__new__(Gradients)
     call.inputs = {}
@@ -1181,6 +1198,7 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_s
     else:
         call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
     call.read_scores(scores)
+    call.set_dropout(dropout, seed)
     gradients.set_results(grad_out, out, lse, grad_lse)
     gradients.set_grads(grads)
     if return_grad_sinks:

@@ -64,12 +64,16 @@ class LayerScores(CommonKeywords, DenseKeywords, total=False):
 class AttentionKeywords(ScoreKeywords, total=False):
     """Keywords of `attention` that do not change what it returns."""
 
+    dropout: float
+    seed: int | None
     out: Array | None
 
 
 class VarlenKeywords(PackedKeywords, total=False):
     """Keywords of `attention_varlen` that do not change what it returns."""
 
+    dropout: float
+    seed: int | None
     out: Array | None
 
 
@@ -144,6 +148,8 @@ class AttentionFunction(Protocol):
         softcap: float | None = None,
         sinks: ArrayLike | None = None,
         key_lengths: ArrayLike | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         out: Array | None = None,
         return_lse: bool = False,
         return_weights: bool = False,

@@ -76,6 +76,8 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     out: Array | None = None,
     return_lse: bool = False,
     **scores: Unpack[PackedKeywords],
@@ -128,7 +130,7 @@ def attention_varlen(
     """
     if others or not scores.keys() <= PACKED:
         raise misfit(attention_varlen, others, scores)
-    return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, out, return_lse)
+    return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, return_lse)
 
 
 @takes(ScoreKeywords)
@@ -140,6 +142,8 @@ def attention_backward(
     out: ArrayLike,
     lse: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     grad_lse: ArrayLike | None = None,
     return_grad_bias: bool = False,
     return_grad_sinks: bool = False,
@@ -220,7 +224,21 @@ def attention_backward(
     if return_grad_sinks and scores.get("sinks") is None:
         raise ValueError("return_grad_sinks is given without sinks")
     return _core.attention_backward(
-        grad_out, query, key, value, out, lse, None, None, scores, grad_lse, return_grad_bias, return_grad_sinks, grads
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        None,
+        None,
+        scores,
+        dropout,
+        seed,
+        grad_lse,
+        return_grad_bias,
+        return_grad_sinks,
+        grads,
     )
 
 
@@ -235,6 +253,8 @@ def attention_varlen_backward(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     grad_lse: ArrayLike | None = None,
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
@@ -290,7 +310,20 @@ def attention_varlen_backward(
     if return_grad_sinks and scores.get("sinks") is None:
         raise ValueError("return_grad_sinks is given without sinks")
     return _core.attention_backward(
-        grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, scores, grad_lse, False, return_grad_sinks,
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        scores,
+        dropout,
+        seed,
+        grad_lse,
+        False,
+        return_grad_sinks,
         grads,
     )
 

@@ -12,22 +12,27 @@ from fastattn import _keywords, reference
 
 DENSE = ("mask", "bias", "key_lengths")
 ORDER = list(inspect.signature(fastattn.attention).parameters)
-SCORES = [*ORDER[ORDER.index("scale") : ORDER.index("out")], "num_threads"]
+KEYWORDS = [*ORDER[ORDER.index("scale") : ORDER.index("out")], "num_threads"]
+DROPOUT = ("dropout", "seed")
+SCORES = [name for name in KEYWORDS if name not in DROPOUT]
 PACKED = [name for name in SCORES if name not in DENSE]
+TRAINED = [name for name in KEYWORDS if name not in DENSE]
 
 FUNCTIONS = {
     "plan": (fastattn.plan, SCORES),
     "top_keys": (fastattn.top_keys, SCORES),
-    "attention_varlen": (fastattn.attention_varlen, PACKED),
+    "attention_varlen": (fastattn.attention_varlen, TRAINED),
+    "attention_backward": (fastattn.attention_backward, KEYWORDS),
+    "attention_varlen_backward": (fastattn.attention_varlen_backward, TRAINED),
     "KVCache.attention": (fastattn.KVCache.attention, PACKED),
     "MultiHeadAttention": (
         fastattn.MultiHeadAttention.__call__,
         [name for name in SCORES if name != "query_offset"],
     ),
-    "reference.attention": (reference.attention, SCORES),
-    "reference.attention_varlen": (reference.attention_varlen, PACKED),
-    "reference.attention_backward": (reference.attention_backward, SCORES),
-    "reference.attention_varlen_backward": (reference.attention_varlen_backward, PACKED),
+    "reference.attention": (reference.attention, KEYWORDS),
+    "reference.attention_varlen": (reference.attention_varlen, TRAINED),
+    "reference.attention_backward": (reference.attention_backward, KEYWORDS),
+    "reference.attention_varlen_backward": (reference.attention_varlen_backward, TRAINED),
     "reference.top_keys": (reference.top_keys, SCORES),
 }
 # Defaults of their own: a query in a cache is causal unless told otherwise.
@@ -71,8 +76,8 @@ def test_nothing_is_left_of_the_placeholder(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_keywords_come_in_the_order_of_attention(name):
-    shown = [p for p in inspect.signature(FUNCTIONS[name][0]).parameters if p in SCORES]
-    assert shown == [keyword for keyword in SCORES if keyword in FUNCTIONS[name][1]]
+    shown = [p for p in inspect.signature(FUNCTIONS[name][0]).parameters if p in KEYWORDS]
+    assert shown == [keyword for keyword in KEYWORDS if keyword in FUNCTIONS[name][1]]
 
 
 def test_the_types_are_of_these_keywords():

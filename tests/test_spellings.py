@@ -65,7 +65,7 @@ SPELLINGS = {
     "is_causal": ["causal=", "query_offset=0", "the last query sees the last key"],
     "attn_mask": ["mask=", "True means attend", "bias="],
     "key_padding_mask": ["mask=", "True means attend", "key_lengths="],
-    "dropout_p": ["no dropout"],
+    "dropout_p": ["dropout="],
     "enable_gqa": ["not needed", "fewer heads"],
     "softmax_scale": ["scale="],
     "sm_scale": ["scale="],

@@ -78,6 +78,9 @@ FA_INLINE vec vec_round(vec x)
 }
 #endif
 
+/* Of the lower halves of 64 bits. */
+#define multiply_words(a, b) ((word_vec)_mm256_mul_epu32((__m256i)(a), _mm256_set1_epi32((int)(b))))
+
 #define vec_select vec_select
 #define vec_max vec_max
 #define vec_round vec_round

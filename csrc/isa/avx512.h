@@ -176,6 +176,9 @@ FA_INLINE vec vec_scale_exponent(vec x, vec n)
 }
 #endif
 
+/* Of the lower halves of 64 bits. */
+#define multiply_words(a, b) ((word_vec)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi32((int)(b))))
+
 FA_INLINE bool vmask_any(vmask where)
 {
     return where != 0;

@@ -368,6 +368,15 @@ static __attribute__((noinline)) void attend_again(const superblock *b, const un
     *sums = sums_of(b, &f);
 }
 
+/* Before they meet the values. */
+FA_INLINE void drop_unit(const unit *u, const superblock *b)
+{
+    const fa_problem *p = b->s->problem;
+    if (has_dropout(p))
+        drop_packed(p, u->t, u->range.first, num_keys(&u->range), parts_of(p->query.dtype), PROBABILITY_PART,
+                    u->probabilities);
+}
+
 /* P V by itself; there is nothing to add if no unit came before. */
 static void multiply_values_alone(const superblock *b, unit *before)
 {
@@ -479,6 +488,7 @@ FA_INLINE bool attend_superblock(superblock *b, bool exact_sums)
             if (more)
                 find_unit(b, behind.t, behind.block, &behind); /* its mask, where the other's is now */
         }
+        drop_unit(&now, b);
         add_sums(t, &sums);
         before = now;
         if (!more)
@@ -575,6 +585,7 @@ static bool attend_superblock_nan_safe(superblock *b)
         block_sums sums = sums_of(b, &f);
         if (any_may_exceed(b, u.t, &sums))
             attend_again(b, &u, true, &sums);
+        drop_unit(&u, b);
         panel_product values = value_product_of(b, &u);
         const char *packed = values.a;
         values.a = s->w.finite_values;

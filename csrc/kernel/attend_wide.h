@@ -40,6 +40,8 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     rescale_accumulators(p, t, block_max, to_log2, vectors, false);
     exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
+    if (has_dropout(p))
+        drop_probabilities(p, t, range->first, num_keys(range), false, scores);
     const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
     multiply_value(p, t, range, value, probabilities, next, vectors, nan_safe);
     t->empty = false;

@@ -29,6 +29,7 @@ typedef struct {
     grad_tile tiles[MAX_GRAD_TILES];
     vec *grad_scores;                     /* dP, then dS: a panel like the scores */
     vec *raw_scores;                      /* with a softcap: the scores before it */
+    vec *kept;                            /* with dropout: the probabilities that are left */
     char *score_operands, *grad_operands; /* the panels, rounded */
     char *packed_value_rows;
     int64_t first_block, num_blocks; /* of KEY_BLOCK keys, that the sequence reads */
@@ -91,6 +92,7 @@ static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_su
     w->scores = take(base, &offset, panel_bytes);
     b->grad_scores = take(base, &offset, panel_bytes);
     b->raw_scores = take(base, &offset, p->softcap != 0 ? panel_bytes : 0);
+    b->kept = take(base, &offset, has_dropout(p) ? panel_bytes : 0);
     b->score_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
     b->grad_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
     w->packed_key = take(base, &offset, wide_key_bytes(p));
@@ -158,9 +160,10 @@ FA_INLINE vec *block_sums(const backward_state *b, int64_t key)
 
 /* --- a tile and a block ----------------------------------------------------------------------------- */
 
-/* Scores -> probabilities, by the rows' lse; exponentiate says why row after row. nan_safe: those of hidden keys
- * are -0. */
-FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, real to_log2, int vectors, bool nan_safe)
+/* Scores -> probabilities, by the rows' lse; exponentiate says why row after row. nan_safe: those of hidden
+ * keys are -0. */
+FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, real to_log2, int vectors,
+                                   bool nan_safe)
 {
     vec lse[MAX_VECTORS], rest[MAX_VECTORS];
     exponent next[MAX_VECTORS];
@@ -205,6 +208,8 @@ FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile
     if (mods != 0)
         modify_scores(p, t, range, mods, scores, block_max);
     exponentiate_by_lse(g, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
+    if (has_dropout(p))
+        drop_probabilities(p, t, range->first, num_keys(range), true, scores);
     return true;
 }
 
@@ -233,6 +238,20 @@ FA_INLINE void differentiate_softmax(const grad_tile *g, const vec *probabilitie
             vec *x = &grad_scores[r * vectors + m];
             *x = vec_select(vec_equal(p, vec_splat(0)), p, p * (*x - g->delta[m]));
         }
+}
+
+/* Before that: where p has a sign it was dropped, and dP is 0, else it is multiplied as p is. The signs go,
+ * and what is left of them, for dV, is the panel `kept`. */
+static void differentiate_dropout(const fa_problem *p, vec *probabilities, int count, vec *grad_scores,
+                                  vec *kept)
+{
+    for (int i = 0; i < count; i++) {
+        const vec x = probabilities[i];
+        const vmask is_dropped = vec_greater(vec_splat(0), x);
+        kept[i] = without_dropped(x);
+        probabilities[i] = vec_select(is_dropped, vec_abs(x), x);
+        grad_scores[i] = vec_select(is_dropped, vec_splat(0), grad_scores[i] * kept_factor(p));
+    }
 }
 
 /* dS of capped scores c tanh(s / c) -> dS of s; 1 - tanh² is their slope. */
@@ -269,6 +288,9 @@ FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_ti
     if (!compute_probabilities(b, t, g, range, &block->key, vectors, nan_safe))
         return false;
     multiply_value_grad_out(b->s.problem, g, range, &block->value, vectors, b->grad_scores);
+    if (has_dropout(b->s.problem))
+        differentiate_dropout(b->s.problem, b->s.w.scores, num_keys(range) * vectors, b->grad_scores,
+                              b->kept);
     differentiate_softmax(g, b->s.w.scores, num_keys(range), vectors, b->grad_scores);
     return true;
 }
@@ -285,7 +307,8 @@ FA_INLINE void differentiate_block(backward_state *b, tile *t, grad_tile *g, fa_
         return;
     if (p->softcap != 0)
         differentiate_softcap(p, b->raw_scores, rows * vectors, grad_scores);
-    const panel_operands a = as_operands(probabilities, rows, vectors, b->score_operands);
+    const panel_operands a =
+        as_operands(has_dropout(p) ? b->kept : probabilities, rows, vectors, b->score_operands);
     add_rows(&a, g->grad_out_rows, p->head_dim_v, vectors, nan_safe, first, value_sums);
     const panel_operands da = as_operands(grad_scores, rows, vectors, b->grad_operands);
     add_rows(&da, g->query_rows, p->head_dim, vectors, nan_safe, first, key_sums);
@@ -372,7 +395,7 @@ static void store_key_gradients(const backward_state *b, const vec *sums)
     for (int64_t n = 0; n < num_keys; n++) {
         store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, (real)p->scale);
         store_key_gradient(b, &g->grad_value, b->arrays.grad_value, sums + sum_vectors(p->head_dim), n,
-                           p->head_dim_v, 1);
+                           p->head_dim_v, kept_factor(p));
     }
 }
 

@@ -35,6 +35,13 @@ FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vecto
     }
 }
 
+static void drop_weights(const fa_problem *p, const tile *t, const key_range *range, vec *weights)
+{
+    drop_probabilities(p, t, range->first, num_keys(range), false, weights);
+    for (int i = 0; i < num_keys(range) * t->vectors; i++)
+        weights[i] *= kept_factor(p);
+}
+
 static void store_decode_weights(const fa_problem *p, const tile *t, const key_range *range, const vec *panel,
                                  char *const *rows)
 {
@@ -80,6 +87,8 @@ static bool compute_weights(item_state *s, tile *t, const operand_block *key, fa
                : !compute_wide_scores(s, t, key, block, range, weights))
         return false;
     normalise(s->problem, t, panel_rows(t, range, decode), decode ? 1 : t->vectors, weights);
+    if (has_dropout(s->problem))
+        drop_weights(s->problem, t, range, weights);
     return true;
 }
 
@@ -217,7 +226,10 @@ static int decode_block_keys(const fa_problem *p)
 /* The tiles of an item, and the keys that they and its splits have in common. */
 static void locate_item(item_state *s, const fa_work_item *item)
 {
-    locate_tiles(s, item->row_begin, item->row_end, s->arrays.group_size * item->sequence.num_queries);
+    /* Dropout has lanes of rows. */
+    const int64_t group_rows =
+        has_dropout(s->problem) ? INT64_MAX : s->arrays.group_size * item->sequence.num_queries;
+    locate_tiles(s, item->row_begin, item->row_end, group_rows);
     s->block_keys = is_decode(&s->w.tiles[0]) ? decode_block_keys(s->problem) : KEY_BLOCK;
     s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);

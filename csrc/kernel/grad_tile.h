@@ -36,7 +36,7 @@ static grad_arrays locate_gradients(const fa_problem *p, const fa_work_item *ite
 
 /* Beside a `tile`. */
 typedef struct {
-    vec lse[MAX_VECTORS];     /* of its rows, in units of the scores */
+    vec lse[MAX_VECTORS];      /* of its rows, in units of the scores */
     vec lse_rest[MAX_VECTORS]; /* what was lost when that was rounded, in units of log2 */
     vec delta[MAX_VECTORS];
     bool is_finite; /* its queries and gradients of out */
@@ -97,7 +97,8 @@ static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad
     lse = lse == -INFINITY ? INFINITY : lse / deferred_scale(p);
     const double rounded = (real)lse;
     g->lse[j / LANES][j % LANES] = (real)rounded;
-    g->lse_rest[j / LANES][j % LANES] = isfinite(lse) ? (real)((rounded - lse) * deferred_scale(p) * LOG2E) : 0;
+    g->lse_rest[j / LANES][j % LANES] =
+        isfinite(lse) ? (real)((rounded - lse) * deferred_scale(p) * LOG2E) : 0;
     g->delta[j / LANES][j % LANES] = (real)delta;
     if (ga->delta)
         store_element(ga->delta + t->head[j] * gradients->delta.head + t->row[j] * gradients->delta.row,

@@ -7,6 +7,7 @@
 #ifndef FA_KERNEL_ITEM_H
 #define FA_KERNEL_ITEM_H
 
+#include "dropout.h"
 #include "probability_shift.h"
 #include "scores.h"
 
@@ -18,6 +19,7 @@ typedef struct {
     const int64_t *pages; /* where keys lie, if in pages */
     int64_t num_keys, query_offset;
     int64_t group_size, first_head;
+    int64_t batch_item; /* in order */
 } item_arrays;
 
 static char *at_batch(const fa_array *array, const fa_problem *p, const fa_work_item *item)
@@ -51,6 +53,9 @@ static item_arrays locate(const fa_problem *p, const fa_work_item *item)
     a.query_offset = item->sequence.query_offset;
     a.group_size = p->num_heads / p->num_kv_heads;
     a.first_head = item->kv_head * a.group_size;
+    a.batch_item = 0;
+    for (int axis = 0; axis < p->batch_ndim && has_dropout(p); axis++)
+        a.batch_item = a.batch_item * p->batch_shape[axis] + item->batch_index[axis];
     a.mask = at_batch(&p->mask, p, item);
     a.bias = at_batch(&p->bias, p, item);
     a.out = at_queries(&p->out, p, item);
@@ -152,6 +157,16 @@ static void load_alibi(const fa_problem *p, const item_arrays *a, tile *t)
     }
 }
 
+/* Where the rows' probabilities are, for dropout. */
+static void number_probabilities(const item_arrays *a, tile *t)
+{
+    t->drop_item = (uint32_t)a->batch_item;
+    for (int j = 0; j < t->vectors * LANES; j++) {
+        t->drop_position[j / LANES][j % LANES] = (uint32_t)(t->row[j] + a->query_offset);
+        t->drop_head[j / LANES][j % LANES] = (uint32_t)t->head[j];
+    }
+}
+
 static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_begin, tile *t)
 {
     t->row_begin = row_begin;
@@ -166,6 +181,8 @@ static void locate_rows(const fa_problem *p, const item_arrays *a, int64_t row_b
         point_at_rows(t, a->bias, &p->bias, t->bias);
     if (a->alibi_slopes)
         load_alibi(p, a, t);
+    if (has_dropout(p))
+        number_probabilities(a, t);
 }
 
 static void move_rows(const tile *t, ptrdiff_t mods, char **rows)
@@ -190,6 +207,8 @@ static void move_tile(const fa_problem *p, const item_arrays *from, const item_a
         t->head[j] += heads;
     if (to->alibi_slopes)
         load_alibi(p, to, t);
+    if (has_dropout(p))
+        number_probabilities(to, t);
 }
 
 static void pack_tile(const fa_problem *p, tile *t)
@@ -309,7 +328,7 @@ static bool finish_tile(const fa_problem *p, tile *t)
     if (is_decode(t))
         return finish_decode_tile(p, t);
     for (int m = 0; m < t->vectors; m++) {
-        vec inverse_sum = inverse_or_zero(t->row_sum[m]) * shift_factor(p);
+        vec inverse_sum = inverse_or_zero(t->row_sum[m]) * (shift_factor(p) * kept_factor(p));
         int e = 0;
         for (; e + LANES <= p->head_dim_v; e += LANES)
             sums += finish_lanes(p, t, m, e, LANES, inverse_sum);

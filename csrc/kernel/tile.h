@@ -38,6 +38,8 @@ typedef struct {
     vec exact_sum[MAX_VECTORS]; /* for lse: of exponentials to the precision of `real`, where row_sum is of
                                    coarse ones */
     vec slope[MAX_VECTORS];
+    uvec drop_position[MAX_VECTORS], drop_head[MAX_VECTORS]; /* 32 bits of each; with dropout */
+    uint32_t drop_item;
     ivec mask_words[MASK_WORDS][MAX_VECTORS]; /* this block's keys that a row's mask lets it see, as bits */
     int64_t row_begin;
     int rows;                 /* in use; the lanes beyond repeat the last row, and are not stored */
