@@ -131,12 +131,12 @@ static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
     return rows >= least && keys >= least && p->head_dim >= 64;
 }
 
-/* Where the best kernel of bfloat16 has no backward pass, the next one's is taken, which runs wherever the
- * best one does. */
-static const fa_kernel *backward_bfloat16(int row)
+/* Where the kernel of bfloat16 has no backward pass, the best one that has is taken: it runs wherever that one
+ * does. */
+static const fa_kernel *backward_bfloat16(void)
 {
-    for (; row < NUM_ISAS; row++)
-        if (table[row].bfloat16 && table[row].bfloat16->backward)
+    for (int row = 0; row < NUM_ISAS; row++)
+        if (table[row].bfloat16 && table[row].bfloat16->backward && table[row].is_supported())
             return table[row].bfloat16;
     return NULL;
 }
@@ -158,7 +158,6 @@ const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t key
 
 const fa_kernel *fa_select_backward_kernel(const fa_problem *p)
 {
-    const int row = selected_row();
     const fa_kernel *kernel = fa_kernel_for_dtype(p->query.dtype);
-    return kernel->backward ? kernel : backward_bfloat16(row);
+    return kernel->backward ? kernel : backward_bfloat16();
 }
