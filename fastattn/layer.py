@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Never, Unpack, cast, overload
 
 import numpy as np
@@ -23,7 +23,7 @@ from fastattn._checks import (
     how_to_convert,
 )
 from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, ScoreKeywords, takes
-from fastattn.api import attention, attention_varlen
+from fastattn.api import attention, attention_backward, attention_varlen, attention_varlen_backward
 from fastattn.cache import KVCache
 from fastattn.checkpoints import (
     SCHEMES,
@@ -34,7 +34,6 @@ from fastattn.checkpoints import (
     from_torch_state,
     require,
 )
-from fastattn.reference import attention_backward, attention_varlen_backward
 from fastattn.rotary import RotaryOptions, checked_options, rotary
 
 __all__ = ["LayerGradients", "MultiHeadAttention", "Saved"]
@@ -222,18 +221,23 @@ class Saved(NamedTuple):
     cu_seqlens: ArrayLike | None
     scores: Any
 
-    def backward(self, grad_heads: Array, asked: Mapping[str, Any]) -> tuple[Array, ...]:
-        """Return the gradients of queries, keys and values, and those asked for, given that of the joined heads."""
+    def backward(
+        self, grad_heads: Array, grads: tuple[Array, Array, Array], asked: Mapping[str, Any]
+    ) -> tuple[Array, ...]:
+        """Store the gradients of queries, keys and values, given that of the joined heads; return those asked for."""
         query, key, value = self.parts
         lengths = self.cu_seqlens
         if lengths is None:
             grad_heads, heads = grad_heads.swapaxes(-3, -2), self.joined.swapaxes(-3, -2)
-            return attention_backward(grad_heads, query, key, value, heads, self.lse, **self.scores, **asked)
+            return attention_backward(
+                grad_heads, query, key, value, heads, self.lse, grads=grads, **self.scores, **asked
+            )[3:]
         query, key, value = (part.swapaxes(0, 1) for part in self.parts)
-        results = attention_varlen_backward(
-            grad_heads, query, key, value, self.joined, self.lse, lengths, lengths, **self.scores, **asked
-        )
-        return (*(grad.swapaxes(0, 1) for grad in results[:3]), *results[3:])
+        grad_query, grad_key, grad_value = (grad.swapaxes(0, 1) for grad in grads)
+        grads = grad_query, grad_key, grad_value
+        return attention_varlen_backward(
+            grad_heads, query, key, value, self.joined, self.lse, lengths, lengths, grads=grads, **self.scores, **asked
+        )[3:]
 
 
 def asked_gradients(scores: Mapping[str, Any], wanted: Mapping[str, bool]) -> dict[str, bool]:
@@ -756,12 +760,18 @@ class MultiHeadAttention:
         grad_heads, parameters["out_weight"], parameters["out_bias"] = self._output.backward(
             grad.reshape(rows, self.out_features), joined
         )
-        of_query, of_key, of_value, *extras = saved.backward(grad_heads.reshape(saved.joined.shape), asked)
+        # Those of what is made of one input lie side by side, as the queries, keys and values themselves do.
+        columns = {
+            parts: np.empty((math.prod(x.shape[:-1]), self._inputs[parts].weight.shape[1]), self.dtype)
+            for parts, x in saved.inputs.items()
+        }
+        of_parts = self._views(saved.inputs, columns)
+        grads = of_parts["q"], of_parts["k"], of_parts["v"]
+        extras = list(saved.backward(grad_heads.reshape(saved.joined.shape), grads, asked))
         if self.rotary is not None:
-            for grad in (of_query, of_key):
-                rotary(grad, saved.positions, **self.rotary, inverse=True, out=grad)
-        of_parts = {"q": of_query, "k": of_key, "v": of_value}
-        inputs = self._inputs_backward(saved.inputs, of_parts, parameters)
+            for part in "qk":
+                rotary(of_parts[part], saved.positions, **self.rotary, inverse=True, out=of_parts[part])
+        inputs = self._inputs_backward(saved.inputs, columns, parameters)
         return LayerGradients(
             inputs["query"],
             inputs.get("key"),
@@ -822,7 +832,10 @@ class MultiHeadAttention:
             raise ValueError("positions is given, but the layer has no rotary positions")
         inputs = {parts: self._checked_input(parts, x) for parts, x in sources.items()}
         check_batch_axes(inputs)
-        heads = {part: split for parts, x in inputs.items() for part, split in self._split(parts, x)}
+        columns = {
+            parts: self._inputs[parts](x.reshape(math.prod(x.shape[:-1]), x.shape[-1])) for parts, x in inputs.items()
+        }
+        heads = self._views(inputs, columns)
         if self.rotary is not None:
             for part in "qk":
                 rotary(heads[part], positions, **self.rotary, out=heads[part])
@@ -869,16 +882,13 @@ class MultiHeadAttention:
         return (None, None) if own else (key, value)
 
     def _inputs_backward(
-        self, inputs: Mapping[str, Array], grads: Mapping[str, Array], parameters: dict[str, Array]
+        self, inputs: Mapping[str, Array], columns: Mapping[str, Array], parameters: dict[str, Array]
     ) -> dict[str, Array]:
         """Return the gradients of the inputs by their names, and store those of the weights and biases made of them."""
         of_inputs = {}
         for parts, x in inputs.items():
             rows = math.prod(x.shape[:-1])
-            columns = np.concatenate(
-                [grads[part].swapaxes(-3, -2).reshape(rows, math.prod(self._shapes[part])) for part in parts], axis=1
-            )
-            grad, weight, bias = self._inputs[parts].backward(columns, x.reshape(rows, x.shape[-1]))
+            grad, weight, bias = self._inputs[parts].backward(columns[parts], x.reshape(rows, x.shape[-1]))
             of_inputs[NAMES[parts[0]]] = grad.reshape(x.shape)
             end = 0
             for part in parts:
@@ -908,14 +918,17 @@ class MultiHeadAttention:
             raise ValueError(f"{name} has shape {array.shape}; accepted is (..., rows, {features})")
         return array
 
-    def _split(self, parts: str, x: Array) -> Iterator[tuple[str, Array]]:
-        """Yield each part of the projection of x, as a view (..., heads, rows, dim)."""
-        columns = self._inputs[parts](x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        end = 0
-        for part in parts:
-            num_heads, dim = self._shapes[part]
-            begin, end = end, end + num_heads * dim
-            yield part, columns[:, begin:end].reshape(*x.shape[:-1], num_heads, dim).swapaxes(-3, -2)
+    def _views(self, inputs: Mapping[str, Array], columns: Mapping[str, Array]) -> dict[str, Array]:
+        """Return each part of the projections of the inputs, as a view (..., heads, rows, dim) of their columns."""
+        views = {}
+        for parts, x in inputs.items():
+            end = 0
+            for part in parts:
+                num_heads, dim = self._shapes[part]
+                begin, end = end, end + num_heads * dim
+                heads = columns[parts][:, begin:end].reshape(*x.shape[:-1], num_heads, dim)
+                views[part] = heads.swapaxes(-3, -2)
+        return views
 
 
 def default_positions(
