@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Never, Unpack, cast, overload
 
 import numpy as np
@@ -22,8 +22,8 @@ from fastattn._checks import (
     checked_out,
     how_to_convert,
 )
-from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, takes
-from fastattn.api import attention, attention_varlen
+from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, ScoreKeywords, takes
+from fastattn.api import attention, attention_backward, attention_varlen, attention_varlen_backward
 from fastattn.cache import KVCache
 from fastattn.checkpoints import (
     SCHEMES,
@@ -36,7 +36,7 @@ from fastattn.checkpoints import (
 )
 from fastattn.rotary import RotaryOptions, checked_options, rotary
 
-__all__ = ["MultiHeadAttention"]
+__all__ = ["LayerGradients", "MultiHeadAttention", "Saved"]
 
 
 NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -141,6 +141,15 @@ def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]
         raise ValueError(f"out must be C-contiguous, but has strides {out.strides}")
 
 
+def check_kept(inputs: Mapping[str, Array], out: Array | None, cache: KVCache | None) -> None:
+    """Raise unless what backward needs of a call can be kept: its inputs must outlast it."""
+    if cache is not None:
+        raise ValueError("return_saved and cache cannot be given together")
+    for parts, x in inputs.items():
+        if out is not None and np.shares_memory(out, x):
+            raise ValueError(f"out overlaps {NAMES[parts[0]]} in memory, which return_saved keeps for backward")
+
+
 # --- projections ----------------------------------------------------------------------------------
 
 
@@ -155,6 +164,10 @@ class Projection(NamedTuple):
         if self.bias is not None:
             out += self.bias
         return out
+
+    def backward(self, grad: Array, x: Array) -> tuple[Array, Array, Array]:
+        """Return the gradients of x and of the weight, which is (outputs, inputs), and of a bias."""
+        return grad @ self.weight.T, grad.T @ x, grad.sum(axis=0)
 
     def columns(self, first: int, last: int) -> Projection:
         """Return the projection to some of the outputs, on views of this one's arrays."""
@@ -193,6 +206,71 @@ def input_projections(
     return projections
 
 
+# --- what training needs ---------------------------------------------------------------------------
+
+
+class Saved(NamedTuple):
+    """What `MultiHeadAttention.backward` needs of a call: what the call was given, and what it made of that."""
+
+    layer: MultiHeadAttention
+    inputs: Mapping[str, Array]
+    parts: tuple[Array, Array, Array]
+    joined: Array
+    lse: Array
+    positions: ArrayLike | None
+    cu_seqlens: ArrayLike | None
+    scores: Any
+
+    def backward(
+        self, grad_heads: Array, grads: tuple[Array, Array, Array], asked: Mapping[str, Any]
+    ) -> tuple[Array, ...]:
+        """Store the gradients of queries, keys and values, given that of the joined heads; return those asked for."""
+        query, key, value = self.parts
+        lengths = self.cu_seqlens
+        if lengths is None:
+            grad_heads, heads = grad_heads.swapaxes(-3, -2), self.joined.swapaxes(-3, -2)
+            return attention_backward(
+                grad_heads, query, key, value, heads, self.lse, grads=grads, **self.scores, **asked
+            )[3:]
+        query, key, value = (part.swapaxes(0, 1) for part in self.parts)
+        grad_query, grad_key, grad_value = (grad.swapaxes(0, 1) for grad in grads)
+        grads = grad_query, grad_key, grad_value
+        return attention_varlen_backward(
+            grad_heads, query, key, value, self.joined, self.lse, lengths, lengths, grads=grads, **self.scores, **asked
+        )[3:]
+
+
+def asked_gradients(scores: Mapping[str, Any], wanted: Mapping[str, bool]) -> dict[str, bool]:
+    """Return the keywords of `attention_backward` for the gradients that are wanted of what scores were made with."""
+    names = [name for name, is_wanted in wanted.items() if is_wanted]
+    for name in names:
+        if scores.get(name) is None:
+            raise ValueError(f"return_grad_{name} is given, but the call was without {name}")
+    return {f"return_grad_{name}": True for name in names}
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of what a call of `MultiHeadAttention` was given, and of the layer's parameters.
+
+    Attributes
+    ----------
+    query, key, value : ndarray or None
+        Of the inputs, in their shapes and the layer's dtype. None of `key` in self-attention, and of `value` where it
+        was `key`: the gradient of an array that serves several times is the sum, and is the first one's.
+    parameters : dict of str to ndarray
+        By the names of `MultiHeadAttention.parameters`.
+    bias, sinks : ndarray or None
+        Of the keywords of these names, if they were asked for.
+    """
+
+    query: Array
+    key: Array | None
+    value: Array | None
+    parameters: dict[str, Array]
+    bias: Array | None
+    sinks: Array | None
+
+
 # --- the layer ------------------------------------------------------------------------------------
 
 
@@ -227,6 +305,8 @@ class MultiHeadAttention:
     dtype : dtype
         float32 or float64: of the computation and its result.
     rotary : dict or None
+    parameters : dict of str to ndarray
+        The weights and biases by their names above.
 
     Raises
     ------
@@ -291,6 +371,7 @@ class MultiHeadAttention:
         self._inputs = input_projections(weights[:3], biases[:3], self.dtype)
         of_keys, of_values = (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.head_dim_v)
         self._shapes = {"q": (self.num_heads, self.head_dim), "k": of_keys, "v": of_values}
+        self._with_bias = {name for name, bias in zip(names, biases, strict=True) if bias is not None}
 
     def _set_heads(self, weights: list[Array], num_heads: int, num_kv_heads: int | None) -> None:
         query, key, value, out = weights
@@ -423,6 +504,20 @@ class MultiHeadAttention:
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}{head_dim_v}, dtype={self.dtype}{rotary})"
         )
 
+    @property
+    def parameters(self) -> dict[str, Array]:
+        """The weights and biases that the layer has, by their names as parameters of the class, as views.
+
+        To write into one, as in ``layer.parameters["out_weight"][...] -= step``, changes the layer, and
+        ``MultiHeadAttention(**layer.parameters, num_heads=layer.num_heads, rotary=layer.rotary)`` is a copy of it.
+        """
+        projections = {NAMES[part]: self._inputs[part] for part in "qkv"} | {"out": self._output}
+        views = {f"{name}_weight": projection.weight.T for name, projection in projections.items()}
+        for name, projection in projections.items():
+            if name in self._with_bias and projection.bias is not None:
+                views[f"{name}_bias"] = projection.bias
+        return views
+
     @overload
     def __call__(
         self,
@@ -431,6 +526,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[False] = False,
+        return_saved: Literal[False] = False,
         **options: Unpack[LayerKeywords],
     ) -> Array: ...
     @overload
@@ -441,6 +537,7 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: Literal[True],
+        return_saved: Literal[False] = False,
         **options: Unpack[LayerKeywords],
     ) -> tuple[Array, Array]: ...
     @overload
@@ -451,8 +548,31 @@ class MultiHeadAttention:
         value: ArrayLike | None = None,
         *,
         return_weights: bool = False,
+        return_saved: Literal[False] = False,
         **options: Unpack[LayerKeywords],
     ) -> Array | tuple[Array, Array]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        return_weights: Literal[False] = False,
+        return_saved: Literal[True],
+        **options: Unpack[LayerKeywords],
+    ) -> tuple[Array, Saved]: ...
+    @overload
+    def __call__(
+        self,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        return_weights: Literal[True],
+        return_saved: Literal[True],
+        **options: Unpack[LayerKeywords],
+    ) -> tuple[Array, Array, Saved]: ...
     @takes(LayerScores)
     def __call__(
         self,
@@ -466,6 +586,7 @@ class MultiHeadAttention:
         sequences: int | SequenceIds | None = None,
         positions: ArrayLike | None = None,
         return_weights: bool = False,
+        return_saved: bool = False,
         out: Array | None = None,
         **scores: Unpack[LayerScores],
     ) -> Any:
@@ -502,6 +623,8 @@ class MultiHeadAttention:
             of `cu_seqlens`, or the lengths in the cache.
         return_weights : bool
             Whether to return the attention weights, too. Not with `cu_seqlens`.
+        return_saved : bool
+            Whether to return what `backward` needs, too; otherwise it is not kept. Not with `cache`.
         out : ndarray, shape (..., Sq, out_features), optional
             Where to store the result: C-contiguous, in the layer's dtype. It may be an input.
 
@@ -511,6 +634,8 @@ class MultiHeadAttention:
             In the layer's dtype. A row that sees no key is the output projection of 0 (PyTorch's layer gives NaN).
         weights : ndarray, shape (..., num_heads, Sq, Sk)
             Returned with ``return_weights``. With `cache`, Sk is the length of the longest of the sequences.
+        saved : Saved
+            Returned with ``return_saved``. It holds the inputs themselves, not copies, unless they had to be upcast.
 
         Raises
         ------
@@ -535,28 +660,126 @@ class MultiHeadAttention:
         check_axes(rows, cu_seqlens, sequences)
         if positions is None and self.rotary is not None:
             positions = default_positions(rows.shape, cu_seqlens, cache, sequences)
-        parts = self.project(rows, key, value, positions=positions)
+        inputs, parts = self._projected(rows, key, value, positions)
         # Heads are written side by side, as the output projection reads them.
         joined = np.empty((*broadcast_batches(parts), rows.shape[-2], self.num_heads, self.head_dim_v), self.dtype)
         check_result(out, (*joined.shape[:-2], self.out_features), self.dtype)
+        if return_saved:
+            check_kept(inputs, out, cache)
         heads = joined.swapaxes(-3, -2)
-        weights = None
+        lse: Any = None
+        weights: Any = None
+        dense_scores: ScoreKeywords = {}
         if cache is not None and sequences is not None:
             weights = attend_cache(cache, sequences, parts, heads, packed, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
-            attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **packed, out=joined)
+            both = attention_varlen(
+                queries, keys, values, cu_seqlens, cu_seqlens, **packed, out=joined, return_lse=return_saved
+            )
+            lse = both[1] if return_saved else None
         else:
             # In self-attention rows and keys are the same tokens, whatever key_lengths leaves of them.
-            offset = 0 if key is None else None
-            if return_weights:
-                _, weights = attention(
-                    *parts, **scores, causal=causal, query_offset=offset, out=heads, return_weights=True
-                )
-            else:
-                attention(*parts, **scores, causal=causal, query_offset=offset, out=heads)
+            dense_scores = {**scores, "causal": causal, "query_offset": 0 if key is None else None}
+            results = attention(
+                *parts, **dense_scores, out=heads, return_lse=return_saved, return_weights=return_weights
+            )
+            lse, weights = (results[1] if return_saved else None), (results[-1] if return_weights else None)
         result = self.output(heads, out=out)
-        return (result, weights) if return_weights else result
+        extras: list[Any] = [weights] * return_weights
+        if return_saved:
+            kept = dense_scores if cu_seqlens is None else packed
+            extras.append(Saved(self, inputs, parts, joined, lse, positions, cu_seqlens, kept))
+        return (result, *extras) if extras else result
+
+    def backward(
+        self,
+        grad_out: ArrayLike,
+        saved: Saved,
+        *,
+        return_grad_bias: bool = False,
+        return_grad_sinks: bool = False,
+    ) -> LayerGradients:
+        """Return the gradients of the inputs and of the parameters, given that of the result of a call.
+
+        Parameters
+        ----------
+        grad_out : array_like, shape (..., Sq, out_features)
+            The gradient of a loss in respect to the result; of the layer's dtype, or float16 or bfloat16.
+        saved : Saved
+            What the call with ``return_saved=True`` returned. It is not changed, so that there may be many, of several
+            threads, too; neither the inputs of the call nor the parameters may have changed meanwhile.
+        return_grad_bias, return_grad_sinks : bool
+            Whether to return the gradients of the `bias` and of the `sinks` of the call.
+
+        Returns
+        -------
+        LayerGradients
+            ``query``, ``key`` and ``value``: of the inputs; ``parameters``: a dict by the names of
+            `MultiHeadAttention.parameters`; ``bias`` and ``sinks``. None for what was not given or not asked for.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A dtype or a shape that is not accepted, what another layer saved, or a gradient of what was not given.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> rng = np.random.default_rng(0)
+        >>> layer = fastattn.MultiHeadAttention(*rng.standard_normal((4, 64, 64)) / 8, num_heads=4, rotary={})
+        >>> x, target = rng.standard_normal((2, 2, 10, 64))
+
+        Gradient descent on the squared difference from a target:
+
+        >>> losses = []
+        >>> for step in range(20):
+        ...     out, saved = layer(x, causal=True, return_saved=True)
+        ...     losses.append(0.5 * np.square(out - target).sum())
+        ...     grads = layer.backward(out - target, saved)
+        ...     for name, parameter in layer.parameters.items():
+        ...         parameter -= 0.005 * grads.parameters[name]
+        >>> bool(losses[-1] < 0.1 * losses[0])
+        True
+        >>> grads.query.shape
+        (2, 10, 64)
+        """
+        if not isinstance(saved, Saved):
+            raise TypeError(f"saved must be what a call with return_saved=True returned, not {type(saved).__name__}")
+        if saved.layer is not self:
+            raise ValueError("saved is of a call of another layer")
+        grad = self._checked_dtype("grad_out", as_array("grad_out", grad_out))
+        check_shape("grad_out", grad, (*saved.joined.shape[:-2], self.out_features))
+
+        asked = asked_gradients(saved.scores, {"bias": return_grad_bias, "sinks": return_grad_sinks})
+
+        rows = math.prod(grad.shape[:-1])
+        parameters: dict[str, Array] = {}
+        joined = saved.joined.reshape(rows, self.num_heads * self.head_dim_v)
+        grad_heads, parameters["out_weight"], parameters["out_bias"] = self._output.backward(
+            grad.reshape(rows, self.out_features), joined
+        )
+        # Those of what is made of one input lie side by side, as the queries, keys and values themselves do.
+        columns = {
+            parts: np.empty((math.prod(x.shape[:-1]), self._inputs[parts].weight.shape[1]), self.dtype)
+            for parts, x in saved.inputs.items()
+        }
+        of_parts = self._views(saved.inputs, columns)
+        grads = of_parts["q"], of_parts["k"], of_parts["v"]
+        extras = list(saved.backward(grad_heads.reshape(saved.joined.shape), grads, asked))
+        if self.rotary is not None:
+            for part in "qk":
+                rotary(of_parts[part], saved.positions, **self.rotary, inverse=True, out=of_parts[part])
+        inputs = self._inputs_backward(saved.inputs, columns, parameters)
+        return LayerGradients(
+            inputs["query"],
+            inputs.get("key"),
+            inputs.get("value"),
+            {name: parameters[name] for name in self.parameters},
+            extras.pop(0) if return_grad_bias else None,
+            extras.pop(0) if return_grad_sinks else None,
+        )
 
     def project(
         self,
@@ -588,6 +811,12 @@ class MultiHeadAttention:
         TypeError, ValueError
             As a call of the layer.
         """
+        return self._projected(query, key, value, positions)[1]
+
+    def _projected(
+        self, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, positions: ArrayLike | None
+    ) -> tuple[dict[str, Array], tuple[Array, Array, Array]]:
+        """Return the inputs, by the parts that are made of them, and queries, keys and values."""
         key, value = self._sources(query, key, value)
         if key is None and value is not None:
             raise ValueError("value is given without key")
@@ -603,11 +832,14 @@ class MultiHeadAttention:
             raise ValueError("positions is given, but the layer has no rotary positions")
         inputs = {parts: self._checked_input(parts, x) for parts, x in sources.items()}
         check_batch_axes(inputs)
-        heads = {part: split for parts, x in inputs.items() for part, split in self._split(parts, x)}
+        columns = {
+            parts: self._inputs[parts](x.reshape(math.prod(x.shape[:-1]), x.shape[-1])) for parts, x in inputs.items()
+        }
+        heads = self._views(inputs, columns)
         if self.rotary is not None:
             for part in "qk":
                 rotary(heads[part], positions, **self.rotary, out=heads[part])
-        return heads["q"], heads["k"], heads["v"]
+        return inputs, (heads["q"], heads["k"], heads["v"])
 
     def output(self, heads: ArrayLike, *, out: Array | None = None) -> Array:
         """Return the output projection of what attention made of the heads.
@@ -649,31 +881,54 @@ class MultiHeadAttention:
         own = key is query and (value is None or value is query) and "qkv" in self._inputs
         return (None, None) if own else (key, value)
 
+    def _inputs_backward(
+        self, inputs: Mapping[str, Array], columns: Mapping[str, Array], parameters: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Return the gradients of the inputs by their names, and store those of the weights and biases made of them."""
+        of_inputs = {}
+        for parts, x in inputs.items():
+            rows = math.prod(x.shape[:-1])
+            grad, weight, bias = self._inputs[parts].backward(columns[parts], x.reshape(rows, x.shape[-1]))
+            of_inputs[NAMES[parts[0]]] = grad.reshape(x.shape)
+            end = 0
+            for part in parts:
+                begin, end = end, end + math.prod(self._shapes[part])
+                parameters[f"{NAMES[part]}_weight"] = weight[begin:end]
+                parameters[f"{NAMES[part]}_bias"] = bias[begin:end]
+        return of_inputs
+
+    def _checked_dtype(self, name: str, array: Array) -> Array:
+        """Return the array in the layer's dtype, if it is of that or of a half type."""
+        if array.dtype != self.dtype and array.dtype.name not in HALF:
+            way = how_to_convert(name, array.dtype, self.dtype.name)
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; accepted are the layer's, {self.dtype}, and half types{way}"
+            )
+        return array.astype(self.dtype, copy=False)
+
     def _checked_input(self, parts: str, x: ArrayLike) -> Array:
         """Return what the projections to these parts are applied to, in the layer's dtype."""
         name = NAMES[parts[0]]
         if parts not in self._inputs:
             lacking = "key" if parts == "qkv" else "value"
             raise ValueError(f"{lacking} must be given: it has other features than {name}")
-        array = as_array(name, x)
-        if array.dtype != self.dtype and array.dtype.name not in HALF:
-            way = how_to_convert(name, array.dtype, self.dtype.name)
-            raise TypeError(
-                f"{name} has dtype {array.dtype}; accepted are the layer's, {self.dtype}, and half types{way}"
-            )
+        array = self._checked_dtype(name, as_array(name, x))
         features = len(self._inputs[parts].weight)
         if array.ndim < 2 or array.shape[-1] != features:
             raise ValueError(f"{name} has shape {array.shape}; accepted is (..., rows, {features})")
-        return array.astype(self.dtype, copy=False)
+        return array
 
-    def _split(self, parts: str, x: Array) -> Iterator[tuple[str, Array]]:
-        """Yield each part of the projection of x, as a view (..., heads, rows, dim)."""
-        columns = self._inputs[parts](x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        end = 0
-        for part in parts:
-            num_heads, dim = self._shapes[part]
-            begin, end = end, end + num_heads * dim
-            yield part, columns[:, begin:end].reshape(*x.shape[:-1], num_heads, dim).swapaxes(-3, -2)
+    def _views(self, inputs: Mapping[str, Array], columns: Mapping[str, Array]) -> dict[str, Array]:
+        """Return each part of the projections of the inputs, as a view (..., heads, rows, dim) of their columns."""
+        views = {}
+        for parts, x in inputs.items():
+            end = 0
+            for part in parts:
+                num_heads, dim = self._shapes[part]
+                begin, end = end, end + num_heads * dim
+                heads = columns[parts][:, begin:end].reshape(*x.shape[:-1], num_heads, dim)
+                views[part] = heads.swapaxes(-3, -2)
+        return views
 
 
 def default_positions(

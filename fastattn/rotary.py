@@ -38,6 +38,7 @@ def rotary(
     base: float = 10000.0,
     dim: int | None = None,
     interleaved: bool = False,
+    inverse: bool = False,
     out: Array | None = None,
 ) -> Array:
     """Rotary position embedding: rotate pairs of elements by angles that grow with the position.
@@ -59,6 +60,9 @@ def rotary(
     interleaved : bool
         Whether a pair is elements ``2 i`` and ``2 i + 1`` (RoFormer, GPT-J), or else elements ``i`` and
         ``i + dim / 2`` (GPT-NeoX, Llama).
+    inverse : bool
+        Whether to rotate back. As rotations have their transposes for inverses, this also makes the gradient of x of
+        that of the result.
     out : ndarray, shape (..., heads, seq, head_dim), optional
         Where to store the result, in x's dtype: x itself, or memory apart from it.
 
@@ -96,6 +100,8 @@ def rotary(
     if array.ndim < 2:
         raise ValueError(f"x has shape {array.shape}; accepted is (..., heads, seq, head_dim), or (seq, head_dim)")
     rotary_dim = checked_rotary(array.shape[-1], base, dim, interleaved)
+    if not isinstance(inverse, (bool, np.bool_)):
+        raise TypeError(f"inverse must be a bool, not {inverse!r}")
     rows = checked_positions(positions, array.shape)
     result = np.empty(array.shape, array.dtype) if out is None else checked_out(out, array.shape, array.dtype)
     if not same_place(result, array):
@@ -104,6 +110,8 @@ def rotary(
         result[..., rotary_dim:] = array[..., rotary_dim:]
 
     frequencies = float(base) ** (np.arange(0, rotary_dim, 2) / -rotary_dim)
+    if inverse:
+        frequencies = -frequencies
     low, high = (slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)) if interleaved else halves(rotary_dim)
     work = np.float64 if array.dtype == np.float64 else np.float32
     for block in row_blocks(array.shape):

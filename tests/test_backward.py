@@ -29,14 +29,11 @@ import fastattn
 from fastattn import reference
 
 MODULES = {"reference": reference, "fast": fastattn}
-DENSE = [name for name, module in MODULES.items() if hasattr(module, "attention_backward")]
-PACKED = [name for name, module in MODULES.items() if hasattr(module, "attention_varlen_backward")]
-each_implementation = pytest.mark.parametrize("implementation", DENSE)
+each_implementation = pytest.mark.parametrize("implementation", MODULES)
 # The reference is the same on each instruction set.
 each_implementation_and_isa = pytest.mark.parametrize(
-    "implementation", [pytest.param(name, marks=[pytest.mark.isa] * (name != "reference")) for name in DENSE]
+    "implementation", [pytest.param(name, marks=[pytest.mark.isa] * (name != "reference")) for name in MODULES]
 )
-each_packed_implementation = pytest.mark.parametrize("implementation", PACKED)
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 
 
@@ -436,7 +433,7 @@ def test_gradients_of_what_is_not_given(implementation, name):
 # --- packed sequences -----------------------------------------------------------------------------
 
 
-@each_packed_implementation
+@each_implementation
 @each_dtype
 @pytest.mark.parametrize(
     "keywords",

@@ -85,6 +85,18 @@ def test_many_rows_are_turned_in_blocks(interleaved, monkeypatch):
 
 
 @each_convention
+@pytest.mark.parametrize("positions", [0, 1000, [[3, 0, -5, 2, 2**40]], np.arange(5, dtype=np.uint8)], ids=str)
+def test_inverse_rotates_back_and_is_the_transpose(interleaved, positions):
+    rng = make_rng(5)
+    x, y = normal(rng, (2, 2, 3, 5, 8), F64)
+    options = {"base": 100.0, "dim": 6, "interleaved": interleaved}
+    there = fastattn.rotary(x, positions, **options)
+    assert_close(fastattn.rotary(there, positions, **options, inverse=True), x, 1e-14)
+    back = fastattn.rotary(y, positions, **options, inverse=True)
+    assert abs((there * y).sum() - (x * back).sum()) < 1e-12
+
+
+@each_convention
 def test_out_may_be_x(interleaved):
     x = normal(make_rng(4), (2, 3, 5, 8), F32)
     expected = fastattn.rotary(x, 9, dim=4, interleaved=interleaved)
@@ -143,6 +155,7 @@ CASES = {
     "base NaN": ({"base": np.nan}, ValueError, ["base", "nan"]),
     "base word": ({"base": "10000"}, ValueError, ["base", "'10000'"]),
     "interleaved": ({"interleaved": 1}, TypeError, ["interleaved must be a bool, not 1"]),
+    "inverse": ({"inverse": 1}, TypeError, ["inverse must be a bool, not 1"]),
     "positions floats": ({"positions": 1.5}, TypeError, ["positions must be an int", "float64"]),
     "positions beyond int64": ({"positions": np.uint64(2**64 - 1)}, ValueError, ["positions", "2**53", str(2**64 - 1)]),
     "positions beyond all": ({"positions": 2**70}, ValueError, ["positions", "2**53", str(2**70)]),
