@@ -21,25 +21,25 @@ extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
  * listed.
  *
  * CPUs with the tile unit issue dot products at a quarter of the rate of multiply-adds (Emerald Rapids), so
- * there decode tiles of bfloat16, which are too small for the unit, are computed in float32: four rows take
- * 0.7 of the time. Asked of the CPU and not measured, for the results depend on it. */
+ * there a head group of few rows of bfloat16 is computed in float32; of up to 16 more, the unit takes the
+ * same time whatever the rows. Asked of the CPU and not measured, for the results depend on it. */
 static const struct {
     const char *isa;
     bool (*is_supported)(void);
     const fa_kernel *float32, *float64, *bfloat16, *split;
-    bool decodes_in_float32;
+    int float32_rows; /* head groups of at most so many rows of bfloat16 are computed in float32 */
 } table[] = {
 #if defined(__x86_64__)
-    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx, true},
+    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx, 4},
     {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16,
-     NULL, false},
-    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL, false},
-    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL, false},
+     NULL, 0},
+    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL, 0},
+    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL, 0},
 #endif
-    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL, false},
+    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL, 0},
 #if defined(__x86_64__)
     {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx_emulated,
-     &fa_split_amx_emulated, true},
+     &fa_split_amx_emulated, 4},
 #endif
 };
 
@@ -148,8 +148,7 @@ const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t key
     const int row = selected_row();
     const bool in_float32 = fa_traits(p->key.dtype).computed_in == FA_FLOAT32;
     const fa_kernel *kernel = fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : p->query.dtype);
-    if (kernel == table[row].bfloat16 && table[row].decodes_in_float32 &&
-        rows <= table[row].float32->decode_rows)
+    if (kernel == table[row].bfloat16 && rows <= table[row].float32_rows)
         return table[row].float32;
     if (fa_traits(p->query.dtype).computed_in == FA_FLOAT32 && fa_splits() && pays_to_split(p, rows, keys))
         return table[row].split;

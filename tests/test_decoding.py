@@ -26,8 +26,8 @@ each_dtype = pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
 
 @pytest.mark.isa
 @each_dtype
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9])
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 64), (64, 96), (20, 33), (1, 1)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(128, 64), (64, 96), (160, 48), (20, 33), (1, 1)])
 @pytest.mark.parametrize("seqlen_k", [1, 70, 530])
 def test_few_rows(dtypes, rows, head_dim, head_dim_v, seqlen_k):
     """Rows are heads of a group or queries; both are lanes of one vector."""

@@ -214,9 +214,9 @@ static void move_tile(const fa_problem *p, const item_arrays *from, const item_a
 static void pack_tile(const fa_problem *p, tile *t)
 {
     const real sign = (real)scale_sign(p);
-    for (int r = 0; r < t->rows_pow2; r++)
-        pack_decode_query(t->query_row[r], p, sign, t->rows_pow2, t->query + r);
-    if (!is_decode(t))
+    if (is_decode(t))
+        pack_decode_queries(t->query_row, t->rows_pow2, p, sign, t->query);
+    else
         pack_query(t->query_row, p->query.col, p->query.dtype, (int)p->head_dim, t->vectors, sign, t->query);
     t->packed = true;
 }
@@ -297,9 +297,7 @@ FA_INLINE vec finish_decode_rows(const fa_problem *p, const tile *t, ptrdiff_t c
  * have a copy of their own. */
 static bool finish_decode_tile(const fa_problem *p, const tile *t)
 {
-    if (!PRODUCTS_IN_BFLOAT16 && reads_deinterleaved(&p->value, p->head_dim_v))
-        for (int64_t i = 0; i < out_vectors(t, p->head_dim_v); i += 2)
-            interleave(t->out + i);
+    order_decode_out(p, t);
     const fa_dtype usual = PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE;
     if (p->out.dtype == usual && p->out.col == element_size(usual))
         return are_finite(finish_decode_rows(p, t, element_size(usual), usual));

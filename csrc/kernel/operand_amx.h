@@ -12,6 +12,9 @@
 #include "pairs.h"
 
 #define TILE_K 32
+/* As many as a register of the unit has rows; see decode_tiles.h. */
+#define DECODE_ROWS 16
+#define DECODES_IN_TILES 1
 /* Bits of a number that the unit multiplies: all. See operand_split.h. */
 #define MAX_PARTS 1
 /* All probabilities of a block are in registers before the next ones are stored. */

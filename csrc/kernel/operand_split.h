@@ -25,6 +25,8 @@
 #include "decode_operand_real.h"
 
 #define TILE_K 32
+/* Groups of few rows are another kernel's. */
+#define DECODE_ROWS 0
 #define MAX_PARTS 3
 /* Probabilities are read several times, while the next ones are stored. */
 #define PROBABILITY_PANELS 2

@@ -3,16 +3,14 @@
  *
  * Included by operand_amx.h and operand_split.h.
  *
- * Requires MAX_PARTS, PACKED_RANGE_BYTES, MAX_SUPERBLOCK_BYTES and key_is_operand; provides the sizes. */
+ * Requires MAX_PARTS, DECODE_ROWS, PACKED_RANGE_BYTES, MAX_SUPERBLOCK_BYTES and key_is_operand; provides the
+ * sizes. */
 #include "for_editors_amx.h"
 
 #ifndef FA_KERNEL_OPERAND_TILES_H
 #define FA_KERNEL_OPERAND_TILES_H
 
 #include "pack.h"
-
-/* Groups of few rows are another kernel's. */
-#define DECODE_ROWS 0
 
 /* Bytes from a column of packed values to the next. */
 #define PACKED_VALUE_COL FA_VECTOR_BYTES

@@ -30,7 +30,7 @@ _Static_assert(MAX_VECTORS == 2, "panels are of two vectors");
 /* Between two calls a signal handler may have made one that released the unit. */
 FA_INLINE void begin_products(void)
 {
-    tmm_configure();
+    tmm_configure(&whole_registers);
 }
 
 /* Else the operating system would save the registers at every switch. */
@@ -246,7 +246,7 @@ FA_INLINE void multiply_panel_alone(const panel_product *x)
 /* The unit's products with nothing else; of numbers in parts, as many make one. */
 static double measure_peak_rounds(int64_t rounds)
 {
-    tmm_configure();
+    tmm_configure(&whole_registers);
     tmm_zero(0);
     tmm_zero(1);
     tmm_zero(2);

@@ -32,6 +32,7 @@
 /* The call with ROWS for `rows`, a power of two up to DECODE_ROWS. */
 #define WITH_DECODE_ROWS(rows, ...)                                                                          \
     switch (rows) {                                                                                          \
+    FA_CASE(16, int, ROWS, DECODE_ROWS >= 16, __VA_ARGS__)                                                   \
     FA_CASE(8, int, ROWS, DECODE_ROWS >= 8, __VA_ARGS__)                                                     \
     FA_CASE(4, int, ROWS, DECODE_ROWS >= 4, __VA_ARGS__)                                                     \
     FA_CASE(2, int, ROWS, DECODE_ROWS >= 2, __VA_ARGS__)                                                     \

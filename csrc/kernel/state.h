@@ -13,7 +13,8 @@
 /* The part of a block that the tile reads; its ends rounded out to whole operands and panel rows. */
 FA_INLINE key_range tile_range(const tile *t, fa_interval keys)
 {
-    const int64_t mask = is_decode(t) ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
+    const bool in_panel_rows = is_decode(t) && !DECODES_IN_TILES;
+    const int64_t mask = in_panel_rows ? ((int64_t)1 << t->key_shift) - 1 : TILE_K - 1;
     key_range range;
     range.key_lo = max_i64(keys.lo, t->key_lo);
     range.key_hi = min_i64(keys.hi, t->key_hi);

@@ -17,6 +17,11 @@
 #define DECODE_ROWS (LANES / 2)
 #endif
 
+/* Whether the tile unit multiplies them. */
+#ifndef DECODES_IN_TILES
+#define DECODES_IN_TILES 0
+#endif
+
 /* Keys between two updates of the running softmax. Scores of a full tile: 64 × 3 vectors = 12 KiB of
  * AVX-512 floats, which leaves L1 room for the queries of head_dim 64 and the rows of K and V. */
 #define KEY_BLOCK FA_KEY_BLOCK
@@ -157,9 +162,6 @@ typedef struct {
     partial *split;      /* of a tile, over the last split */
 } workspace;
 
-_Static_assert(DECODE_KEYS *DECODE_ROWS <= (KEY_BLOCK + MAX_SPARE_ROWS) * MAX_VECTORS * LANES,
-               "the score panel holds a decode tile's keys");
-
 FA_INLINE void *take(char *base, size_t *offset, size_t bytes)
 {
     size_t start = *offset;
@@ -223,7 +225,9 @@ static size_t lay_out(const fa_problem *p, int num_tiles, char *base, workspace 
             w->tiles[t].top_scores = top_scores;
         }
     }
-    w->scores = take(base, &offset, (KEY_BLOCK + MAX_SPARE_ROWS) * vector_row);
+    w->scores =
+        take(base, &offset,
+             larger((KEY_BLOCK + MAX_SPARE_ROWS) * vector_row, DECODE_KEYS * DECODE_ROWS * sizeof(real)));
     if (IS_PIPELINED) {
         const size_t panel_bytes = KEY_BLOCK * vector_row;
         w->scores_again = take(base, &offset, panel_bytes);

@@ -15,11 +15,25 @@
 /* Rows of a register, of 16 floats or 32 bfloat16. */
 #define TMM_ROWS 16
 
+/* What of each register is in use: so much is loaded and stored, and the rest of it is 0. */
+typedef struct {
+    uint8_t rows[8];
+    uint8_t row_bytes[8];
+} tmm_shapes;
+
+static const tmm_shapes whole_registers = {{16, 16, 16, 16, 16, 16, 16, 16},
+                                           {64, 64, 64, 64, 64, 64, 64, 64}};
+
 #ifdef FA_EMULATE_TILES
 
 static _Thread_local vec tmm_registers[8][TMM_ROWS];
+static _Thread_local tmm_shapes tmm_shapes_now;
 
-FA_INLINE void tmm_configure(void) {}
+FA_INLINE void tmm_configure(const tmm_shapes *shapes)
+{
+    tmm_shapes_now = *shapes;
+    memset(tmm_registers, 0, sizeof tmm_registers);
+}
 
 FA_INLINE void tmm_release(void) {}
 
@@ -30,8 +44,9 @@ FA_INLINE void tmm_zero(int t)
 
 FA_INLINE void tmm_load(int t, const void *src, ptrdiff_t stride)
 {
-    for (int r = 0; r < TMM_ROWS; r++)
-        tmm_registers[t][r] = vec_load((const char *)src + r * stride);
+    tmm_zero(t);
+    for (int r = 0; r < tmm_shapes_now.rows[t]; r++)
+        memcpy(&tmm_registers[t][r], (const char *)src + r * stride, tmm_shapes_now.row_bytes[t]);
 }
 
 FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
@@ -41,8 +56,8 @@ FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
 
 FA_INLINE void tmm_store(int t, void *dst, ptrdiff_t stride)
 {
-    for (int r = 0; r < TMM_ROWS; r++)
-        vec_store((char *)dst + r * stride, tmm_registers[t][r]);
+    for (int r = 0; r < tmm_shapes_now.rows[t]; r++)
+        memcpy((char *)dst + r * stride, &tmm_registers[t][r], tmm_shapes_now.row_bytes[t]);
 }
 
 /* The even and the odd elements are summed apart, by fused multiply-adds that take subnormal numbers for 0,
@@ -63,19 +78,19 @@ static __attribute__((noinline)) void tmm_dot(int c, int a, int b)
 
 #else
 
-/* Eight registers of 16 × 64 bytes. */
-FA_INLINE void tmm_configure(void)
+/* All registers are 0 then. */
+FA_INLINE void tmm_configure(const tmm_shapes *shapes)
 {
     struct {
         uint8_t palette, start_row, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } shapes = {.palette = 1};
+    } config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
-        shapes.row_bytes[i] = 64;
-        shapes.rows[i] = TMM_ROWS;
+        config.row_bytes[i] = shapes->row_bytes[i];
+        config.rows[i] = shapes->rows[i];
     }
-    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+    __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
 FA_INLINE void tmm_release(void)

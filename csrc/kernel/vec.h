@@ -105,9 +105,9 @@ FA_INLINE vec vec_copysign(vec y, vec x)
 }
 
 /* Shuffles of two vectors a and b of n lanes, or of one: which lane comes to lane i, of a's (0 to n - 1) and
- * b's (n to 2n - 1). INTERLEAVE: a's and b's in turn, from their lower and from their upper halves. EVEN,
- * ODD: every other one, or every other group of g. STEP_TWO: every other one of a and what follows it, if b
- * begins with a's last lane. */
+ * b's (n to 2n - 1). INTERLEAVE: a's and b's in turn, from their lower and from their upper halves, or in
+ * groups of g. EVEN, ODD: every other one, or every other group of g. STEP_TWO: every other one of a and what
+ * follows it, if b begins with a's last lane. */
 #define INTERLEAVE_LOW(i, n) ((i) / 2 + (i) % 2 * (n))
 #define INTERLEAVE_HIGH(i, n) ((n) / 2 + (i) / 2 + (i) % 2 * (n))
 #define EVEN(i, n) (2 * (i))
@@ -122,6 +122,10 @@ FA_INLINE vec vec_copysign(vec y, vec x)
 #define ODD_FOURS(i, n) ODD_GROUP(i, n, 4)
 #define EVEN_EIGHTS(i, n) EVEN_GROUP(i, n, 8)
 #define ODD_EIGHTS(i, n) ODD_GROUP(i, n, 8)
+
+#define INTERLEAVE_GROUP(i, n, g) ((i) / (2 * (g)) * (g) + (i) % (g) + (i) / (g) % 2 * (n))
+#define INTERLEAVE_FOURS_LOW(i, n) INTERLEAVE_GROUP(i, n, 4)
+#define INTERLEAVE_FOURS_HIGH(i, n) ((n) / 2 + INTERLEAVE_GROUP(i, n, 4))
 
 #define LANES_OF_2(lane, n, i) lane(i, n), lane((i) + 1, n)
 #define LANES_OF_4(lane, n, i) LANES_OF_2(lane, n, i), LANES_OF_2(lane, n, (i) + 2)

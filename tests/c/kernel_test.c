@@ -758,6 +758,81 @@ static void check_decode_values(void)
     }
 }
 
+#if DECODES_IN_TILES
+/* Both products of a decode tile, of keys that begin and end anywhere; a value that is NaN is hidden. */
+static void check_decode_tiles(void)
+{
+    enum { MAX_COLUMNS = 160, MAX_RANGE = 256 };
+    static char rows_of[2][MAX_RANGE][MAX_COLUMNS * 2], queries[DECODE_ROWS][MAX_COLUMNS * 2];
+    static _Alignas(64) packed_vec query[DECODE_ROWS * MAX_COLUMNS / LANES];
+    static _Alignas(64) vec out[DECODE_ROWS * MAX_COLUMNS / LANES], panel[MAX_RANGE * DECODE_ROWS / LANES];
+    static double keys[MAX_RANGE][MAX_COLUMNS], values[MAX_RANGE][MAX_COLUMNS], q[DECODE_ROWS][MAX_COLUMNS];
+    static double probabilities[MAX_RANGE][DECODE_ROWS];
+    static const row_stream none[STREAM_WINDOW];
+    const next_streams next = {.streams = none};
+    const int columns = TILE_K * (int)random_int(1, 4), columns_v = LANES * (int)random_int(1, 8);
+    const int lo = (int)random_int(0, 31), hi = (int)random_int(lo + 1, MAX_RANGE);
+    const int poisoned = (int)random_int(lo, hi - 1);
+    tile t = {.rows_pow2 = 1 << random_int(0, 4), .query = query, .out = out, .empty = true};
+    t.rows = t.rows_pow2;
+    while (t.rows_pow2 << t.key_shift < LANES)
+        t.key_shift++;
+    const fa_array array = {.dtype = FA_BFLOAT16, .col = 2};
+    const fa_problem p = {
+        .head_dim = columns, .head_dim_v = columns_v, .query = array, .key = array, .value = array};
+    char *query_rows[DECODE_ROWS];
+    for (int r = 0; r < t.rows; r++) {
+        query_rows[r] = queries[r];
+        for (int d = 0; d < columns; d++)
+            q[r][d] = random_stored(FA_BFLOAT16, queries[r] + 2 * d);
+    }
+    for (int n = lo; n < hi; n++) {
+        for (int d = 0; d < columns; d++)
+            keys[n][d] = random_stored(FA_BFLOAT16, rows_of[0][n] + 2 * d);
+        for (int e = 0; e < columns_v; e++) {
+            values[n][e] = random_stored(FA_BFLOAT16, rows_of[1][n] + 2 * e);
+            if (n == poisoned)
+                store_element(rows_of[1][n] + 2 * e, FA_BFLOAT16, (real)NAN);
+        }
+    }
+    const key_range range = {0, (hi + TILE_K - 1) / TILE_K * TILE_K, lo, hi};
+    operand_block block = {.data = rows_of[0][0], .row = MAX_COLUMNS * 2, .dtype = FA_BFLOAT16};
+    pack_decode_queries(query_rows, t.rows_pow2, &p, 1, query);
+    multiply_decode_query_key(&p, &t, &range, &block, &next, (real)0.5, panel);
+    for (int n = lo; n < hi; n++)
+        for (int r = 0; r < t.rows; r++) {
+            double sum = 0, magnitude = 0;
+            for (int d = 0; d < columns; d++) {
+                sum += 0.5 * keys[n][d] * q[r][d];
+                magnitude += fabs(0.5 * keys[n][d] * q[r][d]);
+            }
+            require_sum((double)((real *)panel)[n * t.rows + r], sum, magnitude, columns,
+                        "score in the tile unit");
+        }
+    for (int n = 0; n < range.last; n++)
+        for (int r = 0; r < t.rows; r++) {
+            probabilities[n][r] = n < lo || n >= hi || n == poisoned ? 0 : (double)random_int(0, 256) / 256;
+            ((real *)panel)[n * t.rows + r] = n == poisoned ? (real)-0.0 : (real)probabilities[n][r];
+        }
+    block.data = rows_of[1][0];
+    multiply_decode_value(&p, &t, &range, &block, panel, none, true);
+    order_decode_out(&p, &t);
+    for (int r = 0; r < t.rows; r++)
+        for (int e = 0; e < columns_v; e++) {
+            double sum = 0, magnitude = 0;
+            for (int n = lo; n < hi; n++) {
+                sum += n == poisoned ? 0 : probabilities[n][r] * values[n][e];
+                magnitude += n == poisoned ? 0 : fabs(probabilities[n][r] * values[n][e]);
+            }
+            require_sum((double)((real *)out)[r * columns_v + e], sum, magnitude, hi - lo,
+                        "out in the tile unit");
+        }
+    begin_products(); /* those of wide tiles have other shapes */
+}
+#else
+static void check_decode_tiles(void) {}
+#endif
+
 int main(void)
 {
     if (!NAME(fa_cpu_has_, TEST_CPU)())
@@ -782,6 +857,7 @@ int main(void)
         check_add();
         check_decode_score();
         check_decode_values();
+        check_decode_tiles();
     }
     end_products();
     REQUIRE(measure_peak_rounds(10) > 0);
