@@ -131,16 +131,6 @@ static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
     return rows >= least && keys >= least && p->head_dim >= 64;
 }
 
-/* Where the kernel of bfloat16 has no backward pass, the best one that has is taken: it runs wherever that one
- * does. */
-static const fa_kernel *backward_bfloat16(void)
-{
-    for (int row = 0; row < NUM_ISAS; row++)
-        if (table[row].bfloat16 && table[row].bfloat16->backward && table[row].is_supported())
-            return table[row].bfloat16;
-    return NULL;
-}
-
 /* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact
  * in float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
 const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t keys)
@@ -157,6 +147,5 @@ const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t key
 
 const fa_kernel *fa_select_backward_kernel(const fa_problem *p)
 {
-    const fa_kernel *kernel = fa_kernel_for_dtype(p->query.dtype);
-    return kernel->backward ? kernel : backward_bfloat16();
+    return fa_kernel_for_dtype(p->query.dtype);
 }

@@ -74,7 +74,7 @@ typedef struct {
                     void *scratch, fa_stop *stop);
     bool softmax_beside_products; /* of wide tiles: another unit computes them */
 
-    /* The backward pass; NULL: another kernel of its precision has it. Rows of a head group that are worked
+    /* The backward pass; NULL in a kernel of parts. Rows of a head group that are worked
      * on together; scratch for keys [key_lo, key_hi), with so many sums of their gradients (0: in partials;
      * 2: of a split and of all) of `sum_bytes`. */
     void (*backward)(const fa_problem *problem, const fa_work_item *item, void *scratch, fa_stop *stop);

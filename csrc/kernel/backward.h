@@ -9,28 +9,23 @@
  * item, in scratch, formed apart for each split of the rows and then added in the order of the splits, so
  * that they depend on neither the threads nor the batch.
  *
- * Requires attend_wide.h; provides what a kernel's entry needs for the backward pass. */
+ * Requires grad_tile.h; provides what a kernel's entry needs for the backward pass. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_BACKWARD_H
 #define FA_KERNEL_BACKWARD_H
 
-#include "attend_wide.h"
 #include "grad_tile.h"
-
-/* Tiles that share a key block: what a tile has packed is 5 panels, and the blocks of K, V, dK and dV are
- * read from L2 once for each. */
-#define MAX_GRAD_TILES 4
-#define GRAD_TILE_BYTES (384 << 10)
 
 typedef struct {
     item_state s; /* its workspace has the tiles, the score panel and the packed keys */
     grad_arrays arrays;
     grad_tile tiles[MAX_GRAD_TILES];
-    vec *grad_scores;                     /* dP, then dS: a panel like the scores */
-    vec *raw_scores;                      /* with a softcap: the scores before it */
-    vec *kept;                            /* with dropout: the probabilities that are left */
-    char *score_operands, *grad_operands; /* the panels, rounded */
+    packed_vec *query_rows, *grad_out_rows;     /* of all tiles, for dK and dV */
+    vec *grad_scores;                           /* dP, then dS: a panel like the scores */
+    vec *raw_scores;                            /* with a softcap: the scores before it */
+    vec *kept;                                  /* with dropout: the probabilities that are left */
+    char *probability_operands, *grad_operands; /* the panels, rounded, for dV and dK */
     char *packed_value_rows;
     int64_t first_block, num_blocks; /* of KEY_BLOCK keys, that the sequence reads */
     vec *sums, *total;               /* dK and dV over a split, and over the splits before */
@@ -50,6 +45,12 @@ static int count_grad_tiles(const fa_problem *p)
 {
     const size_t fit = GRAD_TILE_BYTES / grad_tile_bytes(p);
     return fit < 1 ? 1 : fit > MAX_GRAD_TILES ? MAX_GRAD_TILES : (int)fit;
+}
+
+/* Of a block of keys that are packed in columns. */
+FA_INLINE size_t column_block_bytes(int64_t columns)
+{
+    return (size_t)(KEY_BLOCK / TILE_K * packed_value_bytes(columns));
 }
 
 /* Vectors of dK and dV of a block. */
@@ -84,20 +85,21 @@ static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_su
             w->tiles[i].query = query;
         g->grad_out =
             take(base, &offset, (size_t)query_panel_rows(p->head_dim_v) * MAX_VECTORS * sizeof(vec));
-        g->query_rows = take(base, &offset, (size_t)row_panel_vectors(p->head_dim) * sizeof(vec));
-        g->grad_out_rows = take(base, &offset, (size_t)row_panel_vectors(p->head_dim_v) * sizeof(vec));
         g->grad_query =
             take(base, &offset, (size_t)(p->head_dim + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
     }
+    b->query_rows = take(base, &offset, (size_t)(num_tiles * row_panel_vectors(p->head_dim)) * sizeof(vec));
+    b->grad_out_rows =
+        take(base, &offset, (size_t)(num_tiles * row_panel_vectors(p->head_dim_v)) * sizeof(vec));
     w->scores = take(base, &offset, panel_bytes);
     b->grad_scores = take(base, &offset, panel_bytes);
     b->raw_scores = take(base, &offset, p->softcap != 0 ? panel_bytes : 0);
     b->kept = take(base, &offset, has_dropout(p) ? panel_bytes : 0);
-    b->score_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
-    b->grad_operands = take(base, &offset, TILE_K > 1 ? panel_bytes : 0);
-    w->packed_key = take(base, &offset, wide_key_bytes(p));
-    w->packed_value = take(base, &offset, (size_t)(KEY_BLOCK / TILE_K * packed_value_bytes(p->head_dim)));
-    b->packed_value_rows = take(base, &offset, (size_t)KEY_BLOCK * (size_t)packed_key_row(p->head_dim_v));
+    b->probability_operands = take(base, &offset, panel_operand_bytes());
+    b->grad_operands = take(base, &offset, panel_operand_bytes());
+    w->packed_key = take(base, &offset, row_block_bytes(p->head_dim));
+    w->packed_value = take(base, &offset, column_block_bytes(p->head_dim));
+    b->packed_value_rows = take(base, &offset, row_block_bytes(p->head_dim_v));
     w->gathered = take(base, &offset, gathered_bytes(p));
     b->sums = take(base, &offset, num_sums > 0 ? sum_bytes : 0);
     b->total = take(base, &offset, num_sums > 1 ? sum_bytes : 0);
@@ -123,6 +125,7 @@ static int64_t backward_rows(const fa_problem *p)
 /* Keys of a block as operands: in rows, for scores; in columns, for dQ; and their values in rows, for dP. */
 typedef struct {
     operand_block key, key_columns, value;
+    source_rows source;
     bool is_finite;
 } grad_block;
 
@@ -148,12 +151,15 @@ static void load_grad_block(backward_state *b, fa_interval keys, grad_block *blo
                     : load_column_block(key, p->head_dim, keys.lo, keys.hi, s->w.gathered, s->w.packed_value);
     block->value =
         load_row_block(value, p->head_dim_v, keys.lo, keys.hi, s->w.gathered, b->packed_value_rows);
+    block->source = key;
     block->is_finite =
         are_finite_rows(&key, count, p->head_dim) && are_finite_rows(&value, count, p->head_dim_v);
+    if (TILE_K > 1 && !block->is_finite)
+        clear_not_finite(s->w.packed_value, column_block_bytes(p->head_dim));
 }
 
 /* Where the sums of a block of keys are. */
-FA_INLINE vec *block_sums(const backward_state *b, int64_t key)
+FA_INLINE vec *sums_of_block(const backward_state *b, int64_t key)
 {
     return b->sums + (key / KEY_BLOCK - b->first_block) * block_sum_vectors(b->s.problem);
 }
@@ -194,14 +200,13 @@ FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, re
 FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
                                      const operand_block *key, int vectors, bool nan_safe)
 {
-    static const next_streams nothing;
     const fa_problem *p = b->s.problem;
     vec *scores = b->s.w.scores, block_max[MAX_VECTORS];
     score_mods mods;
     if (!sees_block(p, t, range, &mods))
         return false;
     const real scale = scales_in_epilogue(p) ? (real)scale_magnitude(p) : 1;
-    multiply_query_key(p, t, range, key, &nothing, scale, vectors, scores, block_max);
+    multiply_rows(key, range, t->query, p->head_dim, scale, vectors, scores);
     if (mods & MOD_SOFTCAP)
         memcpy(b->raw_scores, scores, (size_t)(num_keys(range) * vectors) * sizeof(vec));
     mask_rows_behind(t, range, scores);
@@ -211,20 +216,6 @@ FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile
     if (has_dropout(p))
         drop_probabilities(p, t, range->first, num_keys(range), true, scores);
     return true;
-}
-
-/* dP[r][m] = Σ_e V[first + r][e] dO[m][e] */
-FA_INLINE void multiply_value_grad_out(const fa_problem *p, const grad_tile *g, const key_range *range,
-                                       const operand_block *value, int vectors, vec *grad_scores)
-{
-    const product_prefetch nothing = {.every = INT_MAX};
-    const product_rows a = key_rows(range, value);
-    const int length = (int)((p->head_dim_v + TILE_K - 1) / TILE_K);
-    vec unused[MAX_VECTORS];
-    for (int m = 0; m < vectors; m++)
-        unused[m] = vec_splat(0);
-    for (int r = 0; r < num_keys(range); r += PRODUCT_ROWS(vectors))
-        product_scores(&a, r, g->grad_out, length, vectors, 1, &nothing, grad_scores + r * vectors, unused);
 }
 
 /* dP of the panel -> dS = p (dP - delta). Where p is 0 it is p: what is hidden may be NaN. */
@@ -266,20 +257,6 @@ static void differentiate_softcap(const fa_problem *p, const vec *raw_scores, in
     }
 }
 
-/* dQ[d][m] += Σ_r K[first + r][d] dS[r][m] */
-FA_INLINE void multiply_key_grad_scores(const fa_problem *p, grad_tile *g, const key_range *range,
-                                        const operand_block *key, const packed_vec *grad_scores, int vectors,
-                                        bool nan_safe)
-{
-    const product_prefetch nothing = {.every = INT_MAX};
-    const product_rows a = {key->data + (range->first / TILE_K - key->first) * key->row, key->col, key->row,
-                            0, (int)p->head_dim};
-    for (int d = 0; d < p->head_dim; d += PRODUCT_ROWS(vectors))
-        product_add(&a, d, grad_scores, num_keys(range) / TILE_K, vectors, nan_safe, g->empty, &nothing,
-                    g->grad_query + d * vectors);
-    g->empty = false;
-}
-
 /* Both panels: probabilities, and dS of the scores after all that modifies them; false if no row sees any of
  * the keys. */
 FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
@@ -287,7 +264,7 @@ FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_ti
 {
     if (!compute_probabilities(b, t, g, range, &block->key, vectors, nan_safe))
         return false;
-    multiply_value_grad_out(b->s.problem, g, range, &block->value, vectors, b->grad_scores);
+    multiply_rows(&block->value, range, g->grad_out, b->s.problem->head_dim_v, 1, vectors, b->grad_scores);
     if (has_dropout(b->s.problem))
         differentiate_dropout(b->s.problem, b->s.w.scores, num_keys(range) * vectors, b->grad_scores,
                               b->kept);
@@ -295,34 +272,56 @@ FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_ti
     return true;
 }
 
-FA_INLINE void differentiate_block(backward_state *b, tile *t, grad_tile *g, fa_interval keys,
-                                   const grad_block *block, int vectors, bool nan_safe)
+FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, const grad_block *block,
+                                   key_gradients *of_keys, int vectors, bool nan_safe)
 {
     const fa_problem *p = b->s.problem;
+    tile *t = &b->s.w.tiles[i];
+    grad_tile *g = &b->tiles[i];
     const key_range range = tile_range(t, keys);
-    const int rows = num_keys(&range), first = (int)(range.first % KEY_BLOCK);
-    vec *probabilities = b->s.w.scores, *grad_scores = b->grad_scores;
-    vec *key_sums = block_sums(b, keys.lo), *value_sums = key_sums + sum_vectors(p->head_dim);
     if (!compute_score_gradients(b, t, g, &range, block, vectors, nan_safe))
         return;
     if (p->softcap != 0)
-        differentiate_softcap(p, b->raw_scores, rows * vectors, grad_scores);
-    const panel_operands a =
-        as_operands(has_dropout(p) ? b->kept : probabilities, rows, vectors, b->score_operands);
-    add_rows(&a, g->grad_out_rows, p->head_dim_v, vectors, nan_safe, first, value_sums);
-    const panel_operands da = as_operands(grad_scores, rows, vectors, b->grad_operands);
-    add_rows(&da, g->query_rows, p->head_dim, vectors, nan_safe, first, key_sums);
-    multiply_key_grad_scores(p, g, &range, &block->key_columns,
-                             pack_probabilities(grad_scores, rows, vectors), vectors, nan_safe);
+        differentiate_softcap(p, b->raw_scores, num_keys(&range) * vectors, b->grad_scores);
+    add_key_gradients(of_keys, i, t, g->grad_out_row, &range, has_dropout(p) ? b->kept : b->s.w.scores, b->grad_scores,
+                      vectors, nan_safe);
+    multiply_columns(&block->key_columns, &range, b->grad_scores, p->head_dim, vectors, nan_safe, g->empty,
+                     g->grad_query);
+    g->empty = false;
+    if (nan_safe)
+        add_columns_not_finite(&block->source, keys, &range, b->grad_scores, p->head_dim, g->grad_query);
 }
 
-static void differentiate_block_any(backward_state *b, tile *t, grad_tile *g, fa_interval keys,
-                                    const grad_block *block)
+/* A block of keys and every tile that sees some of it. */
+static void differentiate_tiles_of_block(backward_state *b, fa_interval keys)
 {
-    if (g->is_finite && block->is_finite)
-        WITH_VECTORS(t->vectors, differentiate_block(b, t, g, keys, block, VECTORS, false))
-    else
-        WITH_VECTORS(t->vectors, differentiate_block(b, t, g, keys, block, VECTORS, true))
+    const item_state *s = &b->s;
+    const fa_problem *p = s->problem;
+    grad_block block;
+    load_grad_block(b, keys, &block);
+    vec *sums = sums_of_block(b, keys.lo);
+    key_gradients of_keys = {.query = &p->query,
+                             .grad_out = &p->gradients->grad_out,
+                             .head_dim = p->head_dim,
+                             .head_dim_v = p->head_dim_v,
+                             .key_sums = sums,
+                             .value_sums = sums + sum_vectors(p->head_dim),
+                             .query_rows = b->query_rows,
+                             .grad_out_rows = b->grad_out_rows,
+                             .probability_operands = b->probability_operands,
+                             .grad_operands = b->grad_operands};
+    begin_key_gradients(&of_keys);
+    for (int i = 0; i < s->num_tiles; i++) {
+        if (!tile_sees(&s->w.tiles[i], keys))
+            continue;
+        if (b->tiles[i].is_finite && block.is_finite)
+            WITH_VECTORS(s->w.tiles[i].vectors,
+                         differentiate_block(b, i, keys, &block, &of_keys, VECTORS, false))
+        else
+            WITH_VECTORS(s->w.tiles[i].vectors,
+                         differentiate_block(b, i, keys, &block, &of_keys, VECTORS, true))
+    }
+    finish_key_gradients(&of_keys);
 }
 
 /* --- an item ---------------------------------------------------------------------------------------- */
@@ -333,16 +332,14 @@ static void differentiate_tiles(backward_state *b, int64_t row_begin, int64_t ro
     item_state *s = &b->s;
     locate_tiles(s, row_begin, row_end, INT64_MAX);
     for (int i = 0; i < s->num_tiles; i++)
-        begin_grad_tile(s->problem, &s->arrays, &b->arrays, &s->w.tiles[i], &b->tiles[i]);
+        begin_grad_tile(s->problem, &s->arrays, &b->arrays, i, &s->w.tiles[i], &b->tiles[i], b->query_rows,
+                        b->grad_out_rows);
     fa_interval keys;
     for (int64_t begin = s->key_lo; next_block(s, begin, KEY_BLOCK, s->key_hi, &keys); begin = keys.hi) {
         if (fa_should_stop(s->stop))
             return;
-        grad_block block;
-        load_grad_block(b, keys, &block);
-        for (int i = 0; i < s->num_tiles; i++)
-            if (tile_sees(&s->w.tiles[i], keys))
-                differentiate_block_any(b, &s->w.tiles[i], &b->tiles[i], keys, &block);
+        begin_products();
+        differentiate_tiles_of_block(b, keys);
     }
     for (int i = 0; i < s->num_tiles; i++)
         finish_grad_tile(s->problem, &b->arrays, &s->w.tiles[i], &b->tiles[i]);
@@ -359,7 +356,7 @@ static void differentiate_split(backward_state *b, int64_t split)
         differentiate_tiles(b, row, min_i64(row + step, end));
 }
 
-static void add_sums(const vec *sums, int64_t count, vec *total)
+static void add_to_total(const vec *sums, int64_t count, vec *total)
 {
     for (int64_t i = 0; i < count; i++)
         total[i] += sums[i];
@@ -409,7 +406,7 @@ static void differentiate_all_splits(backward_state *b)
     for (int64_t split = item->split_begin; split < item->split_end; split++) {
         differentiate_split(b, split);
         if (item->num_splits > 1)
-            add_sums(b->sums, count, b->total);
+            add_to_total(b->sums, count, b->total);
     }
     store_key_gradients(b, item->num_splits > 1 ? b->total : b->sums);
 }
@@ -427,7 +424,7 @@ static void differentiate_shared_split(backward_state *b)
         return;
     vec *total = (vec *)item->partials;
     for (int64_t split = 1; split < item->num_splits; split++)
-        add_sums((vec *)(item->partials + (size_t)split * bytes), count, total);
+        add_to_total((vec *)(item->partials + (size_t)split * bytes), count, total);
     store_key_gradients(b, total);
 }
 
@@ -452,6 +449,7 @@ static void backward_item(const fa_problem *p, const fa_work_item *item, void *s
         differentiate_shared_split(b);
     else
         differentiate_all_splits(b);
+    end_products();
 }
 
 #endif

@@ -55,19 +55,21 @@ static void add_bias_gradient(const fa_problem *p, const fa_bias_item *item, voi
     s->arrays.first_head = item->head;
     locate_tiles(s, item->work.row_begin, item->work.row_end, INT64_MAX);
     tile *t = &s->w.tiles[0];
-    begin_grad_tile(p, &s->arrays, &b->arrays, t, &b->tiles[0]);
+    begin_grad_tile(p, &s->arrays, &b->arrays, 0, t, &b->tiles[0], b->query_rows, b->grad_out_rows);
     const int64_t key_hi = min_i64(s->key_hi, item->keys.hi);
     fa_interval keys;
     for (int64_t n = max_i64(s->key_lo, item->keys.lo); next_block(s, n, KEY_BLOCK, key_hi, &keys);
          n = keys.hi) {
         if (fa_should_stop(stop))
-            return;
+            break;
+        begin_products();
         grad_block block;
         load_grad_block(b, keys, &block);
         const bool nan_safe = !b->tiles[0].is_finite || !block.is_finite;
         WITH_VECTORS(t->vectors, add_bias_block(b, t, &b->tiles[0], keys, &block, item->keys.lo, VECTORS,
                                                 nan_safe, scratch))
     }
+    end_products();
 }
 
 static real sum_of_lanes(const vec *sums)

@@ -15,6 +15,9 @@
 #include "attend_pipeline.h"
 #else
 #include "attend_wide.h"
+#endif
+
+#if HAS_BACKWARD
 #include "bias_gradient.h"
 #endif
 
@@ -331,7 +334,7 @@ const fa_kernel FA_KERNEL = {
     .partial_bytes = partial_bytes,
     .forward = forward_item,
     .softmax_beside_products = IS_PIPELINED,
-#if !IS_PIPELINED
+#if HAS_BACKWARD
     .backward = backward_item,
     .backward_rows = backward_rows,
     .backward_scratch_bytes = backward_scratch_bytes,

@@ -8,13 +8,17 @@
  * so that lse and out of the forward pass stand for all that other keys contribute (Dao, "FlashAttention-2",
  * 2023; dlse moves every score by its probability).
  *
- * Requires row_panels.h; provides grad_tile, its beginning and its end. */
+ * Requires grad_products_fma.h or grad_products_amx.h; provides grad_tile, its beginning and its end. */
 #include "for_editors.h"
 
 #ifndef FA_KERNEL_GRAD_TILE_H
 #define FA_KERNEL_GRAD_TILE_H
 
-#include "row_panels.h"
+#if IS_PIPELINED
+#include "grad_products_amx.h"
+#else
+#include "grad_products_fma.h"
+#endif
 
 /* The arrays of one batch item and kv head, as item_arrays has them. */
 typedef struct {
@@ -42,9 +46,8 @@ typedef struct {
     bool is_finite; /* its queries and gradients of out */
     bool empty;     /* grad_query is not there, and stands for 0 */
     char *grad_out_row[TILE_ROWS];
-    packed_vec *grad_out;                   /* as the tile's `query` */
-    packed_vec *query_rows, *grad_out_rows; /* row panels */
-    vec *grad_query;                        /* [head_dim][vectors] */
+    packed_vec *grad_out; /* as the tile's `query` */
+    vec *grad_query;      /* [head_dim][vectors] */
 } grad_tile;
 
 /* x · 0 for all columns of a row: 0, or NaN if one of them is not finite. */
@@ -123,9 +126,9 @@ static void load_rows_terms(const fa_problem *p, const item_arrays *a, const gra
     g->is_finite = is_zero(zeros);
 }
 
-/* What the key blocks need of a tile whose rows are located. */
-static void begin_grad_tile(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, tile *t,
-                            grad_tile *g)
+/* What the key blocks need of tile i, whose rows are located. */
+static void begin_grad_tile(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, int i, tile *t,
+                            grad_tile *g, packed_vec *query_rows, packed_vec *grad_out_rows)
 {
     const fa_array *grad_out = &p->gradients->grad_out;
     point_at_rows(t, ga->grad_out, grad_out, g->grad_out_row);
@@ -133,9 +136,9 @@ static void begin_grad_tile(const fa_problem *p, const item_arrays *a, const gra
     pack_tile(p, t);
     pack_query(g->grad_out_row, grad_out->col, grad_out->dtype, (int)p->head_dim_v, t->vectors, 1,
                g->grad_out);
-    pack_row_panels(t->query_row, p->query.col, p->query.dtype, p->head_dim, t->vectors, g->query_rows);
-    pack_row_panels(g->grad_out_row, grad_out->col, grad_out->dtype, p->head_dim_v, t->vectors,
-                    g->grad_out_rows);
+    pack_row_panels(t->query_row, p->query.col, p->query.dtype, p->head_dim, t->vectors, i, query_rows);
+    pack_row_panels(g->grad_out_row, grad_out->col, grad_out->dtype, p->head_dim_v, t->vectors, i,
+                    grad_out_rows);
     t->empty = false;
     g->empty = true;
 }

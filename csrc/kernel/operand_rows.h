@@ -26,10 +26,16 @@ FA_INLINE void pack_key(const source_rows *key, int lead, int num_keys, int head
     pack_decode_rows(key, num_keys, head_dim, packed);
 }
 
+/* Of a block that a product reads along its columns. */
+FA_INLINE size_t row_block_bytes(int64_t columns)
+{
+    return (size_t)(FA_KEY_BLOCK * packed_decode_row_bytes(columns));
+}
+
 /* Of what is packed at once: a block. */
 FA_INLINE size_t wide_key_bytes(const fa_problem *p)
 {
-    return (size_t)(FA_KEY_BLOCK * packed_decode_row_bytes(p->head_dim));
+    return row_block_bytes(p->head_dim);
 }
 
 FA_INLINE size_t wide_value_bytes(const fa_problem *p)

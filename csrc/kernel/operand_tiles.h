@@ -67,6 +67,11 @@ FA_INLINE ptrdiff_t packed_key_bytes(int64_t head_dim)
     return MAX_PARTS * key_part_bytes(head_dim) + PACKED_RANGE_BYTES;
 }
 
+FA_INLINE size_t row_block_bytes(int64_t columns)
+{
+    return (size_t)packed_key_bytes(columns);
+}
+
 /* Of TILE_K keys: [head_dim_v][TILE_K], in whole vectors of columns. */
 FA_INLINE ptrdiff_t value_part_bytes(int64_t head_dim_v)
 {

@@ -18,6 +18,8 @@ _Static_assert(MAX_VECTORS == 2, "panels are of two vectors");
 
 /* Whether wide tiles are attended by attend_pipeline.h. */
 #define IS_PIPELINED 1
+/* In parts it would be slower than by multiply-adds. */
+#define HAS_BACKWARD (MAX_PARTS == 1)
 
 /* To pack a block of values takes a third of a unit's time, once for all tiles. Errors of sums over many keys
  * do not show beside those of probabilities in bfloat16. */

@@ -12,6 +12,7 @@
 
 /* Whether wide tiles are attended by attend_pipeline.h. */
 #define IS_PIPELINED 0
+#define HAS_BACKWARD 1
 
 /* Of half types, whose packing tiles share, eight tiles take 3 % less time than four (Zen 5). */
 #define MAX_TILES 8
