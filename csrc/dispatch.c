@@ -131,13 +131,25 @@ static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
     return rows >= least && keys >= least && p->head_dim >= 64;
 }
 
+/* Whether decode tiles of bfloat16 take int8 keys, each of which is exact in it; their scales meet scores and
+ * probabilities. */
+static bool decodes_int8(const fa_kernel *kernel, const fa_problem *p, int64_t rows)
+{
+    return kernel && kernel->decodes_int8 && rows <= kernel->decode_rows && p->dropout == 0 &&
+           p->query.dtype == FA_BFLOAT16 && p->key.dtype == FA_INT8 && p->key.col == 1 && p->value.col == 1 &&
+           p->head_dim % 32 == 0 && p->head_dim_v % 32 == 0;
+}
+
 /* The query's dtype decides: float32 queries keep their precision on bfloat16 keys. But keys that are exact
- * in float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query. */
+ * in float32 and not in bfloat16, as int8 times its scales, are computed in float32 whatever the query,
+ * unless the scales stay apart. */
 const fa_kernel *fa_select_kernel(const fa_problem *p, int64_t rows, int64_t keys)
 {
     const int row = selected_row();
     const bool in_float32 = fa_traits(p->key.dtype).computed_in == FA_FLOAT32;
-    const fa_kernel *kernel = fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : p->query.dtype);
+    const bool keeps_scales = decodes_int8(table[row].bfloat16, p, rows);
+    const fa_kernel *kernel =
+        keeps_scales ? table[row].bfloat16 : fa_kernel_for_dtype(in_float32 ? FA_FLOAT32 : p->query.dtype);
     if (kernel == table[row].bfloat16 && rows <= table[row].float32_rows)
         return table[row].float32;
     if (fa_traits(p->query.dtype).computed_in == FA_FLOAT32 && fa_splits() && pays_to_split(p, rows, keys))

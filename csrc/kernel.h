@@ -64,6 +64,7 @@ typedef struct {
     int items_per_thread;    /* at least, where there is so much work: some threads wait for the last ones */
     bool splits_many_rows;   /* keys of a large group, too, to keep sums short */
     int decode_rows;         /* a head group of at most so many rows has a decode tile */
+    bool decodes_int8;       /* of bfloat16: its decode tiles take int8 keys, too */
     /* Bytes of scratch for an item of `tiles` tiles, and of the partial result of a tile of `rows` rows. */
     size_t (*scratch_bytes)(const fa_problem *problem, int tiles);
     size_t (*partial_bytes)(const fa_problem *problem, int64_t rows);

@@ -1214,16 +1214,17 @@ KEYWORDS = {
 each_keywords = pytest.mark.parametrize("keywords", KEYWORDS.values(), ids=KEYWORDS)
 
 
-def filled(dtype, lengths=LENGTHS, page_size=64):
+def filled(dtype, lengths=LENGTHS, page_size=64, head_dim_v=48):
     """A cache whose sequences were appended to in turns, so that their pages lie among each other."""
     rng = make_rng(len(lengths))
     pages = sum(-(-length // page_size) for length in lengths)
-    cache = KVCache(HEADS, 32, head_dim_v=48, dtype=dtype, page_size=page_size, num_pages=pages + 1)
+    cache = KVCache(HEADS, 32, head_dim_v=head_dim_v, dtype=dtype, page_size=page_size, num_pages=pages + 1)
     ids = [cache.add() for _ in lengths]
     while any(cache.lengths[sequence] < length for sequence, length in zip(ids, lengths, strict=True)):
         for sequence, length in zip(ids, lengths, strict=True):
             count = min(50, length - cache.lengths[sequence])
-            cache.append(sequence, normal(rng, (HEADS, count, 32), F32), normal(rng, (HEADS, count, 48), F32))
+            shape = (HEADS, count, head_dim_v)
+            cache.append(sequence, normal(rng, (HEADS, count, 32), F32), normal(rng, shape, F32))
     return cache, ids
 
 
@@ -1366,8 +1367,10 @@ def test_sequences_of_no_tokens(dtype):
 @each_keywords
 @pytest.mark.parametrize("seqlen_q", [1, 5, 70])
 @pytest.mark.parametrize("query_dtype", [F32, F16, BF16], ids=lambda dtype: dtype.name)
-def test_int8_is_attention_to_the_dequantised(query_dtype, keywords, seqlen_q):
-    cache, ids = filled(I8)
+@pytest.mark.parametrize("head_dim_v", [48, 64])
+def test_int8_is_attention_to_the_dequantised(query_dtype, keywords, seqlen_q, head_dim_v):
+    """A tile unit for bfloat16 takes int8 in whole rows of it, and probabilities as bfloat16."""
+    cache, ids = filled(I8, head_dim_v=head_dim_v)
     query = queries(seqlen_q, query_dtype, (len(ids),))
     out, lse = cache.attention(query, ids, return_lse=True, **keywords)
     assert out.dtype == query_dtype
@@ -1377,7 +1380,8 @@ def test_int8_is_attention_to_the_dequantised(query_dtype, keywords, seqlen_q):
         arrays = (query[index].astype(F32), *cache.get(sequence))
         expected = fastattn.attention(*arrays, return_lse=True, **options)
         # Both err; and the result is rounded to query's dtype.
-        out_tol, lse_tol, _ = tolerances(*arrays, **options)
+        met = [x.astype(query_dtype if query_dtype == BF16 else F32) for x in arrays]
+        out_tol, lse_tol, _ = tolerances(*met, **options)
         rounding = ml_dtypes.finfo(query_dtype).eps * np.abs(expected[0])
         assert_close(out[index], expected[0], 2 * out_tol + rounding, "out")
         assert_close(lse[index], expected[1], 2 * lse_tol, "lse")

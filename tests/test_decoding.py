@@ -91,10 +91,11 @@ def test_a_window_reads_its_own_splits_only(dtypes):
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_planted_in_one_split(dtypes, bad):
-    """Two rows see it and two do not; those that do not must not notice."""
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), (6, 80)])
+def test_planted_in_one_split(dtypes, bad, heads, head_dim):
+    """Half of the rows see it; those that do not must not notice."""
     rng = make_rng()
-    clean = qkv(rng, (1, 2, 1, 2, 1500, 16), dtypes)
+    clean = qkv(rng, (1, heads, 1, 2, 1500, head_dim), dtypes)
     mask = np.ones((2, 1500), bool)
     mask[0, 700] = False
     mask[0, 1400] = False
@@ -108,10 +109,11 @@ def test_planted_in_one_split(dtypes, bad):
 @each_dtype
 @pytest.mark.parametrize("begin", [0, 1, 6, 7, 31])
 @pytest.mark.parametrize("count", [1, 2, 5, 34])
-def test_keys_begin_and_end_anywhere(dtypes, begin, count):
+@pytest.mark.parametrize("heads", [3, 7])
+def test_keys_begin_and_end_anywhere(dtypes, begin, count, heads):
     """Values may be multiplied by pairs of keys, of which one may lie outside: it must not be noticed."""
     end = begin + count
-    clean = qkv(make_rng(begin, count), (1, 3, 1, 1, end + 5, 32), dtypes)
+    clean = qkv(make_rng(begin, count), (1, heads, 1, 1, end + 5, 32), dtypes)
     keywords = {"window": (count - 1, 0), "query_offset": end - 1}
     query, key, value = (x.copy() for x in clean)
     for x in (key, value):

@@ -92,6 +92,25 @@ for seqlen_q, seqlen_k, dim, keywords in [
 """
 
 
+INT8_DIGESTS = """
+import hashlib
+import ml_dtypes, numpy as np, fastattn
+rng = np.random.default_rng(0)
+cache = fastattn.KVCache(2, 64, dtype=np.int8, num_pages=9)
+ids = [cache.add(*rng.standard_normal((2, 2, length, 64))) for length in (1, 77, 1300)]
+query = rng.standard_normal((3, 16, 2, 64)).astype("bfloat16")
+for x in cache.attention(query, ids, return_lse=True):
+    print(hashlib.sha256(x.tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif("amx" not in CONFIG["isas"], reason="needs the tile unit that is emulated")
+def test_the_emulated_tile_unit_decodes_int8_to_the_bits_of_the_real_one():
+    real, emulated = (run_script(INT8_DIGESTS, FASTATTN_ISA=isa) for isa in ("amx", "amx-emulated"))
+    assert len(real.split()) == 2
+    assert emulated == real
+
+
 @pytest.mark.skipif("amx" not in CONFIG["isas"], reason="needs the tile unit that is emulated")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_the_emulated_tile_unit_gives_the_bits_of_the_real_one(dtype):

@@ -22,6 +22,12 @@ FA_INLINE vec dot_pairs(uvec a, uvec b, vec c)
     return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
 
+/* bfloat16 of low's lanes, then of high's. */
+FA_INLINE vec round_in_order(vec low, vec high)
+{
+    return (vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
 /* Lanes (bfloat16(low), bfloat16(high)). */
 FA_INLINE uvec round_pairs(vec low, vec high)
 {

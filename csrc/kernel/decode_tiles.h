@@ -116,6 +116,19 @@ FA_INLINE void prefetch_due_rows(const prefetch_plan *plan, int n, int count, pt
     }
 }
 
+/* 32 elements as bfloat16, which holds each int8. */
+FA_INLINE vec load_halves_of(const char *src, fa_dtype dtype)
+{
+    if (dtype == FA_INT8)
+        return round_in_order(vec_load_int8(src), vec_load_int8(src + LANES));
+    return vec_load(src);
+}
+
+FA_INLINE bool decode_takes(fa_dtype dtype)
+{
+    return dtype == FA_BFLOAT16 || dtype == FA_INT8;
+}
+
 /* --- scores --------------------------------------------------------------------------------------- */
 
 /* Sums 0 to 3, keys 4 to 6, queries 7. */
@@ -128,7 +141,7 @@ FA_INLINE void configure_scores(int rows)
 }
 
 /* 16 keys as the unit reads them, `step` bytes from 32 dims to the next: in place, or of 32 dims a copy,
- * where some of the keys may not be read. */
+ * where they are int8 or some of them may not be read. */
 typedef struct {
     const char *data;
     ptrdiff_t row, step;
@@ -136,41 +149,42 @@ typedef struct {
 
 #define KEY_TILES 4
 
-/* The rows' 64 bytes from `offset` on, zeros where a row may not be read. */
-static __attribute__((noinline)) void copy_cut_keys(const product_rows *keys, int n, ptrdiff_t offset,
-                                                    char *to)
+/* 32 dims of the keys from n on, from `offset` on; zeros where a key may not be read. */
+FA_INLINE void copy_keys(const product_rows *keys, int n, ptrdiff_t offset, fa_dtype dtype, char *to)
 {
-    for (int i = n; i < n + TMM_ROWS; i++, to += FA_VECTOR_BYTES) {
-        const bool is_there = i >= keys->first && i < keys->last;
-        vec_store(to, is_there ? vec_load(keys->data + i * keys->row + offset) : vec_splat(0));
-    }
+    const char *row = keys->data + n * keys->row + offset;
+    for (int i = n; i < n + TMM_ROWS; i++, row += keys->row, to += FA_VECTOR_BYTES)
+        vec_store(to, i >= keys->first && i < keys->last ? load_halves_of(row, dtype) : vec_splat(0));
 }
 
 /* Scores of the keys from n on, 2 or 4 times 16. */
 FA_INLINE void multiply_key_tiles(const product_rows *keys, int n, int tiles, const packed_vec *query,
-                                  int steps, int rows, const prefetch_plan *plan, float *scores)
+                                  fa_dtype dtype, int steps, int rows, const prefetch_plan *plan,
+                                  float *scores)
 {
+    const int step = TILE_K * element_size(dtype);
     const int due = steps > 0 ? (tiles * TMM_ROWS + steps - 1) / steps : 0; /* prefetched beside a step */
+    const int lines = (steps * step + 63) / 64;
     const ptrdiff_t score_row = rows * (ptrdiff_t)sizeof(float);
-    char cut[KEY_TILES][TMM_BYTES] __attribute__((aligned(64)));
+    char copy[KEY_TILES][TMM_BYTES] __attribute__((aligned(64)));
     key_tile tile[KEY_TILES];
-    bool any_cut = false;
+    bool any_copy = false;
     for (int i = 0; i < tiles; i++) {
         const int first = n + i * TMM_ROWS;
-        const bool whole = first >= keys->first && first + TMM_ROWS <= keys->last;
+        const bool whole = dtype == FA_BFLOAT16 && first >= keys->first && first + TMM_ROWS <= keys->last;
         tile[i] = whole ? (key_tile){keys->data + first * keys->row, keys->row, FA_VECTOR_BYTES}
-                        : (key_tile){cut[i], FA_VECTOR_BYTES, 0};
-        any_cut |= !whole;
+                        : (key_tile){copy[i], FA_VECTOR_BYTES, 0};
+        any_copy |= !whole;
     }
     tmm_zero(0);
     tmm_zero(1);
     tmm_zero(2);
     tmm_zero(3);
     for (int k = 0; k < steps; k++, query += rows) {
-        for (int i = 0; i < tiles && any_cut; i++)
+        for (int i = 0; i < tiles && any_copy; i++)
             if (tile[i].step == 0)
-                copy_cut_keys(keys, n + i * TMM_ROWS, k * FA_VECTOR_BYTES, cut[i]);
-        prefetch_due_rows(plan, n + k * due, due, 0, steps);
+                copy_keys(keys, n + i * TMM_ROWS, k * step, dtype, copy[i]);
+        prefetch_due_rows(plan, n + k * due, due, 0, lines);
         tmm_load(7, query, score_row);
         tmm_load(4, tile[0].data + k * tile[0].step, tile[0].row);
         tmm_dot(0, 4, 7);
@@ -191,21 +205,30 @@ FA_INLINE void multiply_key_tiles(const product_rows *keys, int n, int tiles, co
     }
 }
 
+FA_INLINE void multiply_keys(const fa_problem *p, const tile *t, const product_rows *keys, int count,
+                             fa_dtype dtype, const prefetch_plan *plan, float *scores)
+{
+    const int rows = t->rows_pow2, steps = (int)key_steps(p->head_dim);
+    int n = 0;
+    for (; n + KEY_TILES * TMM_ROWS <= count; n += KEY_TILES * TMM_ROWS)
+        multiply_key_tiles(keys, n, KEY_TILES, t->query, dtype, steps, rows, plan, scores + n * rows);
+    if (n < count)
+        multiply_key_tiles(keys, n, KEY_TILES / 2, t->query, dtype, steps, rows, plan, scores + n * rows);
+}
+
 static void multiply_decode_keys(const fa_problem *p, const tile *t, const key_range *range,
                                  const operand_block *key, const next_streams *next, real scale, vec *scores)
 {
-    const int rows = t->rows_pow2, count = num_keys(range), steps = (int)key_steps(p->head_dim);
     const product_rows keys = key_rows(range, key);
     prefetch_plan plan;
     stream_ahead(&plan, next->streams, !is_vector_aligned(&p->key, p->head_dim),
                  key->data + (range->key_lo - key->first) * key->row);
     prefetch_rows(&next->query, 0, next->query.count, false);
-    configure_scores(rows);
-    int n = 0;
-    for (; n + KEY_TILES * TMM_ROWS <= count; n += KEY_TILES * TMM_ROWS)
-        multiply_key_tiles(&keys, n, KEY_TILES, t->query, steps, rows, &plan, (float *)scores + n * rows);
-    if (n < count)
-        multiply_key_tiles(&keys, n, KEY_TILES / 2, t->query, steps, rows, &plan, (float *)scores + n * rows);
+    prefetch_rows(&next->key_scale, 0, next->key_scale.count, false);
+    prefetch_rows(&next->value_scale, 0, next->value_scale.count, false);
+    configure_scores(t->rows_pow2);
+    WITH_DTYPE(key->dtype, decode_takes,
+               multiply_keys(p, t, &keys, num_keys(range), DTYPE, &plan, (float *)scores));
     for (int i = 0; i < panel_rows(t, range, true) && scale != 1; i++)
         scores[i] *= scale;
 }
@@ -229,12 +252,13 @@ typedef enum {
 
 #define VALUE_TILES 4 /* of 16 columns */
 
-/* 64 bytes of the values of key n. */
-FA_INLINE vec load_value(const product_rows *values, int n, ptrdiff_t offset, value_packing packing)
+/* 32 columns of the values of key n. */
+FA_INLINE vec load_value(const product_rows *values, int n, ptrdiff_t offset, fa_dtype dtype,
+                         value_packing packing)
 {
     if (packing != PACK_WHOLE && (n < values->first || n >= values->last))
         return vec_splat(0);
-    const vec x = vec_load(values->data + n * values->row + offset);
+    const vec x = load_halves_of(values->data + n * values->row + offset, dtype);
     if (packing != PACK_FINITE)
         return x;
     const halves wrong = (halves)(((halves)x & 0x7f80) == 0x7f80);
@@ -244,14 +268,15 @@ FA_INLINE vec load_value(const product_rows *values, int n, ptrdiff_t offset, va
 /* Keys n to n + 31, as tiles of 16 columns: two at a time, or a last one by itself, whose columns keep their
  * order. */
 FA_INLINE void pack_value_tiles(const product_rows *values, int n, ptrdiff_t offset, int tiles,
-                                value_packing packing, char *packed)
+                                fa_dtype dtype, value_packing packing, char *packed)
 {
+    const int two_tiles = 2 * LANES * element_size(dtype);
 #pragma GCC unroll 2
     for (int i = 0; i < TMM_ROWS; i++, packed += FA_VECTOR_BYTES) {
 #pragma GCC unroll 2
         for (int k = 0; k < tiles; k += 2) {
-            const vec a = load_value(values, n + i, offset + k * 32, packing);
-            const vec b = load_value(values, n + TMM_ROWS + i, offset + k * 32, packing);
+            const vec a = load_value(values, n + i, offset + k / 2 * two_tiles, dtype, packing);
+            const vec b = load_value(values, n + TMM_ROWS + i, offset + k / 2 * two_tiles, dtype, packing);
             if (tiles == 1) {
                 vec_store(packed, (vec)make_pairs(uvec_load_halves(&a), uvec_load_halves(&b)));
                 continue;
@@ -263,10 +288,10 @@ FA_INLINE void pack_value_tiles(const product_rows *values, int n, ptrdiff_t off
 }
 
 static __attribute__((noinline)) void pack_value_tiles_any(const product_rows *values, int n,
-                                                           ptrdiff_t offset, int tiles, value_packing packing,
-                                                           char *packed)
+                                                           ptrdiff_t offset, int tiles, fa_dtype dtype,
+                                                           value_packing packing, char *packed)
 {
-    pack_value_tiles(values, n, offset, tiles, packing, packed);
+    pack_value_tiles(values, n, offset, tiles, dtype, packing, packed);
 }
 
 FA_INLINE void multiply_value_tiles(const vec *probabilities, const char *packed, int tiles)
@@ -328,26 +353,39 @@ typedef struct {
 
 /* Columns of `tiles` tiles from vector `first` on. The values of the next keys are packed while those of the
  * present ones are multiplied. */
-FA_INLINE void add_value_tiles(const tile_value_product *a, int first, int tiles)
+FA_INLINE void add_value_tiles(const tile_value_product *a, int first, int tiles, fa_dtype dtype)
 {
-    const ptrdiff_t out_row = a->vectors * (ptrdiff_t)sizeof(vec), offset = first * 32;
+    const ptrdiff_t out_row = a->vectors * (ptrdiff_t)sizeof(vec);
+    const ptrdiff_t offset = first * LANES * element_size(dtype);
+    const int lines = (tiles * LANES * element_size(dtype) + 63) / 64;
     char packed[2][VALUE_TILES * TMM_BYTES] __attribute__((aligned(64)));
     load_sums(a->out + first, out_row, tiles, a->empty);
     for (int n = 0, i = 0; n < a->num_keys; n += TILE_K, i ^= 1) {
         const bool whole = n >= a->values.first && n + TILE_K <= a->values.last;
-        prefetch_due_rows(&a->prefetch, n, TILE_K, offset, (tiles + 1) / 2);
+        prefetch_due_rows(&a->prefetch, n, TILE_K, offset, lines);
         if (a->nan_safe)
-            pack_value_tiles_any(&a->values, n, offset, tiles, PACK_FINITE, packed[i]);
+            pack_value_tiles_any(&a->values, n, offset, tiles, dtype, PACK_FINITE, packed[i]);
         else if (!whole)
-            pack_value_tiles_any(&a->values, n, offset, tiles, PACK_CUT, packed[i]);
+            pack_value_tiles_any(&a->values, n, offset, tiles, dtype, PACK_CUT, packed[i]);
         else
-            pack_value_tiles(&a->values, n, offset, tiles, PACK_WHOLE, packed[i]);
+            pack_value_tiles(&a->values, n, offset, tiles, dtype, PACK_WHOLE, packed[i]);
         if (n > 0)
             multiply_value_tiles(a->probabilities + (n / TILE_K - 1) * a->rows, packed[i ^ 1], tiles);
         if (n + TILE_K == a->num_keys)
             multiply_value_tiles(a->probabilities + n / TILE_K * a->rows, packed[i], tiles);
     }
     store_sums(a->out + first, out_row, tiles);
+}
+
+FA_INLINE void add_all_value_tiles(const tile_value_product *a, fa_dtype dtype)
+{
+    int i = 0;
+    for (; i + VALUE_TILES <= a->vectors; i += VALUE_TILES)
+        add_value_tiles(a, i, VALUE_TILES, dtype);
+    for (; i + 2 <= a->vectors; i += 2)
+        add_value_tiles(a, i, 2, dtype);
+    if (i < a->vectors)
+        add_value_tiles(a, i, 1, dtype);
 }
 
 /* The vector of `out` that holds column e, of its row; and the lane. */
@@ -396,16 +434,8 @@ static void add_decode_values(const fa_problem *p, const tile *t, const key_rang
     stream_ahead(&product.prefetch, streams, !is_vector_aligned(&p->value, p->head_dim_v),
                  value->data + (range->key_lo - value->first) * value->row);
     configure_values(t->rows_pow2);
-    int i = 0;
-    for (; i + VALUE_TILES <= product.vectors; i += VALUE_TILES)
-        add_value_tiles(&product, i, VALUE_TILES);
-    if (i + 2 <= product.vectors) {
-        add_value_tiles(&product, i, 2);
-        i += 2;
-    }
-    if (i < product.vectors)
-        add_value_tiles(&product, i, 1);
-    if (nan_safe)
+    WITH_DTYPE(value->dtype, decode_takes, add_all_value_tiles(&product, DTYPE));
+    if (nan_safe && value->dtype == FA_BFLOAT16)
         add_decode_not_finite(&product, p->head_dim_v);
 }
 

@@ -330,6 +330,7 @@ const fa_kernel FA_KERNEL = {
     .items_per_thread = ITEMS_PER_THREAD,
     .splits_many_rows = SPLITS_MANY_ROWS,
     .decode_rows = DECODE_ROWS,
+    .decodes_int8 = DECODES_IN_TILES,
     .scratch_bytes = scratch_bytes,
     .partial_bytes = partial_bytes,
     .forward = forward_item,
