@@ -28,6 +28,7 @@ demo:
 	$(BIN)/python -m fastattn explain --word it --html tiger.html \
 	    "The tiger jumped out of a tree to get a drink because it was thirsty."
 	$(BIN)/python -m fastattn bench --shapes small
+	@echo 'To train a small GPT in NumPy, which takes a minute or two: $(VENV)/bin/python examples/train.py'
 
 dev: $(VENV)/.dev
 	$(BIN)/python setup.py -q build_clib build_ext --inplace

@@ -23,7 +23,7 @@ import fastattn
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 NUM_LAYERS, NUM_HEADS, WIDTH, HIDDEN, CONTEXT = 3, 4, 128, 512, 256
 BATCH, STEPS, WARMUP = 4, 900, 50
-LEARNING_RATE, DECAYS, EPSILON = 3e-3, (0.9, 0.95), 1e-8
+LEARNING_RATE, DECAYS, EPSILON = 2e-3, (0.9, 0.95), 1e-8
 STATED_LOSS = 1.9  # of text that is not trained on; in nats a character
 
 Arrays = dict[str, np.ndarray]

@@ -447,6 +447,12 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     With weights ``exp(lse_i - lse)``, where ``lse`` is the log of the sum of all ``exp(lse_i)``, the sum of
     ``weight_i * out_i`` is exact: the softmax over a union is a mean of those over its parts [1]_.
 
+    Gradients pass through it in one of two ways, as the last example has them. `attention_backward` takes the merged
+    ``out`` and ``lse`` in place of a set's own: what it returns is then that set's share of the union's gradients. Or
+    the gradients of each set's results are ``weight_i * grad_out``, and
+    ``weight_i * (sum(grad_out * (out_i - out)) + grad_lse)`` of its lse, which go into `attention_backward` with
+    ``grad_lse=``.
+
     References
     ----------
     .. [1] Dao, Haziza, Massa and Sizov, "Flash-Decoding for long-context inference", 2023.
@@ -462,6 +468,20 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     ... ]
     >>> out, lse = fastattn.merge(*zip(*parts))
     >>> bool(np.allclose(out, fastattn.attention(query, key, value), atol=1e-6))
+    True
+
+    The gradients of one of the sets, by the merged results, and through the merge itself:
+
+    >>> grad_out = np.random.default_rng(1).standard_normal(out.shape, np.float32)
+    >>> first = query, key[:, :30], value[:, :30]
+    >>> share = fastattn.attention_backward(grad_out, *first, out, lse)
+    >>> own_out, own_lse = parts[0]
+    >>> weight = np.exp(own_lse - lse)
+    >>> grad_own_lse = weight * (grad_out * (own_out - out)).sum(axis=-1)
+    >>> through = fastattn.attention_backward(
+    ...     weight[..., None] * grad_out, *first, own_out, own_lse, grad_lse=grad_own_lse
+    ... )
+    >>> all(np.allclose(one, other, atol=1e-5) for one, other in zip(share, through))
     True
     """
     return merge_results(outs, lses)

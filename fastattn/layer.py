@@ -22,7 +22,7 @@ from fastattn._checks import (
     checked_out,
     how_to_convert,
 )
-from fastattn._keywords import DENSE, LAYER, CausalKeywords, LayerScores, ScoreKeywords, takes
+from fastattn._keywords import DENSE, LAYER, AttentionKeywords, CausalKeywords, LayerScores, VarlenKeywords, takes
 from fastattn.api import attention, attention_backward, attention_varlen, attention_varlen_backward
 from fastattn.cache import KVCache
 from fastattn.checkpoints import (
@@ -50,6 +50,8 @@ class LayerKeywords(LayerScores, total=False):
     cache: KVCache | None
     sequences: int | SequenceIds | None
     positions: ArrayLike | None
+    dropout: float
+    seed: int | None
     out: Array | None
 
 
@@ -585,6 +587,8 @@ class MultiHeadAttention:
         cache: KVCache | None = None,
         sequences: int | SequenceIds | None = None,
         positions: ArrayLike | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         return_weights: bool = False,
         return_saved: bool = False,
         out: Array | None = None,
@@ -621,6 +625,8 @@ class MultiHeadAttention:
         positions : int or array_like of int, broadcastable to (..., Sq), optional
             What rotary positions count from; an int is that of the first row. Default 0, in each sequence
             of `cu_seqlens`, or the lengths in the cache.
+        dropout, seed
+            As for `attention`; not with `cache`.
         return_weights : bool
             Whether to return the attention weights, too. Not with `cu_seqlens`.
         return_saved : bool
@@ -650,6 +656,8 @@ class MultiHeadAttention:
         key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value} | {name: x for name, x in scores.items() if name in DENSE}
         check_together(dense, cu_seqlens, cache, sequences)
+        if cache is not None and (dropout != 0.0 or seed is not None):
+            raise ValueError("dropout and cache cannot be given together")
         if return_weights and cu_seqlens is not None:
             raise ValueError("return_weights and cu_seqlens cannot be given together")
         causal = cache is not None if causal is None else causal
@@ -669,26 +677,25 @@ class MultiHeadAttention:
         heads = joined.swapaxes(-3, -2)
         lse: Any = None
         weights: Any = None
-        dense_scores: ScoreKeywords = {}
+        kept: AttentionKeywords = {}
         if cache is not None and sequences is not None:
             weights = attend_cache(cache, sequences, parts, heads, packed, return_weights)
         elif cu_seqlens is not None:
             queries, keys, values = (part.swapaxes(0, 1) for part in parts)
-            both = attention_varlen(
-                queries, keys, values, cu_seqlens, cu_seqlens, **packed, out=joined, return_lse=return_saved
-            )
+            kept = cast(AttentionKeywords, {**packed, "dropout": dropout, "seed": seed})
+            of_packed = cast(VarlenKeywords, {**kept, "out": joined})
+            both = attention_varlen(queries, keys, values, cu_seqlens, cu_seqlens, **of_packed, return_lse=return_saved)
             lse = both[1] if return_saved else None
         else:
             # In self-attention rows and keys are the same tokens, whatever key_lengths leaves of them.
-            dense_scores = {**scores, "causal": causal, "query_offset": 0 if key is None else None}
-            results = attention(
-                *parts, **dense_scores, out=heads, return_lse=return_saved, return_weights=return_weights
-            )
+            own = {"causal": causal, "query_offset": 0 if key is None else None, "dropout": dropout, "seed": seed}
+            kept = cast(AttentionKeywords, {**scores, **own})
+            of_dense = cast(AttentionKeywords, {**kept, "out": heads})
+            results = attention(*parts, **of_dense, return_lse=return_saved, return_weights=return_weights)
             lse, weights = (results[1] if return_saved else None), (results[-1] if return_weights else None)
         result = self.output(heads, out=out)
         extras: list[Any] = [weights] * return_weights
         if return_saved:
-            kept = dense_scores if cu_seqlens is None else packed
             extras.append(Saved(self, inputs, parts, joined, lse, positions, cu_seqlens, kept))
         return (result, *extras) if extras else result
 

@@ -1,6 +1,5 @@
 """Dropout: which weights are dropped, exactly, and that the numbers which say so behave as if drawn at random."""
 
-import inspect
 import itertools
 
 import numpy as np
@@ -17,16 +16,11 @@ from fastattn._philox import philox4x32
 MODULES = {"reference": reference, "fast": fastattn}
 
 
-def with_dropout(function):
-    """Return the implementations that have the function, with dropout."""
-    functions = {name: getattr(module, function, None) for name, module in MODULES.items()}
-    return [name for name, f in functions.items() if f is not None and "dropout" in inspect.signature(f).parameters]
-
-
-def each_with_dropout(function):
-    # The reference is the same on each instruction set.
-    marked = [pytest.param(name, marks=[pytest.mark.isa] * (name != "reference")) for name in with_dropout(function)]
-    return pytest.mark.parametrize("implementation", marked)
+each_implementation = pytest.mark.parametrize("implementation", MODULES)
+# The reference is the same on each instruction set.
+each_implementation_and_isa = pytest.mark.parametrize(
+    "implementation", [pytest.param(name, marks=[pytest.mark.isa] * (name != "reference")) for name in MODULES]
+)
 
 
 # --- the numbers ----------------------------------------------------------------------------------
@@ -87,7 +81,7 @@ def uniform_weights(implementation, shape, dtype=F32, **keywords):
     return attend(query, key, key, return_weights=True, **keywords)[1]
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999, 2.0**-16, 1e-9])
 @pytest.mark.parametrize("seqlen_k", [1, 7, 8, 9, 40])
@@ -99,7 +93,7 @@ def test_each_weight_is_dropped_by_its_place(implementation, seed, share, seqlen
     assert_close(weights, expected, 4 * UNIT[F32] * expected)
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 @pytest.mark.parametrize(
     ("offset", "lengths"), [(0, None), ([-3, 2**33 + 5], None), (None, [9, 4]), (7, [0, 9])], ids=str
 )
@@ -113,14 +107,14 @@ def test_positions_are_those_of_causal_and_window(implementation, offset, length
     assert_close(weights, expected, 4 * UNIT[F32] * expected)
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 def test_items_are_counted_over_all_batch_axes(implementation):
     weights = uniform_weights(implementation, (2, 1, 3, 2, 4, 9), dropout=0.4, seed=3)
     flat = uniform_weights(implementation, (6, 2, 4, 9), dropout=0.4, seed=3)
     assert_same_bits(weights.reshape(flat.shape), flat)
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 def test_broadcast_items_are_dropped_each_for_itself(implementation):
     query, key, value = (x[0] for x in qkv(make_rng(0), (1, 2, 1, 4, 9, 8)))
     shared = MODULES[implementation].attention(query, key[None].repeat(3, axis=0), value, dropout=0.4, seed=3)
@@ -131,7 +125,7 @@ def test_broadcast_items_are_dropped_each_for_itself(implementation):
     assert not np.array_equal(shared[0], shared[1])
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 def test_rows_by_themselves_are_dropped_as_among_others(implementation):
     query, key, value = qkv(make_rng(1), (2, 4, 2, 70, 90, 8), (F64, F64))
     attend = MODULES[implementation].attention
@@ -143,7 +137,7 @@ def test_rows_by_themselves_are_dropped_as_among_others(implementation):
     assert_close(np.concatenate(parts, axis=-2), whole, 1e-13)
 
 
-@each_with_dropout("attention_varlen")
+@each_implementation_and_isa
 def test_packed_sequences_are_items(implementation):
     lengths = np.array([0, 3, 3, 10, 14])
     query, key, value = qkv(make_rng(2), (14, 4, 2, 1, 1, 8))
@@ -173,7 +167,7 @@ KEYWORDS = {
 }
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 @pytest.mark.parametrize("keywords", KEYWORDS.values(), ids=KEYWORDS)
 def test_the_others_are_scaled_and_lse_stays(implementation, keywords):
     query, key, value = qkv(make_rng(5), (2, 4, 2, 21, 33, 8), (F64, F64))
@@ -188,29 +182,21 @@ def test_the_others_are_scaled_and_lse_stays(implementation, keywords):
     assert_close(out, expected @ np.repeat(value, 2, axis=1), 1e-13)
 
 
-# That every keyword goes with it: the reference is what others are compared with.
-OTHERS = [name for name in with_dropout("attention") if name != "reference"]
-OTHERS_BACKWARD = [name for name in with_dropout("attention_backward") if name != "reference"]
-
-
 @pytest.mark.isa
-@pytest.mark.parametrize("implementation", OTHERS)
 @given(case=cases(), drawn=dropouts)
-def test_any_call(implementation, case, drawn):
+def test_any_call(case, drawn):
     check(case.query, case.key, case.value, **case.keywords, **drawn)
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("implementation", OTHERS_BACKWARD)
 @given(case=backward_cases(), drawn=dropouts)
-def test_any_call_of_backward(implementation, case, drawn):
+def test_any_call_of_backward(case, drawn):
     case, grad_out, grad_lse = case
-    backward = MODULES[implementation].attention_backward
     arrays = case.query, case.key, case.value, grad_out
-    check_backward(backward, *arrays, grad_lse=grad_lse, **case.keywords, **drawn)
+    check_backward(fastattn.attention_backward, *arrays, grad_lse=grad_lse, **case.keywords, **drawn)
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 def test_no_dropout_changes_nothing(implementation):
     arrays = qkv(make_rng(6), (2, 4, 2, 21, 33, 8))
     attend = MODULES[implementation].attention
@@ -218,7 +204,7 @@ def test_no_dropout_changes_nothing(implementation):
         assert_same_bits(attend(*arrays, **keywords), attend(*arrays))
 
 
-@each_with_dropout("attention")
+@each_implementation_and_isa
 def test_all_may_be_dropped(implementation):
     """A share that rounds to 1 leaves nothing."""
     out, lse = MODULES[implementation].attention(
@@ -239,7 +225,7 @@ def dropped(implementation, share):
     return np.stack([uniform_weights(implementation, STATISTICS_SHAPE, dropout=share, seed=s) == 0 for s in SEEDS])
 
 
-@pytest.mark.parametrize("implementation", with_dropout("attention"))
+@each_implementation
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_rates(implementation, share):
     """The mean of N draws of variance s (1 - s) is within five of its deviations, √(s (1 - s) / N)."""
@@ -255,7 +241,7 @@ NEIGHBOURS = [(1, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 1, 0, 0), (0, 0, 0, 1, 0)
 NEIGHBOURS += [(0, 0, 0, 0, n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 16)]
 
 
-@pytest.mark.parametrize("implementation", with_dropout("attention"))
+@each_implementation
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_neighbours_are_independent(implementation, share):
     """If a and b are, (a - s)(b - s) has mean 0 and deviation s (1 - s), the mean of N is below 5 s (1 - s) / √N."""
@@ -271,7 +257,7 @@ def test_neighbours_are_independent(implementation, share):
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@each_with_dropout("attention_backward")
+@each_implementation_and_isa
 @pytest.mark.parametrize(
     "keywords", [{}, {"causal": True, "sinks": np.array([0.0, 1.0, -2.0, 3.0]), "softcap": 2.0}], ids=["plain", "all"]
 )
@@ -301,7 +287,7 @@ def test_finite_differences(implementation, keywords):
         assert_close(grad, differences(lambda x, name=name: loss(name, x), arguments[name]), 1e-8, f"grad_{name}")
 
 
-@each_with_dropout("attention_varlen_backward")
+@each_implementation_and_isa
 def test_gradients_of_packed_sequences(implementation):
     lengths = np.array([0, 3, 3, 7])
     query, key, value = (x[:, :, 0] for x in qkv(make_rng(12), (7, 4, 2, 1, 1, 3), (F64, F64)))
@@ -342,7 +328,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("implementation", with_dropout("attention"))
+@each_implementation
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(implementation, case):
     keywords, error, words = BAD[case]
@@ -353,7 +339,7 @@ def test_bad_input(implementation, case):
     assert np.all(out == 7)
 
 
-@pytest.mark.parametrize("implementation", with_dropout("attention_backward"))
+@each_implementation
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_of_backward(implementation, case):
     keywords, error, words = BAD[case]

@@ -27,7 +27,7 @@ FUNCTIONS = {
     "KVCache.attention": (fastattn.KVCache.attention, PACKED),
     "MultiHeadAttention": (
         fastattn.MultiHeadAttention.__call__,
-        [name for name in SCORES if name != "query_offset"],
+        [name for name in KEYWORDS if name != "query_offset"],
     ),
     "reference.attention": (reference.attention, KEYWORDS),
     "reference.attention_varlen": (reference.attention_varlen, TRAINED),

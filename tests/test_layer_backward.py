@@ -60,6 +60,7 @@ KEYWORDS = {
     "bias": {"bias": rng_of_keywords.standard_normal((HEADS, 5, 5)), "softcap": 2.0},
     "sinks, alibi": {"sinks": np.array([0.0, 1.0, -1.0, 2.0]), "alibi_slopes": [0.5, 0.25, 0.125, 0.0]},
     "key_lengths, causal": {"key_lengths": [5, 2], "causal": True},
+    "dropout": {"dropout": 0.3, "seed": 5, "causal": True},
 }
 
 
@@ -85,6 +86,22 @@ def test_rotary(turn, positions):
 def test_packed_sequences(turn):
     keywords = {"cu_seqlens": [0, 2, 2, 6], "causal": True, "sinks": np.array([0.0, 1.0, -1.0, 2.0])}
     check_gradients(small(make_rng(6)), {"query": x_of(6, EMBED)}, turn=turn, **keywords)
+    check_gradients(small(make_rng(6)), {"query": x_of(6, EMBED)}, turn=turn, **keywords, dropout=0.4, seed=7)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"cu_seqlens": [0, 2, 5]}], ids=["dense", "packed"])
+def test_dropout_is_that_of_attention(keywords):
+    layer, x = MultiHeadAttention(**small(make_rng(20)), num_heads=HEADS), x_of(5, EMBED)
+    query, key, value = layer.project(x)
+    asked = {"causal": True, "dropout": 0.4, "seed": 7}
+    if keywords:
+        lengths = keywords["cu_seqlens"]
+        rows = (part.swapaxes(0, 1) for part in (query, key, value))
+        heads = fastattn.attention_varlen(*rows, lengths, lengths, **asked).swapaxes(0, 1)
+    else:
+        heads = fastattn.attention(query, key, value, **asked)
+    assert_same_bits(layer(x, **keywords, **asked), layer.output(heads))
+    assert not np.array_equal(layer(x, **keywords, **asked), layer(x, **keywords, causal=True))
 
 
 @pytest.mark.parametrize(
@@ -278,4 +295,6 @@ def test_nothing_is_kept_of_what_changes():
     sequences = [cache.add(), cache.add()]
     with pytest.raises(ValueError, match="return_saved and cache cannot be given together"):
         LAYER(x, cache=cache, sequences=sequences, return_saved=True)
+    with pytest.raises(ValueError, match="dropout and cache cannot be given together"):
+        LAYER(x, cache=cache, sequences=sequences, dropout=0.1, seed=1)
     assert set(cache.lengths.values()) == {0}

@@ -68,6 +68,8 @@ TYPES = {
     "cache.attention(x, 0)": "Array",
     "cache.attention(x, 0, return_lse=flag, return_weights=flag)": ONE_TO_THREE,
     "layer(x, return_weights=flag)": ONE_OR_TWO,
+    "layer.backward(x, layer(x, return_saved=True, dropout=0.1, seed=1)[1]).query": "Array",
+    "layer(x, return_saved=True, return_weights=True)[1]": "Array",
     "reference.attention(x, x, x)": "Array",
     "reference.attention(x, x, x, return_weights=True)": "tuple[Array, Array]",
     "reference.attention(x, x, x, return_lse=flag)": ONE_TO_THREE,
