@@ -38,7 +38,8 @@ static size_t grad_tile_bytes(const fa_problem *p)
     return (size_t)(query_panel_rows(p->head_dim) + query_panel_rows(p->head_dim_v) + p->head_dim +
                     MAX_SPARE_ROWS) *
                MAX_VECTORS * sizeof(vec) +
-           (size_t)(row_panel_vectors(p->head_dim) + row_panel_vectors(p->head_dim_v)) * sizeof(vec);
+           (row_panel_bytes(p->head_dim, MAX_GRAD_TILES) + row_panel_bytes(p->head_dim_v, MAX_GRAD_TILES)) /
+               MAX_GRAD_TILES;
 }
 
 static int count_grad_tiles(const fa_problem *p)
@@ -88,9 +89,8 @@ static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_su
         g->grad_query =
             take(base, &offset, (size_t)(p->head_dim + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
     }
-    b->query_rows = take(base, &offset, (size_t)(num_tiles * row_panel_vectors(p->head_dim)) * sizeof(vec));
-    b->grad_out_rows =
-        take(base, &offset, (size_t)(num_tiles * row_panel_vectors(p->head_dim_v)) * sizeof(vec));
+    b->query_rows = take(base, &offset, row_panel_bytes(p->head_dim, num_tiles));
+    b->grad_out_rows = take(base, &offset, row_panel_bytes(p->head_dim_v, num_tiles));
     w->scores = take(base, &offset, panel_bytes);
     b->grad_scores = take(base, &offset, panel_bytes);
     b->raw_scores = take(base, &offset, p->softcap != 0 ? panel_bytes : 0);
@@ -283,8 +283,8 @@ FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, c
         return;
     if (p->softcap != 0)
         differentiate_softcap(p, b->raw_scores, num_keys(&range) * vectors, b->grad_scores);
-    add_key_gradients(of_keys, i, t, g->grad_out_row, &range, has_dropout(p) ? b->kept : b->s.w.scores, b->grad_scores,
-                      vectors, nan_safe);
+    add_key_gradients(of_keys, i, t, g->grad_out_row, &range, has_dropout(p) ? b->kept : b->s.w.scores,
+                      b->grad_scores, vectors, nan_safe);
     multiply_columns(&block->key_columns, &range, b->grad_scores, p->head_dim, vectors, nan_safe, g->empty,
                      g->grad_query);
     g->empty = false;

@@ -40,10 +40,11 @@ FA_INLINE column_panel column_panel_at(int64_t columns, int i)
 #define ROW_PANEL (TILE_ROWS / 2 * MAX_VECTORS)
 #define COLUMN_PANEL (MAX_GRAD_TILES * ROW_PANEL)
 
-/* Of the panels of all tiles, for each of them. */
-FA_INLINE int64_t row_panel_vectors(int64_t columns)
+/* There is room for MAX_GRAD_TILES, be there fewer. */
+FA_INLINE size_t row_panel_bytes(int64_t columns, int num_tiles)
 {
-    return (int64_t)count_column_panels(columns) * ROW_PANEL;
+    (void)num_tiles;
+    return (size_t)(count_column_panels(columns) * COLUMN_PANEL) * sizeof(vec);
 }
 
 #define SUM_ROWS KEY_BLOCK
@@ -179,8 +180,8 @@ FA_INLINE void clear_tiles(key_gradients *k, int begin, int end)
 }
 
 /* Adds the products of rows[m], where they are not finite and thus 0 in B, to the keys that they see. */
-static void add_rows_not_finite(char *const *rows, const fa_array *array, int64_t columns, const vec *panel, int first,
-                                int num_keys, vec *sums)
+static void add_rows_not_finite(char *const *rows, const fa_array *array, int64_t columns, const vec *panel,
+                                int first, int num_keys, vec *sums)
 {
     for (int m = 0; m < TILE_ROWS; m++)
         for (int e = 0; e < columns; e++) {
@@ -209,7 +210,8 @@ FA_INLINE void add_key_gradients(key_gradients *k, int i, const tile *t, char *c
     round_rows(probabilities, first, rows, i, k->probability_operands);
     round_rows(grad_scores, first, rows, i, k->grad_operands);
     if (nan_safe) {
-        add_rows_not_finite(grad_out_row, k->grad_out, k->head_dim_v, probabilities, first, rows, k->value_sums);
+        add_rows_not_finite(grad_out_row, k->grad_out, k->head_dim_v, probabilities, first, rows,
+                            k->value_sums);
         add_rows_not_finite(t->query_row, k->query, k->head_dim, grad_scores, first, rows, k->key_sums);
     }
 }

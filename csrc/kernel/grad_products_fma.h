@@ -50,6 +50,11 @@ FA_INLINE int64_t row_panel_vectors(int64_t columns)
     return (int64_t)row_panel_rows(MAX_VECTORS) * vectors_of(columns);
 }
 
+FA_INLINE size_t row_panel_bytes(int64_t columns, int num_tiles)
+{
+    return (size_t)(num_tiles * row_panel_vectors(columns)) * sizeof(vec);
+}
+
 /* The panels of tile i of those that share a block, from rows[j] for every lane of its `vectors`. */
 static void pack_row_panels(char *const *rows, ptrdiff_t col, fa_dtype dtype, int64_t columns, int vectors,
                             int i, packed_vec *panels)
