@@ -166,39 +166,9 @@ FA_INLINE vec *sums_of_block(const backward_state *b, int64_t key)
 
 /* --- a tile and a block ----------------------------------------------------------------------------- */
 
-/* Scores -> probabilities, by the rows' lse; exponentiate says why row after row. nan_safe: those of hidden
- * keys are -0. */
-FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, real to_log2, int vectors,
-                                   bool nan_safe)
-{
-    vec lse[MAX_VECTORS], rest[MAX_VECTORS];
-    exponent next[MAX_VECTORS];
-    for (int m = 0; m < vectors; m++) {
-        lse[m] = g->lse[m];
-        rest[m] = g->lse_rest[m];
-        next[m] = split_exponent((scores[m] - lse[m]) * to_log2 + rest[m]);
-    }
-    for (int r = 0; r < rows; r++) {
-        vec *row = scores + r * vectors, *row_after = r + 1 < rows ? row + vectors : row;
-        exponent now[MAX_VECTORS];
-#pragma GCC unroll 3
-        for (int m = 0; m < vectors; m++) {
-            now[m] = next[m];
-            next[m] = split_exponent((row_after[m] - lse[m]) * to_log2 + rest[m]);
-        }
-#pragma GCC unroll 3
-        for (int m = 0; m < vectors; m++) {
-            vec p = vec_exp2_of(now[m]);
-            if (nan_safe)
-                p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
-            row[m] = p;
-        }
-    }
-}
-
-/* Scores of the panel -> probabilities; false if no row sees any of the keys. */
-FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
-                                     const operand_block *key, int vectors, bool nan_safe)
+/* Scores of the panel, with all that modifies them; false if no row sees any of the keys. */
+FA_INLINE bool compute_modified_scores(backward_state *b, tile *t, const key_range *range,
+                                       const operand_block *key, int vectors)
 {
     const fa_problem *p = b->s.problem;
     vec *scores = b->s.w.scores, block_max[MAX_VECTORS];
@@ -212,6 +182,47 @@ FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile
     mask_rows_behind(t, range, scores);
     if (mods != 0)
         modify_scores(p, t, range, mods, scores, block_max);
+    return true;
+}
+
+/* Scores -> probabilities, by the rows' lse; exponentiate says why row after row. nan_safe: those of hidden
+ * keys are -0. */
+FA_INLINE void exponentiate_by_lse(const grad_tile *g, vec *scores, int rows, real to_log2, int vectors,
+                                   bool nan_safe)
+{
+    vec lse[MAX_VECTORS], rest[MAX_VECTORS];
+    backward_power next[MAX_VECTORS];
+    for (int m = 0; m < vectors; m++) {
+        lse[m] = g->lse[m];
+        rest[m] = g->lse_rest[m];
+        next[m] = backward_exponent((scores[m] - lse[m]) * to_log2 + rest[m]);
+    }
+    for (int r = 0; r < rows; r++) {
+        vec *row = scores + r * vectors, *row_after = r + 1 < rows ? row + vectors : row;
+        backward_power now[MAX_VECTORS];
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            now[m] = next[m];
+            next[m] = backward_exponent((row_after[m] - lse[m]) * to_log2 + rest[m]);
+        }
+#pragma GCC unroll 3
+        for (int m = 0; m < vectors; m++) {
+            vec p = backward_exp2_of(now[m]);
+            if (nan_safe)
+                p = vec_select(vec_equal(row[m], vec_splat(-(real)INFINITY)), vec_splat((real)-0.0), p);
+            row[m] = p;
+        }
+    }
+}
+
+/* Probabilities of the panel; false if no row sees any of the keys. */
+FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile *g, const key_range *range,
+                                     const operand_block *key, int vectors, bool nan_safe)
+{
+    const fa_problem *p = b->s.problem;
+    vec *scores = b->s.w.scores;
+    if (!compute_modified_scores(b, t, range, key, vectors))
+        return false;
     exponentiate_by_lse(g, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
     if (has_dropout(p))
         drop_probabilities(p, t, range->first, num_keys(range), true, scores);
@@ -272,6 +283,22 @@ FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_ti
     return true;
 }
 
+/* With nothing between the softmax, its gradient and the rounding of both: one pass. */
+FA_INLINE void differentiate_block_fused(backward_state *b, int i, const key_range *range,
+                                         const grad_block *block, key_gradients *of_keys, int vectors)
+{
+    const fa_problem *p = b->s.problem;
+    tile *t = &b->s.w.tiles[i];
+    grad_tile *g = &b->tiles[i];
+    if (!compute_modified_scores(b, t, range, &block->key, vectors))
+        return;
+    multiply_rows(&block->value, range, g->grad_out, p->head_dim_v, 1, vectors, b->grad_scores);
+    const softmax_terms terms = {g->lse, g->lse_rest, g->delta, (real)(deferred_scale(p) * LOG2E)};
+    add_fused_gradients(of_keys, i, range, &terms, &block->key_columns, b->s.w.scores, b->grad_scores,
+                        g->empty, g->grad_query);
+    g->empty = false;
+}
+
 FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, const grad_block *block,
                                    key_gradients *of_keys, int vectors, bool nan_safe)
 {
@@ -279,6 +306,10 @@ FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, c
     tile *t = &b->s.w.tiles[i];
     grad_tile *g = &b->tiles[i];
     const key_range range = tile_range(t, keys);
+    if (FUSES_SOFTMAX && !nan_safe && !has_dropout(p) && p->softcap == 0) {
+        differentiate_block_fused(b, i, &range, block, of_keys, vectors);
+        return;
+    }
     if (!compute_score_gradients(b, t, g, &range, block, vectors, nan_safe))
         return;
     if (p->softcap != 0)

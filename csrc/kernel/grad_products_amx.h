@@ -20,6 +20,21 @@
 #define MAX_GRAD_TILES 8
 #define GRAD_TILE_BYTES (768 << 10)
 
+#define FUSES_SOFTMAX 1
+
+/* Enough for what is rounded to bfloat16. */
+typedef vec backward_power;
+
+FA_INLINE backward_power backward_exponent(vec x)
+{
+    return x;
+}
+
+FA_INLINE vec backward_exp2_of(backward_power x)
+{
+    return vec_exp2_coarse(x);
+}
+
 /* Columns [vector * LANES, ...) of `vectors` vectors; of the last, the second may lie behind all columns. */
 typedef struct {
     int vector, vectors;
@@ -115,16 +130,10 @@ static void add_columns_not_finite(const source_rows *keys, fa_interval block, c
         }
 }
 
-/* sums[d][m] += Σ_r keys[first + r][d] panel[r][m], or = where there are none yet. */
-FA_INLINE void multiply_columns(const operand_block *keys, const key_range *range, vec *panel,
-                                int64_t columns, int vectors, bool nan_safe, bool empty, vec *sums)
+/* sums[d][m] += Σ_r keys[first + r][d] pairs[r][m], or = where there are none yet. */
+FA_INLINE void multiply_column_pairs(const operand_block *keys, const key_range *range,
+                                     const packed_vec *pairs, int64_t columns, bool empty, vec *sums)
 {
-    (void)vectors, (void)nan_safe;
-    packed_vec pairs[KEY_BLOCK / 2 * MAX_VECTORS];
-    for (int n = 0; n < num_keys(range); n += 2)
-        for (int m = 0; m < MAX_VECTORS; m++)
-            pairs[n / 2 * MAX_VECTORS + m] =
-                round_pairs(panel[n * MAX_VECTORS + m], panel[(n + 1) * MAX_VECTORS + m]);
     const panel_product product = {.a = keys->data + (range->first / TILE_K - keys->first) * keys->row,
                                    .a_row = keys->col,
                                    .a_step = keys->row,
@@ -135,6 +144,19 @@ FA_INLINE void multiply_columns(const operand_block *keys, const key_range *rang
                                    .empty = empty,
                                    .parts = &one_part};
     multiply_panel_alone(&product);
+}
+
+/* The same of a panel, which is rounded. */
+FA_INLINE void multiply_columns(const operand_block *keys, const key_range *range, vec *panel,
+                                int64_t columns, int vectors, bool nan_safe, bool empty, vec *sums)
+{
+    (void)vectors, (void)nan_safe;
+    packed_vec pairs[KEY_BLOCK / 2 * MAX_VECTORS];
+    for (int n = 0; n < num_keys(range); n += 2)
+        for (int m = 0; m < MAX_VECTORS; m++)
+            pairs[n / 2 * MAX_VECTORS + m] =
+                round_pairs(panel[n * MAX_VECTORS + m], panel[(n + 1) * MAX_VECTORS + m]);
+    multiply_column_pairs(keys, range, pairs, columns, empty, sums);
 }
 
 /* Of a block of keys and the tiles that share it. */
@@ -179,6 +201,16 @@ FA_INLINE void clear_tiles(key_gradients *k, int begin, int end)
     }
 }
 
+/* From now on, operands up to those of tile i are there. */
+FA_INLINE void include_tile(key_gradients *k, int i)
+{
+    if (k->num_tiles == 0)
+        k->first_tile = i;
+    else
+        clear_tiles(k, k->first_tile + k->num_tiles, i);
+    k->num_tiles = i + 1 - k->first_tile;
+}
+
 /* Adds the products of rows[m], where they are not finite and thus 0 in B, to the keys that they see. */
 static void add_rows_not_finite(char *const *rows, const fa_array *array, int64_t columns, const vec *panel,
                                 int first, int num_keys, vec *sums)
@@ -202,11 +234,7 @@ FA_INLINE void add_key_gradients(key_gradients *k, int i, const tile *t, char *c
 {
     (void)vectors;
     const int first = (int)(range->first % KEY_BLOCK), rows = num_keys(range);
-    if (k->num_tiles == 0)
-        k->first_tile = i;
-    else
-        clear_tiles(k, k->first_tile + k->num_tiles, i);
-    k->num_tiles = i + 1 - k->first_tile;
+    include_tile(k, i);
     round_rows(probabilities, first, rows, i, k->probability_operands);
     round_rows(grad_scores, first, rows, i, k->grad_operands);
     if (nan_safe) {
@@ -214,6 +242,55 @@ FA_INLINE void add_key_gradients(key_gradients *k, int i, const tile *t, char *c
                             k->value_sums);
         add_rows_not_finite(t->query_row, k->query, k->head_dim, grad_scores, first, rows, k->key_sums);
     }
+}
+
+/* Of a tile's rows: what makes probabilities of scores, and dS of dP. */
+typedef struct {
+    const vec *lse, *lse_rest, *delta;
+    real to_log2;
+} softmax_terms;
+
+/* Row r of both panels, vector m: its probability, and dS in *grad_score. */
+FA_INLINE vec soften_and_differentiate(const softmax_terms *x, const vec *scores, const vec *grad_scores,
+                                       int r, int m, vec *grad_score)
+{
+    const int at = r * MAX_VECTORS + m;
+    const vec p = vec_exp2_coarse((scores[at] - x->lse[m]) * x->to_log2 + x->lse_rest[m]);
+    *grad_score = vec_select(vec_equal(p, vec_splat(0)), vec_splat(0), p * (grad_scores[at] - x->delta[m]));
+    return p;
+}
+
+/* add_key_gradients and multiply_columns of the probabilities of `scores` and their dS, which are rounded as
+ * they are made; `grad_scores` is dP. */
+FA_INLINE void add_fused_gradients(key_gradients *k, int i, const key_range *range,
+                                   const softmax_terms *terms, const operand_block *key_columns,
+                                   const vec *scores, const vec *grad_scores, bool empty, vec *query_sums)
+{
+    const int first = (int)(range->first % KEY_BLOCK), rows = num_keys(range);
+    packed_vec pairs[KEY_BLOCK / 2 * MAX_VECTORS];
+    const softmax_terms x = *terms;
+    include_tile(k, i);
+    if (rows < KEY_BLOCK)
+        clear_tiles(k, i, i + 1);
+    char *probability = k->probability_operands + i * FA_VECTOR_BYTES + first * OPERAND_ROW;
+    char *grad = k->grad_operands + i * FA_VECTOR_BYTES + first * OPERAND_ROW;
+    for (int n = 0; n < rows; n += 2) {
+        vec p[2][MAX_VECTORS], ds[2][MAX_VECTORS];
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++)
+#pragma GCC unroll 2
+            for (int m = 0; m < MAX_VECTORS; m++)
+                p[r][m] = soften_and_differentiate(&x, scores, grad_scores, n + r, m, &ds[r][m]);
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; r++, probability += OPERAND_ROW, grad += OPERAND_ROW) {
+            vec_store(probability, (vec)round_row(p[r][0], p[r][1]));
+            vec_store(grad, (vec)round_row(ds[r][0], ds[r][1]));
+        }
+#pragma GCC unroll 2
+        for (int m = 0; m < MAX_VECTORS; m++)
+            pairs[n / 2 * MAX_VECTORS + m] = round_pairs(ds[0][m], ds[1][m]);
+    }
+    multiply_column_pairs(key_columns, range, pairs, k->head_dim, empty, query_sums);
 }
 
 static void multiply_operands(const key_gradients *k, const char *operands, const packed_vec *rows,

@@ -20,6 +20,21 @@
 #define MAX_GRAD_TILES 4
 #define GRAD_TILE_BYTES (384 << 10)
 
+#define FUSES_SOFTMAX 0
+
+/* Powers of which as much is computed a row ahead as pays. */
+typedef exponent backward_power;
+
+FA_INLINE backward_power backward_exponent(vec x)
+{
+    return split_exponent(x);
+}
+
+FA_INLINE vec backward_exp2_of(backward_power x)
+{
+    return vec_exp2_of(x);
+}
+
 /* Columns [vector * LANES, ...) of `vectors` vectors. */
 typedef struct {
     int vector, vectors;
@@ -209,6 +224,20 @@ FA_INLINE void add_key_gradients(key_gradients *k, int i, const tile *t, char *c
     const panel_operands b = as_operands(grad_scores, rows, vectors, k->grad_operands);
     add_rows(&b, k->query_rows + i * row_panel_vectors(k->head_dim), k->head_dim, vectors, nan_safe, first,
              k->key_sums);
+}
+
+/* Of a tile's rows: what makes probabilities of scores, and dS of dP. */
+typedef struct {
+    const vec *lse, *lse_rest, *delta;
+    real to_log2;
+} softmax_terms;
+
+FA_INLINE void add_fused_gradients(key_gradients *k, int i, const key_range *range,
+                                   const softmax_terms *terms, const operand_block *key_columns,
+                                   const vec *scores, const vec *grad_scores, bool empty, vec *query_sums)
+{
+    (void)k, (void)i, (void)range, (void)terms, (void)key_columns, (void)scores, (void)grad_scores,
+        (void)empty, (void)query_sums;
 }
 
 FA_INLINE void finish_key_gradients(key_gradients *k)
