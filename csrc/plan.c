@@ -28,8 +28,9 @@
 #define MIN_SPLIT_KEYS_OF_LARGE_GROUPS 2048
 
 /* Rows of a split in the backward pass, at least, and splits of a group, at most: where the groups are fewer
- * than the threads need, each takes memory for the gradients of its keys. */
-#define MIN_SPLIT_ROWS 256
+ * than the threads need, each takes memory for the gradients of its keys. To add a split to those before
+ * takes, on the tile unit, as long as some 30 rows. */
+#define MIN_SPLIT_ROWS 1024
 #define MAX_ROW_SPLITS 8
 /* Of so few groups a thread, splits are items of their own. */
 #define MIN_GROUPS_PER_THREAD 2

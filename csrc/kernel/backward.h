@@ -133,8 +133,8 @@ static bool are_finite_rows(const source_rows *src, int rows, int64_t columns)
 {
     vec zeros = {0};
     for (int n = 0; n < rows; n++)
-        zeros += zero_times_row(src->data + n * src->array->row, src->array->col, src->array->dtype, columns);
-    return is_zero(zeros);
+        zeros += zeros_of_row(src->data + n * src->array->row, src->array->col, src->array->dtype, columns);
+    return are_finite(zeros);
 }
 
 static void load_grad_block(backward_state *b, fa_interval keys, grad_block *block)

@@ -50,8 +50,17 @@ typedef struct {
     vec *grad_query;      /* [head_dim][vectors] */
 } grad_tile;
 
-/* x · 0 for all columns of a row: 0, or NaN if one of them is not finite. */
-FA_INLINE vec zero_times_row(const char *row, ptrdiff_t col, fa_dtype dtype, int64_t columns)
+/* Rows of the dtype that most have, without gaps, have loops of their own: at the tile unit's speed it shows.
+ */
+#define USUAL_DTYPE (PRODUCTS_IN_BFLOAT16 ? FA_BFLOAT16 : FA_REAL_DTYPE)
+
+FA_INLINE bool is_usual(ptrdiff_t col, fa_dtype dtype)
+{
+    return dtype == USUAL_DTYPE && col == element_size(USUAL_DTYPE);
+}
+
+/* Σ x - x over the columns of a row: 0, or NaN if one of them is not finite. */
+FA_INLINE vec zeros_of_elements(const char *row, ptrdiff_t col, fa_dtype dtype, int64_t columns)
 {
     vec zeros = {0};
     for (int64_t e = 0; e < columns; e += LANES) {
@@ -61,14 +70,15 @@ FA_INLINE vec zero_times_row(const char *row, ptrdiff_t col, fa_dtype dtype, int
     return zeros;
 }
 
-FA_INLINE bool is_zero(vec zeros)
+static vec zeros_of_row(const char *row, ptrdiff_t col, fa_dtype dtype, int64_t columns)
 {
-    return are_finite(zeros);
+    return is_usual(col, dtype) ? zeros_of_elements(row, element_size(USUAL_DTYPE), USUAL_DTYPE, columns)
+                                : zeros_of_elements(row, col, dtype, columns);
 }
 
 /* Σ_e a[e] b[e]; 0 where b is 0: the out of a row that sees no key, whatever its gradient holds. */
-static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
-                       int64_t columns)
+FA_INLINE vec dot_elements(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
+                           int64_t columns)
 {
     vec sums = {0};
     for (int64_t e = 0; e < columns; e += LANES) {
@@ -77,6 +87,16 @@ static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t 
         const vec y = load_elements(b + e * b_col, b_col, count, dtype);
         sums += vec_select(vec_equal(y, vec_splat(0)), y, x * y);
     }
+    return sums;
+}
+
+static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
+                       int64_t columns)
+{
+    const ptrdiff_t size = element_size(USUAL_DTYPE);
+    const vec sums = is_usual(a_col, dtype) && is_usual(b_col, dtype)
+                         ? dot_elements(a, size, b, size, USUAL_DTYPE, columns)
+                         : dot_elements(a, a_col, b, b_col, dtype, columns);
     double sum = 0;
     for (int i = 0; i < LANES; i++)
         sum += sums[i];
@@ -119,11 +139,11 @@ static void load_rows_terms(const fa_problem *p, const item_arrays *a, const gra
     vec zeros = {0};
     for (int j = 0; j < t->rows; j++) {
         load_row_terms(p, a, ga, t, j, g);
-        zeros += zero_times_row(t->query_row[j], p->query.col, p->query.dtype, p->head_dim);
-        zeros += zero_times_row(g->grad_out_row[j], p->gradients->grad_out.col, p->gradients->grad_out.dtype,
-                                p->head_dim_v);
+        zeros += zeros_of_row(t->query_row[j], p->query.col, p->query.dtype, p->head_dim);
+        zeros += zeros_of_row(g->grad_out_row[j], p->gradients->grad_out.col, p->gradients->grad_out.dtype,
+                              p->head_dim_v);
     }
-    g->is_finite = is_zero(zeros);
+    g->is_finite = are_finite(zeros);
 }
 
 /* What the key blocks need of tile i, whose rows are located. */

@@ -152,6 +152,8 @@ static void make_case(test_case *c)
     p->weights.data = one_in(8) ? &weights : NULL;
     static const fa_gradients gradients;
     p->gradients = one_in(3) ? &gradients : NULL;
+    if (p->gradients && p->seqlen_k < 300 && one_in(2)) /* enough rows for splits of them */
+        p->seqlen_q = random_int(300, 3000);
     if (one_in(3))
         make_packed(c);
     else
