@@ -20,8 +20,11 @@ from fastattn._keywords import (
     SCORES,
     Array,
     AttentionFunction,
+    BackwardKeywords,
+    Grads,
     PackedKeywords,
     ScoreKeywords,
+    VarlenBackwardKeywords,
     VarlenKeywords,
     takes,
 )
@@ -31,8 +34,6 @@ __version__ = "0.1.0"
 
 
 attention: AttentionFunction = _core.attention
-
-Grads = tuple[Array | None, Array | None, Array | None]
 
 
 @overload
@@ -133,6 +134,71 @@ def attention_varlen(
     return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, return_lse)
 
 
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[False] = False,
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[True],
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[False] = False,
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[True],
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: bool = False,
+    return_grad_sinks: bool = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, ...]: ...
 @takes(ScoreKeywords)
 def attention_backward(
     grad_out: ArrayLike,
@@ -149,7 +215,7 @@ def attention_backward(
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[ScoreKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """Gradients of `attention`: from that of its result to those of its arguments.
 
     Scores are computed anew, block by block, from what the forward pass has returned with ``return_lse=True``; the
@@ -185,7 +251,7 @@ def attention_backward(
     grad_bias : ndarray
         Of bias's shape and dtype. Returned with ``return_grad_bias``.
     grad_sinks : ndarray, shape (H,)
-        float64 for float64, else float32. Returned with ``return_grad_sinks``.
+        Of the dtype of sinks; float64 where these are integers. Returned with ``return_grad_sinks``.
 
     Raises
     ------
@@ -242,6 +308,48 @@ def attention_backward(
     )
 
 
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: bool = False,
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, ...]: ...
 @takes(PackedKeywords)
 def attention_varlen_backward(
     grad_out: ArrayLike,
@@ -259,7 +367,7 @@ def attention_varlen_backward(
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[PackedKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """Gradients of `attention_varlen`, as `attention_backward` has them.
 
     Parameters
@@ -287,7 +395,7 @@ def attention_varlen_backward(
     grad_query, grad_key, grad_value : ndarray
         Of the shape and dtype of their arrays.
     grad_sinks : ndarray, shape (H,)
-        Returned with ``return_grad_sinks``.
+        Likewise; float64 where sinks are integers. Returned with ``return_grad_sinks``.
 
     Raises
     ------
