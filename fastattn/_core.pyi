@@ -54,7 +54,14 @@ def attention_paged(
     return_weights: bool,
 ) -> Any: ...
 def plan(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, scores: ScoreKeywords, return_weights: bool
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    scores: ScoreKeywords,
+    dropout: float,
+    seed: int | None,
+    return_weights: bool,
+    backward: bool,
 ) -> dict[str, Any]: ...
 
 compiler_version: str

@@ -1235,12 +1235,18 @@ cdef tuple axes_of(cnp.ndarray array):
     return tuple(batch), heads, seqlen, head_dim
 
 
-def plan(query, key, value, dict scores not None, bint return_weights):
+def plan(query, key, value, dict scores not None, dropout, seed, bint return_weights, bint backward):
     cdef Call call = Call.__new__(Call)
+    cdef Gradients gradients = Gradients.__new__(Gradients)
     call.set_arrays(query, key, value)
     call.read_scores(scores)
+    call.set_dropout(dropout, seed)
     cdef fa_problem *p = &call.problem
     cdef fa_plan chosen
+    # Of the five products of the backward pass, three are over D and two over Dv.
+    cdef int64_t multiply_adds = 3 * p.head_dim + 2 * p.head_dim_v if backward else p.head_dim + p.head_dim_v
+    if backward:
+        p.gradients = &gradients.gradients
     if fa_plan_problem(p, &chosen) == FA_NO_MEMORY:
         raise MemoryError("no memory for the plan")
     return {
@@ -1255,7 +1261,7 @@ def plan(query, key, value, dict scores not None, bint return_weights):
         "threads": chosen.num_threads,
         "scratch_bytes": chosen.scratch_bytes,
         "shared_bytes": chosen.shared_bytes,
-        "flops": 2 * (p.head_dim + p.head_dim_v) * count_visible(
+        "flops": 2 * multiply_adds * count_visible(
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,
             None if p.right == FA_UNBOUNDED else p.right,

@@ -606,7 +606,7 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a call of `attention` would do.
+    """What a call of `attention`, or of `attention_backward`, would do.
 
     Attributes
     ----------
@@ -623,18 +623,20 @@ class Plan:
     tile : (int, int)
         Query rows that are worked on together, and keys between two updates of the softmax.
     splits : int
-        Parts of the keys whose results are merged. They depend on the shape alone.
+        Parts of the keys whose results are merged; backward, parts of the query rows whose shares of the keys'
+        gradients are added up. They depend on the shape alone.
     items : int
         Units of work that threads share.
     threads : int
         Threads that would take part.
     scratch_bytes : int
-        Memory that each of them uses, and keeps for its next call.
+        Memory that each of them uses, and keeps for its next call. Backward, some of it is for sums that become the
+        gradients of a head's keys and values, in the precision of sums.
     shared_bytes : int
         Memory, for the time of the call, of results of splits that wait to be merged.
     flops : int
         Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
-        leave.
+        leave; backward, 2 (3 D + 2 Dv).
     """
 
     query: Axes
@@ -660,7 +662,10 @@ class PlanFunction(Protocol):
         key: ArrayLike,
         value: ArrayLike,
         *,
+        dropout: float = 0.0,
+        seed: int | None = None,
         return_weights: bool = False,
+        backward: bool = False,
         **scores: Unpack[ScoreKeywords],
     ) -> Plan: ...
 
@@ -676,7 +681,10 @@ def plan(
     key: ArrayLike,
     value: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     return_weights: bool = False,
+    backward: bool = False,
     **scores: Unpack[ScoreKeywords],
 ) -> Plan:
     """Say what `attention` would do with the same arguments, without doing it.
@@ -688,6 +696,8 @@ def plan(
         small arrays.
     **scores
         As for `attention`.
+    backward : bool
+        Whether to say it of `attention_backward`, without the gradient of a bias.
 
     Returns
     -------
@@ -708,10 +718,12 @@ def plan(
     Axes(batch=(1,), heads=12, seqlen=1024, head_dim=64)
     >>> plan.flops == 4 * 64 * 12 * 1024 * 1025 // 2
     True
+    >>> fastattn.plan(x, x, x, causal=True, backward=True).flops / plan.flops
+    2.5
     """
     if others or not scores.keys() <= SCORES:
         raise misfit(plan, others, scores)
-    chosen = _core.plan(query, key, value, scores, return_weights)
+    chosen = _core.plan(query, key, value, scores, dropout, seed, return_weights, backward)
     return Plan(**chosen | {name: Axes(*chosen[name]) for name in ("query", "key", "value")})
 
 

@@ -88,7 +88,7 @@ TYPES = {
     f"reference.{VARLEN_BACKWARD.partition('.')[2]})": "tuple[Array, Array, Array]",
     "reference.top_keys(x, x)": "tuple[Indices, Array]",
     "reference.merge([x], [x])": "tuple[Array, Array]",
-    "fastattn.plan(x, x, x).flops": "int",
+    "fastattn.plan(x, x, x, dropout=0.1, seed=1, return_weights=True, backward=True).flops": "int",
     "cache.dtype": "np.dtype[Any]",
 }
 # A type checker knows every keyword, wherever it is taken.
