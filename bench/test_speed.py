@@ -33,7 +33,7 @@ def problem(case: bench.Case, dtype: str) -> bench.Problem:
 
 PAIRS = [
     pytest.param(case, dtype, id=f"{case.name}-{dtype}")
-    for case in bench.find_cases(["forward", "decode", "cache", "varlen", "layer", "cost"])
+    for case in bench.find_cases(["forward", "both", "backward", "decode", "cache", "varlen", "layer", "cost"])
     for dtype in case.dtypes
 ]
 

@@ -48,7 +48,9 @@ TEST_KERNELS: list[tuple[str, str, list[str]]] = [("bf16emulated", "bf16dot", []
 # What a kernel asks of the CPU, where that is not the instruction set of its name.
 RUNS_ON = {"amxemulated": "avx512bf16", "bf16emulated": "baseline"}
 
-FRAMEWORK = ["attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"]
+FRAMEWORK = [
+    *("attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"),
+]
 
 
 def target_machine() -> str:

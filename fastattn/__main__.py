@@ -158,7 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=["forward", "decode"],
         metavar="SHAPE",
         help=f"groups ({', '.join(bench.GROUPS)}), names ({', '.join(bench.CASES)}) "
-        "or B,H,Hkv,Sq,Sk,D[,causal]; default: forward decode",
+        "or B,H,Hkv,Sq,Sk,D[,causal][,backward|,both]; default: forward decode",
     )
     timing.add_argument(
         "--dtypes",

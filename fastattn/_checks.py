@@ -182,4 +182,5 @@ def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         gradients = -np.exp(logits.astype(np.float64)[:, None] - lse) * delta
     gradients = np.where(np.isneginf(lse), 0, gradients)
-    return gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)
+    of_heads: Array = gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)
+    return of_heads

@@ -5,7 +5,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastattn._keywords import AttentionFunction, PackedKeywords, ScoreKeywords
+from fastattn._keywords import AttentionFunction, Grads, PackedKeywords, ScoreKeywords
 
 attention: AttentionFunction
 
@@ -17,8 +17,27 @@ def attention_varlen(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     scores: PackedKeywords,
+    dropout: float,
+    seed: int | None,
     out: NDArray[Any] | None,
     return_lse: bool,
+) -> Any: ...
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike | None,
+    cu_seqlens_k: ArrayLike | None,
+    scores: ScoreKeywords | PackedKeywords,
+    dropout: float,
+    seed: int | None,
+    grad_lse: ArrayLike | None,
+    return_grad_bias: bool,
+    return_grad_sinks: bool,
+    grads: Grads | None,
 ) -> Any: ...
 def attention_paged(
     query: ArrayLike,
@@ -35,7 +54,14 @@ def attention_paged(
     return_weights: bool,
 ) -> Any: ...
 def plan(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, scores: ScoreKeywords, return_weights: bool
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    scores: ScoreKeywords,
+    dropout: float,
+    seed: int | None,
+    return_weights: bool,
+    backward: bool,
 ) -> dict[str, Any]: ...
 
 compiler_version: str

@@ -1134,29 +1134,42 @@ cdef class Gradients:
         cdef tuple shape = shape_of(like)
         if not self.call.packed and not self.call.single_head:
             shape = (*batch_shape_of(p), *shape[len(shape) - 3:])
-        if given is not None:
-            check_out(given, f"grads' {name}", shape_of(like), like, name, self.call.inputs)
-            self.call.inputs[f"grads' {name}"] = given
         if shape != shape_of(like):
             array = np.zeros(shape, np.float64 if p.query.dtype == FA_FLOAT64 else np.float32)
         elif given is not None:
             array = given
         else:
             array = np.empty(shape, like.dtype)
-        if self.call.packed or p.num_heads == 0 or p.seqlen_q == 0:  # keys that belong to no work
-            array.fill(0)
         self.describe_result(view, array, name, 3)
         return array
+
+    cdef int check_grads(self, list given) except -1:
+        cdef Call call = self.call
+        cdef dict arrays = {"query": call.query, "key": call.key, "value": call.value}
+        for (name, like), array in zip(arrays.items(), given, strict=True):
+            if array is not None:
+                check_out(array, f"grads' {name}", like.shape, like, name, call.inputs)
+                call.inputs[f"grads' {name}"] = array
+        return 0
 
     cdef int set_grads(self, object grads) except -1:
         cdef Call call = self.call
         cdef fa_gradients *g = &self.gradients
         cdef list given = [None, None, None] if grads is None else _checks.as_grads(grads)
+        self.check_grads(given)
         self.results = [
             self.new_gradient(&g.grad_query, call.query, "query", given[0]),
             self.new_gradient(&g.grad_key, call.key, "key", given[1]),
             self.new_gradient(&g.grad_value, call.value, "value", given[2]),
         ]
+        return 0
+
+    cdef int clear_unvisited(self) except -1:
+        """Those of keys that belong to no work."""
+        cdef const fa_problem *p = &self.call.problem
+        if self.call.packed or p.num_heads == 0 or p.seqlen_q == 0:
+            for array in self.results:
+                array.fill(0)
         return 0
 
     cdef int set_delta(self) except -1:
@@ -1204,6 +1217,7 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_s
     if return_grad_sinks:
         gradients.set_delta()
     bias = gradients.new_bias_gradient() if return_grad_bias else None
+    gradients.clear_unvisited()
     run(call, fa_backward)
     if return_grad_bias:
         run(call, fa_bias_gradient)
@@ -1221,12 +1235,18 @@ cdef tuple axes_of(cnp.ndarray array):
     return tuple(batch), heads, seqlen, head_dim
 
 
-def plan(query, key, value, dict scores not None, bint return_weights):
+def plan(query, key, value, dict scores not None, dropout, seed, bint return_weights, bint backward):
     cdef Call call = Call.__new__(Call)
+    cdef Gradients gradients = Gradients.__new__(Gradients)
     call.set_arrays(query, key, value)
     call.read_scores(scores)
+    call.set_dropout(dropout, seed)
     cdef fa_problem *p = &call.problem
     cdef fa_plan chosen
+    # Of the five products of the backward pass, three are over D and two over Dv.
+    cdef int64_t multiply_adds = 3 * p.head_dim + 2 * p.head_dim_v if backward else p.head_dim + p.head_dim_v
+    if backward:
+        p.gradients = &gradients.gradients
     if fa_plan_problem(p, &chosen) == FA_NO_MEMORY:
         raise MemoryError("no memory for the plan")
     return {
@@ -1241,7 +1261,7 @@ def plan(query, key, value, dict scores not None, bint return_weights):
         "threads": chosen.num_threads,
         "scratch_bytes": chosen.scratch_bytes,
         "shared_bytes": chosen.shared_bytes,
-        "flops": 2 * (p.head_dim + p.head_dim_v) * count_visible(
+        "flops": 2 * multiply_adds * count_visible(
             score_shape(p, False),
             None if p.left == FA_UNBOUNDED else p.left,
             None if p.right == FA_UNBOUNDED else p.right,

@@ -17,6 +17,7 @@ from fastattn import _core
 
 Array = NDArray[Any]
 Window = tuple[int | None, int | None]
+Grads = tuple[Array | None, Array | None, Array | None]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # --- types ----------------------------------------------------------------------------------------
@@ -75,6 +76,24 @@ class VarlenKeywords(PackedKeywords, total=False):
     dropout: float
     seed: int | None
     out: Array | None
+
+
+class BackwardKeywords(ScoreKeywords, total=False):
+    """Keywords of `attention_backward` that do not change what it returns."""
+
+    dropout: float
+    seed: int | None
+    grad_lse: ArrayLike | None
+    grads: Grads | None
+
+
+class VarlenBackwardKeywords(PackedKeywords, total=False):
+    """Keywords of `attention_varlen_backward` that do not change what it returns."""
+
+    dropout: float
+    seed: int | None
+    grad_lse: ArrayLike | None
+    grads: Grads | None
 
 
 class CacheKeywords(PackedKeywords, total=False):

@@ -20,8 +20,11 @@ from fastattn._keywords import (
     SCORES,
     Array,
     AttentionFunction,
+    BackwardKeywords,
+    Grads,
     PackedKeywords,
     ScoreKeywords,
+    VarlenBackwardKeywords,
     VarlenKeywords,
     takes,
 )
@@ -31,8 +34,6 @@ __version__ = "0.1.0"
 
 
 attention: AttentionFunction = _core.attention
-
-Grads = tuple[Array | None, Array | None, Array | None]
 
 
 @overload
@@ -133,6 +134,71 @@ def attention_varlen(
     return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, return_lse)
 
 
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[False] = False,
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[True],
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[False] = False,
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: Literal[True],
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, Array, Array, Array, Array]: ...
+@overload
+def attention_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    *,
+    return_grad_bias: bool = False,
+    return_grad_sinks: bool = False,
+    **scores: Unpack[BackwardKeywords],
+) -> tuple[Array, ...]: ...
 @takes(ScoreKeywords)
 def attention_backward(
     grad_out: ArrayLike,
@@ -149,7 +215,7 @@ def attention_backward(
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[ScoreKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """Gradients of `attention`: from that of its result to those of its arguments.
 
     Scores are computed anew, block by block, from what the forward pass has returned with ``return_lse=True``; the
@@ -185,7 +251,7 @@ def attention_backward(
     grad_bias : ndarray
         Of bias's shape and dtype. Returned with ``return_grad_bias``.
     grad_sinks : ndarray, shape (H,)
-        float64 for float64, else float32. Returned with ``return_grad_sinks``.
+        Of the dtype of sinks; float64 where these are integers. Returned with ``return_grad_sinks``.
 
     Raises
     ------
@@ -242,6 +308,48 @@ def attention_backward(
     )
 
 
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: Literal[False] = False,
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: Literal[True],
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, Array, Array, Array]: ...
+@overload
+def attention_varlen_backward(
+    grad_out: ArrayLike,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    out: ArrayLike,
+    lse: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike,
+    *,
+    return_grad_sinks: bool = False,
+    **scores: Unpack[VarlenBackwardKeywords],
+) -> tuple[Array, ...]: ...
 @takes(PackedKeywords)
 def attention_varlen_backward(
     grad_out: ArrayLike,
@@ -259,7 +367,7 @@ def attention_varlen_backward(
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[PackedKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """Gradients of `attention_varlen`, as `attention_backward` has them.
 
     Parameters
@@ -287,7 +395,7 @@ def attention_varlen_backward(
     grad_query, grad_key, grad_value : ndarray
         Of the shape and dtype of their arrays.
     grad_sinks : ndarray, shape (H,)
-        Returned with ``return_grad_sinks``.
+        Likewise; float64 where sinks are integers. Returned with ``return_grad_sinks``.
 
     Raises
     ------
@@ -498,7 +606,7 @@ class Axes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a call of `attention` would do.
+    """What a call of `attention`, or of `attention_backward`, would do.
 
     Attributes
     ----------
@@ -515,18 +623,20 @@ class Plan:
     tile : (int, int)
         Query rows that are worked on together, and keys between two updates of the softmax.
     splits : int
-        Parts of the keys whose results are merged. They depend on the shape alone.
+        Parts of the keys whose results are merged; backward, parts of the query rows whose shares of the keys'
+        gradients are added up. They depend on the shape alone.
     items : int
         Units of work that threads share.
     threads : int
         Threads that would take part.
     scratch_bytes : int
-        Memory that each of them uses, and keeps for its next call.
+        Memory that each of them uses, and keeps for its next call. Backward, some of it is for sums that become the
+        gradients of a head's keys and values, in the precision of sums.
     shared_bytes : int
         Memory, for the time of the call, of results of splits that wait to be merged.
     flops : int
         Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
-        leave.
+        leave; backward, 2 (3 D + 2 Dv).
     """
 
     query: Axes
@@ -552,7 +662,10 @@ class PlanFunction(Protocol):
         key: ArrayLike,
         value: ArrayLike,
         *,
+        dropout: float = 0.0,
+        seed: int | None = None,
         return_weights: bool = False,
+        backward: bool = False,
         **scores: Unpack[ScoreKeywords],
     ) -> Plan: ...
 
@@ -568,7 +681,10 @@ def plan(
     key: ArrayLike,
     value: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     return_weights: bool = False,
+    backward: bool = False,
     **scores: Unpack[ScoreKeywords],
 ) -> Plan:
     """Say what `attention` would do with the same arguments, without doing it.
@@ -580,6 +696,8 @@ def plan(
         small arrays.
     **scores
         As for `attention`.
+    backward : bool
+        Whether to say it of `attention_backward`, without the gradient of a bias.
 
     Returns
     -------
@@ -600,10 +718,12 @@ def plan(
     Axes(batch=(1,), heads=12, seqlen=1024, head_dim=64)
     >>> plan.flops == 4 * 64 * 12 * 1024 * 1025 // 2
     True
+    >>> fastattn.plan(x, x, x, causal=True, backward=True).flops / plan.flops
+    2.5
     """
     if others or not scores.keys() <= SCORES:
         raise misfit(plan, others, scores)
-    chosen = _core.plan(query, key, value, scores, return_weights)
+    chosen = _core.plan(query, key, value, scores, dropout, seed, return_weights, backward)
     return Plan(**chosen | {name: Axes(*chosen[name]) for name in ("query", "key", "value")})
 
 

@@ -43,12 +43,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn._arguments import misfit, typed_like
-from fastattn._checks import as_array, refuse_masked
-from fastattn._keywords import PACKED, SCORES, Array, PackedKeywords, ScoreKeywords, takes
+from fastattn._checks import as_array, as_grads, refuse_masked
+from fastattn._keywords import PACKED, SCORES, Array, Grads, PackedKeywords, ScoreKeywords, Window, takes
 from fastattn._merge import refuse_plus_infinity
 from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
 from fastattn.api import attention as fast_attention
+from fastattn.api import attention_backward as fast_backward
 from fastattn.api import attention_varlen as fast_varlen
+from fastattn.api import attention_varlen_backward as fast_varlen_backward
 from fastattn.api import merge as fast_merge
 from fastattn.api import top_keys as fast_top_keys
 
@@ -83,7 +85,7 @@ def visible_keys(
     seqlen_k: int,
     key_length: int,
     causal: bool,
-    window: tuple[int | None, int | None] | None,
+    window: Window | None,
 ) -> Array:
     """Return which keys each query row sees, by position alone."""
     key_index = np.arange(seqlen_k)
@@ -245,6 +247,27 @@ class Heads:
     ``heads[index]`` is one head, for each index of ``np.ndindex(*heads.shape)``; 2-D arrays are one, too.
     """
 
+    single: bool
+    shape: tuple[int, ...]  # (..., H)
+    seqlen_q: int
+    seqlen_k: int
+    group_size: int
+    query: Array
+    key: Array
+    value: Array
+    scale: float
+    softcap: float | None
+    causal: bool
+    window: Window | None
+    mask: Array
+    bias: Array
+    alibi_slopes: Array
+    sinks: Array
+    key_lengths: Array
+    query_offset: Array
+    dropout: Dropout
+    item: int
+
     def __init__(
         self,
         query: ArrayLike,
@@ -274,7 +297,7 @@ class Heads:
 
         scores = (*self.shape, self.seqlen_q, self.seqlen_k)
         self.scale = float(given.get("scale", 1.0 / math.sqrt(max(head_dim, 1))))
-        self.softcap: float | None = given.get("softcap")
+        self.softcap = given.get("softcap")
         self.causal, self.window = given.get("causal", False), given.get("window")
         self.mask, self.bias = broadcast("mask", True, scores), broadcast("bias", 0.0, scores)
         self.alibi_slopes = broadcast("alibi_slopes", 0.0, self.shape)
@@ -499,17 +522,28 @@ def results_by_name(
 
 
 def returned_gradients(
-    grads: Mapping[str, Array], inputs: Mapping[str, object], return_grad_bias: bool, return_grad_sinks: bool
+    grads: Mapping[str, Array],
+    inputs: Mapping[str, object],
+    return_grad_bias: bool,
+    return_grad_sinks: bool,
+    into: Grads | None,
 ) -> tuple[Array, ...]:
-    """Return the gradients that are asked for, each in the dtype of its array."""
+    """Return the gradients that are asked for, each in the dtype of its array; in the arrays of `into` if given."""
     names = ["query", "key", "value", *["bias"] * return_grad_bias, *["sinks"] * return_grad_sinks]
     for name in names:
         if name not in grads:
             raise ValueError(f"return_grad_{name} is given, but {name} is not")
     with np.errstate(over="ignore"):
-        return tuple(grads[name].astype(as_array(name, inputs[name]).dtype) for name in names)
+        rounded = [grads[name].astype(as_array(name, inputs[name]).dtype) for name in names]
+    for i, given in enumerate(() if into is None else as_grads(into)):
+        if given is not None:
+            refuse_masked(f"grads' {names[i]}", given)
+            np.copyto(given, rounded[i])
+            rounded[i] = given
+    return tuple(rounded)
 
 
+@typed_like(fast_backward)
 @takes(ScoreKeywords)
 def attention_backward(
     grad_out: ArrayLike,
@@ -519,13 +553,14 @@ def attention_backward(
     out: ArrayLike,
     lse: ArrayLike,
     *others: Never,
+    dropout: float = 0.0,
+    seed: int | None = None,
     grad_lse: ArrayLike | None = None,
     return_grad_bias: bool = False,
     return_grad_sinks: bool = False,
-    dropout: float = 0.0,
-    seed: int | None = None,
+    grads: Grads | None = None,
     **scores: Unpack[ScoreKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """Return the gradients of query, key and value, given that of the result of `attention`, in float64.
 
     Parameters
@@ -548,6 +583,8 @@ def attention_backward(
         Whether to return the gradient of `bias` and of `sinks`, which then must be given.
     dropout, seed
         As they were for `attention`.
+    grads : (ndarray, ndarray, ndarray), optional
+        Where to store the gradients of query, key and value. Each may be None.
     num_threads : int, optional
         Ignored.
 
@@ -591,10 +628,11 @@ def attention_backward(
         raise misfit(attention_backward, others, scores)
     arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
     results = results_by_name(grad_out, out, lse, grad_lse)
-    grads = gradient_steps(arrays, results, scores, checked_dropout(dropout, seed))
-    return returned_gradients(grads, {**arrays, **scores}, return_grad_bias, return_grad_sinks)
+    found = gradient_steps(arrays, results, scores, checked_dropout(dropout, seed))
+    return returned_gradients(found, {**arrays, **scores}, return_grad_bias, return_grad_sinks, grads)
 
 
+@typed_like(fast_varlen_backward)
 @takes(PackedKeywords)
 def attention_varlen_backward(
     grad_out: ArrayLike,
@@ -606,12 +644,13 @@ def attention_varlen_backward(
     cu_seqlens_q: ArrayLike,
     cu_seqlens_k: ArrayLike,
     *others: Never,
-    grad_lse: ArrayLike | None = None,
-    return_grad_sinks: bool = False,
     dropout: float = 0.0,
     seed: int | None = None,
+    grad_lse: ArrayLike | None = None,
+    return_grad_sinks: bool = False,
+    grads: Grads | None = None,
     **scores: Unpack[PackedKeywords],
-) -> tuple[Array, ...]:
+) -> Any:
     """`attention_backward` of each sequence of packed arrays by itself.
 
     Parameters
@@ -636,6 +675,8 @@ def attention_varlen_backward(
         Whether to return the gradient of `sinks`, which then must be given.
     dropout, seed
         As they were for `attention_varlen`.
+    grads : (ndarray, ndarray, ndarray), optional
+        Where to store the gradients of query, key and value. Each may be None.
     num_threads : int, optional
         Ignored.
 
@@ -669,9 +710,9 @@ def attention_varlen_backward(
     results = results_by_name(grad_out, out, lse, grad_lse)
     kept = checked_dropout(dropout, seed)
     inputs: dict[str, Any] = {**arrays, **scores}
-    grads = {name: np.zeros(x.shape) for name, x in arrays.items()}
+    found = {name: np.zeros(x.shape) for name, x in arrays.items()}
     if inputs.get("sinks") is not None:
-        grads["sinks"] = np.zeros(np.shape(inputs["sinks"]))
+        found["sinks"] = np.zeros(np.shape(inputs["sinks"]))
     sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, arrays["query"].shape[1], scores)
     for b, (of_queries, of_keys, own) in enumerate(sequences):
         where = {"query": of_queries, "key": of_keys, "value": of_keys}
@@ -683,10 +724,10 @@ def attention_varlen_backward(
             b,
         )
         for name, part in where.items():
-            grads[name][part] = each[name].swapaxes(0, 1)
-        if "sinks" in grads:
-            grads["sinks"] += each["sinks"]
-    return returned_gradients(grads, inputs, False, return_grad_sinks)
+            found[name][part] = each[name].swapaxes(0, 1)
+        if "sinks" in found:
+            found["sinks"] += each["sinks"]
+    return returned_gradients(found, inputs, False, return_grad_sinks, grads)
 
 
 @typed_like(fast_merge)

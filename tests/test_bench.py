@@ -356,3 +356,142 @@ def test_what_else_ran_is_told_with_the_ratios(other_load, said):
     text = bench.report(dataclasses.replace(measured(EQUAL), other_load=other_load))
     assert ("ratios are not to be trusted" in text or "ratios hold only if there was none" in text) == said
     assert ("BUSY" in text) == (other_load == 0.5)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+BACKWARD = bench.Case("grads", 2, 4, 2, 40, 40, 16, causal=True, passes="backward")
+GRADIENT_CASES = {
+    "backward": BACKWARD,
+    "both": dataclasses.replace(BACKWARD, passes="both"),
+    "more keys": dataclasses.replace(BACKWARD, seqlen_k=70),
+    "many rows": dataclasses.replace(BACKWARD, seqlen_q=1100, batch=1, causal=False),
+    "bias": dataclasses.replace(BACKWARD, extra="bias", grad_bias=True, causal=False),
+    "mask": dataclasses.replace(BACKWARD, extra="mask"),
+    "padding": dataclasses.replace(BACKWARD, extra="padding", causal=False),
+    "alibi": dataclasses.replace(BACKWARD, extra="alibi", causal=False),
+    "window": dataclasses.replace(BACKWARD, window=(5, 0), softcap=3.0),
+    "dropout": dataclasses.replace(BACKWARD, dropout=0.2),
+}
+each_gradient_case = pytest.mark.parametrize("case", GRADIENT_CASES.values(), ids=GRADIENT_CASES)
+
+
+@each_gradient_case
+@pytest.mark.parametrize("dtype", bench.FLOATS)
+def test_gradients_are_checked_and_timed(case, dtype):
+    (row,) = measured(case, dtypes=[dtype]).rows
+    problem = bench.problem_for(case, bench.find_dtype(dtype))
+    query, key, value = problem.arrays
+    words = problem.keywords
+    plans = [fastattn.plan(query, key, value, **words, backward=True)]
+    plans += [fastattn.plan(query, key, value, **words)] * (case.passes == "both")
+    assert row.error <= problem.tolerance
+    assert row.flops == sum(plan.flops for plan in plans)
+    assert set(row.paths) == {plan.path for plan in plans}
+    assert row.scores == len(plans) * plans[0].flops // (10 * case.head_dim)
+    assert row.nbytes == 4 * query.nbytes + 4 * key.nbytes
+    assert row.limit_share > 0
+    assert row.bandwidth_share is None
+
+
+@each_gradient_case
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_wrong_gradient_is_found(case, index):
+    problem = bench.problem_for(case, np.dtype(np.float32))
+    (make,) = bench.FastAttn(1).variants(problem)
+    variant = make()
+    grads = variant.read(variant.run())
+    assert problem.error(grads) <= problem.tolerance
+    grads[index][0, 0, -1] += 1
+    assert problem.error(grads) > 10 * problem.tolerance
+
+
+def test_a_wrong_gradient_of_a_bias_is_found():
+    problem = bench.problem_for(GRADIENT_CASES["bias"], np.dtype(np.float32))
+    (make,) = bench.FastAttn(1).variants(problem)
+    *grads, grad_bias = make().run()
+    assert problem.error([*grads, grad_bias]) <= problem.tolerance
+    assert problem.error([*grads, grad_bias + np.float32(0.1)]) > 10 * problem.tolerance
+
+
+# Each case in float32, and the first in every dtype.
+PEERS_OF = [(name, "float32") for name in GRADIENT_CASES if name not in ("alibi", "window", "dropout")]
+PEERS_OF += [("backward", dtype) for dtype in bench.FLOATS if dtype != "float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["torch", "jax"])
+@pytest.mark.parametrize(("case", "dtype"), PEERS_OF)
+def test_peers_agree_on_gradients(peer, case, dtype):
+    if not bench.PEERS[peer].available():
+        pytest.skip(f"needs {peer}")
+    case = GRADIENT_CASES[case]
+    (row,) = bench.run([case], [dtype], [peer], fastattn.get_num_threads(), seconds=0.001).rows
+    assert len(row.peers[peer].rejected) == (peer == "jax" and dtype in ("float16", "float64"))
+    assert row.peers[peer].ratio > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not bench.PEERS["jax"].available(), reason="needs jax")
+@pytest.mark.parametrize("shape", ["1,4,2,3,70,16,causal", "2,4,4,40,40,16"])
+@pytest.mark.parametrize("dtype", bench.FLOATS)
+def test_jax_agrees(shape, dtype):
+    (row,) = bench.run(bench.find_cases([shape]), [dtype], ["jax"], fastattn.get_num_threads(), seconds=0.001).rows
+    assert len(row.peers["jax"].rejected) == (dtype in ("float16", "float64"))
+    assert row.peers["jax"].ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        (BACKWARD, "no gradients"),
+        (dataclasses.replace(TINY, dropout=0.1), "drops other weights"),
+    ],
+    ids=["gradients", "dropout"],
+)
+@pytest.mark.parametrize("peer", ["numpy", "onnxruntime", "openvino"])
+def test_what_peers_lack_is_said(case, said, peer):
+    assert bench.PEERS[peer].refuses(object.__new__(bench.PEERS[peer]), case, "float32") == said
+
+
+def test_dropout_is_checked_and_timed():
+    case = dataclasses.replace(TINY, name="plain", dtypes=bench.FLOATS).costs("dropout", dropout=0.1)
+    (row,) = measured(case).rows
+    assert row.baseline_ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("word", "passes", "causal"),
+    [
+        ("1,2,2,8,9,8", "forward", False),
+        ("1,2,2,8,9,8,causal", "forward", True),
+        ("1,2,2,8,9,8,backward", "backward", False),
+        ("1,2,2,8,9,8,causal,both", "both", True),
+    ],
+)
+def test_shapes_say_what_is_timed(word, passes, causal):
+    (case,) = bench.find_cases([word])
+    assert (case.passes, case.causal, case.seqlen_k) == (passes, causal, 9)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "1,2,2,8,9,8,both,causal",
+        "1,2,2,8,9,8,sideways",
+        "1,2,2,8,9,8,",
+        "1,2,2,8,9",
+        "1,2,2,8,-9,8",
+        "1,3,2,8,9,8",
+        "1",
+    ],
+)
+def test_shapes_that_are_none(word):
+    with pytest.raises(ValueError, match=r"a shape is B,H,Hkv,Sq,Sk,D\[,causal\]\[,backward\|,both\]"):
+        bench.find_cases([word])
+
+
+def test_training_has_the_shapes_of_the_forward_pass():
+    names = [case.name for case in bench.GROUPS["forward"] if case.seqlen_q > 32]
+    assert [case.name for case in bench.GROUPS["both"]] == [f"{name}-both" for name in names]
+    assert [case.name for case in bench.GROUPS["backward"]] == [f"{name}-backward" for name in names]

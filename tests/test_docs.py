@@ -72,8 +72,9 @@ def test_attention_says_what_it_raises_and_where_it_comes_from():
         assert f"\n{section}\n---" in documented
 
 
-def test_the_reference_has_the_same_signature():
-    mine, its = (dict(inspect.signature(f).parameters) for f in (fastattn.attention, reference.attention))
+@pytest.mark.parametrize("name", reference.__all__)
+def test_the_reference_has_the_same_signature(name):
+    mine, its = (dict(inspect.signature(getattr(module, name)).parameters) for module in (fastattn, reference))
     assert [(p.name, p.kind, p.default) for p in mine.values()] == [(p.name, p.kind, p.default) for p in its.values()]
 
 

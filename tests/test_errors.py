@@ -304,3 +304,135 @@ def test_a_mask_without_an_axis_of_heads_works_as_the_message_says(shape):
         fastattn.attention(query, key, value, mask=mask)
     advice = str(caught.value).partition("give ")[2].partition("], ")[0].rstrip("]") + "]"
     fastattn.attention(query, key, value, mask=eval(advice, {"mask": mask}))
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+MODES = ["dense", "packed"]
+BOUNDS = {"cu_seqlens_q": [0, 2, 5], "cu_seqlens_k": [0, 3, 7]}
+
+
+def good_for_backward(mode):
+    """Arguments of `attention_backward`, or of its packed form; grads are full of 7."""
+    query, key, value = qkv(make_rng(), SHAPE)
+    if mode == "packed":
+        query, key, value = (x[0].swapaxes(0, 1) for x in (query, key, value))
+        out, lse = fastattn.attention_varlen(query, key, value, **BOUNDS, return_lse=True)
+    else:
+        out, lse = fastattn.attention(query, key, value, return_lse=True)
+    grads = tuple(np.full(x.shape, 7.0, F32) for x in (query, key, value))
+    arguments = {"grad_out": out, "query": query, "key": key, "value": value, "out": out, "lse": lse, "grads": grads}
+    return {**arguments, **(BOUNDS if mode == "packed" else {})}
+
+
+def refused_backward(mode, arguments, exception):
+    """Return the message with which a call is refused that has written nothing."""
+    function = fastattn.attention_varlen_backward if mode == "packed" else fastattn.attention_backward
+    given = [x for x in [*arguments.values(), *arguments["grads"]] if isinstance(x, np.ndarray)]
+    before = [x.tobytes() for x in given]
+    with pytest.raises(exception) as caught:
+        function(**arguments)
+    assert type(caught.value) is exception
+    assert [x.tobytes() for x in given] == before
+    return str(caught.value)
+
+
+BACKWARD_CASES = {
+    "grad_out of another shape": (lambda a: {"grad_out": a["out"][..., :-1]}, ValueError, ["grad_out", "7", "8"]),
+    "grad_out of fewer axes": (lambda a: {"grad_out": a["out"][0]}, ValueError, ["grad_out has shape"]),
+    "grad_out that would broadcast": (lambda a: {"grad_out": a["out"][:1]}, ValueError, ["grad_out has shape"]),
+    "grad_out of another dtype": (
+        lambda a: {"grad_out": a["out"].astype(np.float64)},
+        TypeError,
+        ["grad_out", "float64", "float32"],
+    ),
+    "out of another dtype": (lambda a: {"out": a["out"].astype(np.float16)}, TypeError, ["out", "float16", "float32"]),
+    "out of another shape": (lambda a: {"out": a["out"][..., :-1]}, ValueError, ["out", "7", "8"]),
+    "lse of another shape": (lambda a: {"lse": a["lse"][..., None]}, ValueError, ["lse has shape"]),
+    "lse of ints": (lambda a: {"lse": a["lse"].astype(np.int64)}, TypeError, ["lse", "int64", "float32"]),
+    "grad_lse of another shape": (lambda a: {"grad_lse": a["out"]}, ValueError, ["grad_lse has shape"]),
+    "grad_lse of ints": (lambda a: {"grad_lse": a["lse"].astype(np.int64)}, TypeError, ["grad_lse", "int64"]),
+    "masked grad_out": (lambda a: {"grad_out": np.ma.masked_array(a["out"])}, TypeError, ["grad_out", "mask"]),
+    "out in place of lse": (lambda a: {"lse": a["out"]}, ValueError, ["lse has shape"]),
+    "query of ints": (lambda a: {"query": a["query"].astype(np.int64)}, TypeError, ["query", "int64"]),
+    "softcap": (lambda a: {"softcap": -1.0}, ValueError, ["softcap"]),
+    "num_threads": (lambda a: {"num_threads": 0}, ValueError, ["num_threads"]),
+    "grads is an array": (lambda a: {"grads": a["query"]}, TypeError, ["grads must be a tuple of three"]),
+    "two grads": (lambda a: {"grads": a["grads"][:2]}, TypeError, ["grads must be a tuple of three"]),
+    "grads of lists": (
+        lambda a: {"grads": (*a["grads"][:2], [[1.0]])},
+        TypeError,
+        ["grads' value", "ndarray", "list"],
+    ),
+    "grads of another shape": (
+        lambda a: {"grads": (*a["grads"][:2], a["grads"][2][..., :-1])},
+        ValueError,
+        ["grads' value has shape", "accepted"],
+    ),
+    "grads of another dtype": (
+        lambda a: {"grads": (None, a["grads"][1].astype(np.float64), None)},
+        TypeError,
+        ["grads' key", "float64", "key, float32"],
+    ),
+    "grads that are masked": (
+        lambda a: {"grads": (np.ma.masked_array(a["grads"][0]), None, None)},
+        TypeError,
+        ["grads' query", "mask"],
+    ),
+    "grads that overlap an input": (
+        lambda a: {"grads": (*a["grads"][:2], a["value"])},
+        ValueError,
+        ["grads' value overlaps value"],
+    ),
+    "grads that overlap out": (lambda a: {"grads": (a["out"], None, None)}, ValueError, ["grads' query overlaps"]),
+    "grads that overlap each other": (
+        lambda a: {"grads": (None, a["grads"][1], a["grads"][1][...])},
+        ValueError,
+        ["grads' value overlaps grads' key"],
+    ),
+    "grads that overlap themselves": (
+        lambda a: {"grads": (np.broadcast_to(np.float32(7), a["query"].shape), None, None)},
+        ValueError,
+        ["grads' query"],
+    ),
+    "return_grad_sinks without sinks": (lambda a: {"return_grad_sinks": True}, ValueError, ["return_grad_sinks"]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", BACKWARD_CASES)
+def test_bad_input_of_backward(mode, case):
+    spoil, exception, words = BACKWARD_CASES[case]
+    arguments = good_for_backward(mode)
+    message = refused_backward(mode, {**arguments, **spoil(arguments)}, exception)
+    assert not holds(message, words), message
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_grads_read_only(mode, index):
+    arguments = good_for_backward(mode)
+    arguments["grads"][index].flags.writeable = False
+    message = refused_backward(mode, arguments, ValueError)
+    assert f"grads' {('query', 'key', 'value')[index]} is read-only" in message
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(
+    "name", ["grad_out", "query", "key", "value", "out", "lse", "grad_lse", "bias", "mask", "sinks", "alibi_slopes"]
+)
+def test_grads_overlap_an_input(name, index):
+    """Also by some bytes alone."""
+    arguments = good_for_backward("dense")
+    shapes = {"bias": (5, 7), "mask": (5, 7), "sinks": (4,), "alibi_slopes": (4,), "grad_lse": arguments["lse"].shape}
+    shape = shapes[name] if name in shapes else arguments[name].shape
+    dtype = np.dtype(bool if name == "mask" else F32)
+    memory = np.ones(4096, F32)
+    count = int(np.prod(shape))
+    arguments[name] = memory.view(np.uint8)[: count * dtype.itemsize].view(dtype).reshape(shape)
+    grads = list(arguments["grads"])
+    begin = count * dtype.itemsize // 4 - 1
+    grads[index] = memory[begin : begin + grads[index].size].reshape(grads[index].shape)
+    arguments["grads"] = tuple(grads)
+    message = refused_backward("dense", arguments, ValueError)
+    assert f"grads' {('query', 'key', 'value')[index]} overlaps {name} in memory" in message

@@ -19,7 +19,7 @@ PACKED = [name for name in SCORES if name not in DENSE]
 TRAINED = [name for name in KEYWORDS if name not in DENSE]
 
 FUNCTIONS = {
-    "plan": (fastattn.plan, SCORES),
+    "plan": (fastattn.plan, KEYWORDS),
     "top_keys": (fastattn.top_keys, SCORES),
     "attention_varlen": (fastattn.attention_varlen, TRAINED),
     "attention_backward": (fastattn.attention_backward, KEYWORDS),

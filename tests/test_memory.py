@@ -7,16 +7,20 @@ from oracle import DTYPE_IDS, DTYPES, F32, assert_close, check, exact, make_rng,
 
 import fastattn
 
-GUARDED = '''
+SPACED = '''
 import numpy as np, fastattn
 from guarded import guarded
-from oracle import DTYPES, F32, make_rng, normal, qkv
+from oracle import DTYPES, F32, F64, make_rng, normal, qkv
 
 def spaced(x, step, end):
     """x with gaps between the elements of a row, but none behind its last one."""
     wide = np.repeat(x[..., ::-1] if step < 0 else x, abs(step), axis=-1)[..., : (x.shape[-1] - 1) * abs(step) + 1]
     return guarded(wide, end)[..., ::step]
+'''
 
+GUARDED = (
+    SPACED
+    + """
 query_dtype, kv_dtype = DTYPES[{dtypes}]
 rng = make_rng()
 for end in (True, False):
@@ -38,7 +42,48 @@ for end in (True, False):
             fastattn.attention(*turned, causal=True)
             for step in (2, -1, -2, 3):
                 fastattn.attention(*[spaced(x, step, end) for x in arrays], causal=True)
-'''
+"""
+)
+
+# Gradients lie between guards, too. The first shape has one of everything, the last splits its rows.
+GUARDED_BACKWARD = (
+    SPACED
+    + """
+query_dtype, kv_dtype = DTYPES[{dtypes}]
+lse_dtype = F64 if query_dtype == F64 else F32
+rng = make_rng()
+for shape in [(1, 1, 1, 1, 1, 1), (1, 2, 2, 17, 65, 33), (2, 4, 2, 50, 70, 64), (1, 3, 1, 97, 129, 5),
+              (1, 2, 1, 300, 70, 16)]:
+    for end in (True, False):
+        for head_dim_v in (1, 15, 64):
+            batch, heads, kv_heads, seqlen_q, seqlen_k, head_dim = shape
+            rows = (batch, heads, seqlen_q)
+            arrays = [guarded(x, end) for x in qkv(rng, shape, (query_dtype, kv_dtype), head_dim_v)]
+            grad_out = guarded(normal(rng, (*rows, head_dim_v), query_dtype), end)
+            grad_lse = guarded(normal(rng, rows, lse_dtype), end)
+            grads = tuple(guarded(x, end) for x in arrays)
+            mask = guarded(rng.random((batch, 1, seqlen_q, seqlen_k)) < 0.9, end)
+            bias = guarded(normal(rng, (heads, seqlen_q, seqlen_k), kv_dtype), end)
+            lengths = guarded(np.full(batch, seqlen_k), end)
+            slopes, sinks = (guarded(np.ones(heads, F32), end) for _ in range(2))
+            small = dict(alibi_slopes=slopes, sinks=sinks, key_lengths=lengths)
+            all_of_them = dict(causal=True, mask=mask, bias=bias, softcap=3.0, dropout=0.2, seed=1, **small)
+            for keywords in (dict(), all_of_them):
+                asked = dict(return_grad_bias=True, return_grad_sinks=True) if keywords else dict()
+                results = [guarded(x, end) for x in fastattn.attention(*arrays, **keywords, return_lse=True)]
+                fastattn.attention_backward(
+                    grad_out, *arrays, *results, grad_lse=grad_lse, grads=grads, **keywords, **asked
+                )
+            for step in (2, -1, 3):
+                apart = [spaced(x, step, end) for x in (grad_out, *arrays, results[0])]
+                into = tuple(spaced(x, step, end) for x in arrays)
+                fastattn.attention_backward(*apart, results[1], grads=into)
+            packed = [guarded(x[0].swapaxes(0, 1), end) for x in (grad_out, *arrays, *results)]
+            into = tuple(guarded(x, end) for x in packed[1:4])
+            bounds = [guarded(np.array([0, n // 2, n // 2, n]), end) for n in (seqlen_q, seqlen_k)]
+            fastattn.attention_varlen_backward(*packed, *bounds, grads=into)
+"""
+)
 
 # 64 float32 are 256 bytes, so 16 rows fill a page of 4096; other dtypes and pages take their share.
 NEVER_READ = """
@@ -66,15 +111,53 @@ for seqlen_q in (1, 3, 40):
 """
 
 
+NEVER_READ_BY_BACKWARD = """
+import numpy as np, fastattn
+from guarded import PAGE, guarded
+from oracle import DTYPES, make_rng, qkv
+
+dtypes = DTYPES[{dtypes}]
+rows = PAGE // (64 * dtypes[1].itemsize)
+for seqlen_q in (1, 40):
+    seqlen_k = 6 * rows
+    query, key, value = (x[0, 0] for x in qkv(make_rng(), (1, 1, 1, seqlen_q, seqlen_k, 64), dtypes))
+    for pages in (1, 2, 5):
+        k, v = (guarded(x, True, pages * PAGE) for x in (key, value))
+        last = pages * rows - 1
+        first = seqlen_k - 1 - last
+        for of_keys, keywords in [
+            ((k, v), dict(key_lengths=last + 1)),
+            ((k, v), dict(causal=True, query_offset=last - (seqlen_q - 1))),
+            ((k, v), dict(window=(40, 7), query_offset=last - 7 - (seqlen_q - 1))),
+            ((k[::-1], v[::-1]), dict(window=(5, None), query_offset=first + 5)),
+        ]:
+            out, lse = fastattn.attention(query, *of_keys, **keywords, return_lse=True)
+            fastattn.attention_backward(out, query, *of_keys, out, lse, **keywords)
+"""
+
+
 @pytest.mark.parametrize("dtypes", range(len(DTYPES)), ids=DTYPE_IDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_guard_pages(dtypes, threads):
     run_script(GUARDED.format(dtypes=dtypes), FASTATTN_NUM_THREADS=str(threads))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", range(len(DTYPES)), ids=DTYPE_IDS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_guard_pages_of_backward(dtypes, threads):
+    run_script(GUARDED_BACKWARD.format(dtypes=dtypes), FASTATTN_NUM_THREADS=str(threads))
+
+
 @pytest.mark.parametrize("dtypes", range(len(DTYPES)), ids=DTYPE_IDS)
 def test_keys_nobody_sees_are_never_read(dtypes):
     run_script(NEVER_READ.format(dtypes=dtypes))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", range(len(DTYPES)), ids=DTYPE_IDS)
+def test_keys_nobody_sees_are_never_read_by_backward(dtypes):
+    run_script(NEVER_READ_BY_BACKWARD.format(dtypes=dtypes))
 
 
 @pytest.mark.parametrize(("end", "stride"), [(True, 64), (False, -64)])
@@ -201,16 +284,20 @@ def test_scratch_does_not_grow_with_the_sequence(dtypes, head_dim, seqlen):
     assert fastattn.plan(*arrays).scratch_bytes <= 2**20
 
 
-def test_memory_is_not_leaked():
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_memory_is_not_leaked(passes):
     resource = pytest.importorskip("resource")
     query, key, value = qkv(make_rng(), (1, 4, 4, 64, 64, 64))
     check(query, key, value)
 
     def peak():
         for _ in range(300):
-            fastattn.attention(query, key, value, return_lse=True, mask=np.ones((64, 64), bool))
+            keywords = {"mask": np.ones((64, 64), bool), "bias": np.ones((4, 64, 64), F32)}
+            out, lse = fastattn.attention(query, key, value, return_lse=True, **keywords)
+            if passes == "backward":
+                fastattn.attention_backward(out, query, key, value, out, lse, return_grad_bias=True, **keywords)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
 
     before = peak()
-    # 300 calls that lost their 64 KiB outputs would add about 19 MiB.
+    # 300 calls that lost one of their outputs of 64 KiB would add about 19 MiB.
     assert peak() - before < 4096

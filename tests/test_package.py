@@ -57,6 +57,8 @@ def test_typed():
 # Expressions, and their types.
 ONE_TO_THREE = "Array | tuple[Array, Array] | tuple[Array, Array, Array]"
 ONE_OR_TWO = "Array | tuple[Array, Array]"
+BACKWARD = "fastattn.attention_backward(x, x, x, x, x, x, grad_lse=x"
+VARLEN_BACKWARD = "fastattn.attention_varlen_backward(x, x, x, x, x, x, [0], [0], grad_lse=x"
 TYPES = {
     "fastattn.attention(x, x, x)": "Array",
     "fastattn.attention(x, x, x, return_lse=True)": "tuple[Array, Array]",
@@ -74,11 +76,19 @@ TYPES = {
     "reference.attention(x, x, x, return_weights=True)": "tuple[Array, Array]",
     "reference.attention(x, x, x, return_lse=flag)": ONE_TO_THREE,
     "reference.attention_varlen(x, x, x, [0], [0])": "Array",
-    "reference.attention_backward(x, x, x, x, x, x, grad_lse=x, return_grad_bias=flag)": "tuple[Array, ...]",
-    "reference.attention_varlen_backward(x, x, x, x, x, x, [0], [0])": "tuple[Array, ...]",
+    f"{BACKWARD}, grads=(x, None, x))": "tuple[Array, Array, Array]",
+    f"{BACKWARD}, return_grad_bias=True)": "tuple[Array, Array, Array, Array]",
+    f"{BACKWARD}, return_grad_sinks=True)": "tuple[Array, Array, Array, Array]",
+    f"{BACKWARD}, return_grad_bias=True, return_grad_sinks=True)": "tuple[Array, Array, Array, Array, Array]",
+    f"{BACKWARD}, return_grad_sinks=flag)": "tuple[Array, ...]",
+    f"{VARLEN_BACKWARD}, dropout=0.1, seed=1)": "tuple[Array, Array, Array]",
+    f"{VARLEN_BACKWARD}, return_grad_sinks=True)": "tuple[Array, Array, Array, Array]",
+    f"{VARLEN_BACKWARD}, return_grad_sinks=flag)": "tuple[Array, ...]",
+    f"reference.{BACKWARD.partition('.')[2]}, return_grad_bias=True)": "tuple[Array, Array, Array, Array]",
+    f"reference.{VARLEN_BACKWARD.partition('.')[2]})": "tuple[Array, Array, Array]",
     "reference.top_keys(x, x)": "tuple[Indices, Array]",
     "reference.merge([x], [x])": "tuple[Array, Array]",
-    "fastattn.plan(x, x, x).flops": "int",
+    "fastattn.plan(x, x, x, dropout=0.1, seed=1, return_weights=True, backward=True).flops": "int",
     "cache.dtype": "np.dtype[Any]",
 }
 # A type checker knows every keyword, wherever it is taken.
@@ -92,7 +102,8 @@ TYPES |= {
     f"cache.attention(x, 0, causal=True, query_offset=0, {PACKED})": "Array",
     f"layer(x, causal=True, {PACKED}, {DENSE})": "Array",
     f"reference.attention(x, x, x, causal=True, query_offset=0, {PACKED}, {DENSE})": "Array",
-    f"reference.attention_backward(x, x, x, x, x, x, causal=True, {PACKED}, {DENSE})": "tuple[Array, ...]",
+    f"{BACKWARD}, causal=True, query_offset=0, {PACKED}, {DENSE})": "tuple[Array, Array, Array]",
+    f"{VARLEN_BACKWARD}, causal=True, query_offset=0, {PACKED})": "tuple[Array, Array, Array]",
 }
 REFUSED = [
     "fastattn.attention(x, x, x, no_such_keyword=1)",
@@ -103,6 +114,8 @@ REFUSED = [
     "layer(x, no_such_keyword=1)",
     "reference.attention(x, x, x, no_such_keyword=1)",
     "fastattn.attention_varlen(x, x, x, [0], [0], mask=x)",
+    f"{BACKWARD}, no_such_keyword=1)",
+    f"{VARLEN_BACKWARD}, return_grad_bias=True)",
     "layer(x, query_offset=0)",
 ]
 USE = """from typing import Any, assert_type

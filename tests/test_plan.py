@@ -29,6 +29,50 @@ def test_fields(dtypes, shape):
     assert 0 <= plan.scratch_bytes <= 2**20
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("shape", [(1, 2, 2, 300, 300, 64), (3, 8, 2, 1, 2000, 128), (0, 2, 2, 3, 4, 5)], ids=str)
+def test_fields_of_backward(dtypes, shape):
+    plan = fastattn.plan(*qkv(make_rng(), shape, dtypes), num_threads=2, backward=True)
+    assert plan.isa in ISAS
+    assert plan.path in ("float32", "float64", "bf16dot", "bf16tile")
+    assert plan.tile[1] == 64
+    assert plan.items >= (1 if shape[0] else 0)
+    assert 1 <= plan.threads <= 2
+    assert plan.query.seqlen == shape[3]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize(
+    ("head_dims", "most"),
+    [((64, 64), 2**20), ((128, 80), 2**20), ((256, 256), 2**20), ((512, 512), 1.3 * 2**20)],
+    ids=["64", "128, 80", "256", "512"],
+)
+@pytest.mark.parametrize("seqlen_k", [1, 1000, 2**17])
+@pytest.mark.parametrize("keywords", [{}, {"dropout": 0.1, "seed": 1, "softcap": 3.0}], ids=["plain", "all"])
+def test_scratch_of_backward_is_a_mebibyte_and_sums(dtypes, head_dims, most, seqlen_k, keywords):
+    """Twice the gradients of a head's keys and values, in the precision of sums, for blocks and vectors that are whole
+    and a few rows behind each block."""
+    head_dim, head_dim_v = head_dims
+    row = np.zeros((1, head_dim), dtypes[1]), np.zeros((1, head_dim_v), dtypes[1])
+    key, value = (np.broadcast_to(x, (seqlen_k, x.shape[1])) for x in row)
+    query = np.broadcast_to(np.zeros((1, head_dim), dtypes[0]), (4000, head_dim))
+    plan = fastattn.plan(query, key, value, backward=True, **keywords)
+    whole = sum(-(-dim // 32) * 32 for dim in head_dims)
+    sums = 2 * (-(-seqlen_k // 64) * 72) * whole * (8 if dtypes[0] == F64 else 4)
+    assert plan.scratch_bytes <= most + sums
+
+
+def test_splits_of_backward_are_of_rows_and_of_the_shape_alone():
+    arrays = qkv(make_rng(), (1, 1, 1, 3000, 300, 64))
+    one, two = (fastattn.plan(*arrays, num_threads=n, backward=True) for n in (1, 2))
+    assert one.splits == two.splits > 1
+    assert (one.items, one.shared_bytes) == (1, 0)
+    assert two.items == two.splits
+    assert two.shared_bytes > 0
+
+
 def test_frozen():
     plan = fastattn.plan(*qkv(make_rng(), (1, 1, 1, 3, 4, 8)))
     assert dataclasses.is_dataclass(plan)
@@ -46,13 +90,16 @@ def test_flops_count_what_is_visible(case):
         # Equal scores, so that no visible weight underflows to 0.
         np.zeros_like(case.query), np.zeros_like(case.key), case.value, **keywords, return_weights=True
     )  # fmt: skip
-    expected = 2 * (case.query.shape[-1] + case.value.shape[-1]) * np.count_nonzero(weights)
-    assert fastattn.plan(case.query, case.key, case.value, **keywords).flops == expected
+    seen, dim, dim_v = np.count_nonzero(weights), case.query.shape[-1], case.value.shape[-1]
+    arrays = case.query, case.key, case.value
+    assert fastattn.plan(*arrays, **keywords).flops == 2 * (dim + dim_v) * seen
+    assert fastattn.plan(*arrays, **keywords, backward=True).flops == 2 * (3 * dim + 2 * dim_v) * seen
 
 
 def test_flops_of_a_plain_call():
     query, key, value = qkv(make_rng(), (2, 4, 2, 5, 7, 8), head_dim_v=3)
     assert fastattn.plan(query, key, value).flops == 2 * 4 * 5 * 7 * 2 * (8 + 3)
+    assert fastattn.plan(query, key, value, backward=True).flops == 2 * 4 * 5 * 7 * 2 * (3 * 8 + 2 * 3)
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (5, 0), (0, 7)])
@@ -80,6 +127,13 @@ def test_a_few_rows_take_more_keys_at_once():
     assert few.path.endswith("-decode")
     assert not many.path.endswith("-decode")
     assert few.tile[1] > many.tile[1]
+
+
+def test_dropout_of_few_rows_is_not_decoding():
+    query, key, value = qkv(make_rng(), (1, 8, 8, 1, 1000, 64))
+    assert not fastattn.plan(query, key, value, dropout=0.1, seed=1).path.endswith("-decode")
+    with pytest.raises(ValueError, match="seed"):
+        fastattn.plan(query, key, value, dropout=0.1)
 
 
 def test_small_work_stays_on_one_thread():

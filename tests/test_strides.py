@@ -3,10 +3,23 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from oracle import DTYPE_IDS, DTYPES, F32, assert_close, check, exact, make_rng, normal, qkv, tolerances
-from strategies import cases
+from oracle import (
+    DTYPE_IDS,
+    DTYPES,
+    F32,
+    assert_close,
+    assert_same_bits,
+    check,
+    exact,
+    make_rng,
+    normal,
+    qkv,
+    tolerances,
+)
+from strategies import backward_cases, cases
 
 import fastattn
+from fastattn import reference
 
 SHAPE = (2, 4, 2, 37, 50, 24)
 
@@ -123,6 +136,36 @@ def test_inputs_unchanged(case):
         assert x.tobytes() == before[name], name
 
 
+STEPS = {
+    "reversed": (-1, -1, -1, -1),
+    "last-axis-strided": (1, 1, 1, 2),
+    "last-axis-reversed": (1, 1, 1, -1),
+    "last-axis-in-thirds": (1, 1, 1, 3),
+    "rows-strided": (1, 1, 3, 1),
+}
+AXES_IN_MEMORY = {
+    "batch-seq-heads-dim": (0, 2, 1, 3),
+    "seq-batch-heads-dim": (2, 0, 1, 3),
+    "dim-before-seq": (0, 1, 3, 2),
+    "fortran": (3, 2, 1, 0),
+}
+
+
+def room(shape, dtype, layout):
+    """Return a view of that layout to store results in, and what tells whether the memory between has been written."""
+    if layout == "field":
+        records = np.zeros(shape, [("flag", np.int8), ("x", dtype)])
+        return records["x"], lambda: (records["flag"] == 0).all()
+    steps, order = STEPS.get(layout, (1, 1, 1, 1)), AXES_IN_MEMORY.get(layout, (0, 1, 2, 3))
+    sizes = [n * abs(s) for n, s in zip(shape, steps, strict=True)]
+    sizes[-1] += 5 if layout == "padded-rows" else 0
+    memory = np.full([sizes[axis] for axis in order], 7.0, dtype).transpose(np.argsort(order))
+    written = np.zeros(memory.shape, bool)
+    view, own = (x[tuple(slice(None, None, step) for step in steps)][..., : shape[-1]] for x in (memory, written))
+    own[...] = True
+    return view, lambda: (memory[~written].astype(np.float64) == 7.0).all()
+
+
 @pytest.mark.isa
 @each_dtype
 @pytest.mark.parametrize("layout", [*LAYOUTS, "contiguous"])
@@ -130,22 +173,11 @@ def test_out_views(dtypes, layout):
     """out may be any view; the memory between its elements keeps what it held."""
     query, key, value = qkv(make_rng(), SHAPE, dtypes, head_dim_v=13)
     expected = exact(query, key, value)
-    steps = {"reversed": (-1, -1, -1, -1), "last-axis-strided": (1, 1, 1, 2), "last-axis-reversed": (1, 1, 1, -1),
-             "last-axis-in-thirds": (1, 1, 1, 3), "rows-strided": (1, 1, 3, 1)}.get(layout, (1, 1, 1, 1))  # fmt: skip
-    order = {"batch-seq-heads-dim": (0, 2, 1, 3), "seq-batch-heads-dim": (2, 0, 1, 3), "dim-before-seq": (0, 1, 3, 2),
-             "fortran": (3, 2, 1, 0)}.get(layout, (0, 1, 2, 3))  # fmt: skip
-    pad = 5 if layout == "padded-rows" else 0
-    sizes = [n * abs(s) for n, s in zip(expected.shape, steps, strict=True)]
-    sizes[-1] += pad
-    memory = np.full([sizes[axis] for axis in order], 7.0, dtypes[0]).transpose(np.argsort(order))
-    out = memory[tuple(slice(None, None, step) for step in steps)][..., : expected.shape[-1]]
-    written = np.zeros(memory.shape, bool)
-    written[tuple(slice(None, None, step) for step in steps)][..., : expected.shape[-1]] = True
-
+    out, is_untouched_between = room(expected.shape, dtypes[0], layout)
     result = fastattn.attention(query, key, value, out=out)
     assert result is out
     assert_close(out, expected, tolerances(query, key, value)[0])
-    assert (memory[~written].astype(np.float64) == 7.0).all()
+    assert is_untouched_between()
     # One row, the path of decoding.
     fastattn.attention(query[:, :, :1], key, value, out=out[:, :, :1])
     assert_close(out, expected, tolerances(query, key, value)[0])
@@ -176,3 +208,120 @@ def test_arrays_beside_out_in_one_buffer():
     fastattn.attention(query, key, value, out=out)
     np.testing.assert_array_equal(query, before)
     assert_close(out, expected, tolerances(query, key, value)[0])
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def for_backward(dtypes):
+    """Return the arguments of `attention_backward`, in the order that it has them."""
+    arrays = qkv(make_rng(), SHAPE, dtypes, head_dim_v=13)
+    out, lse = fastattn.attention(*arrays, causal=True, return_lse=True)
+    return [normal(make_rng(1), out.shape, out.dtype), *arrays, out, lse]
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_layouts(dtypes, layout):
+    """To the bit those of arrays that are contiguous."""
+    arrays = for_backward(dtypes)
+    lay = LAYOUTS[layout]
+    laid, lse = [lay(x) for x in arrays[:-1]], lay(arrays[-1][..., None])[..., 0]
+    expected = fastattn.attention_backward(*arrays, causal=True, grad_lse=arrays[-1])
+    actual = fastattn.attention_backward(*laid, lse, causal=True, grad_lse=lse)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("layout", [*LAYOUTS, "contiguous"])
+def test_grads_views(dtypes, layout):
+    """grads may be any views; the memory between their elements keeps what it held."""
+    arrays = for_backward(dtypes)
+    expected = fastattn.attention_backward(*arrays, causal=True)
+    rooms = [room(x.shape, x.dtype, layout) for x in arrays[1:4]]
+    grads = tuple(view for view, _ in rooms)
+    actual = fastattn.attention_backward(*arrays, causal=True, grads=grads)
+    for (view, is_untouched_between), a, e in zip(rooms, actual, expected, strict=True):
+        assert a is view
+        assert_same_bits(a, e)
+        assert is_untouched_between()
+
+
+@each_dtype
+@pytest.mark.parametrize("module", [fastattn, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("given", [(True, False, False), (False, True, True)], ids=str)
+def test_some_grads(dtypes, module, given):
+    arrays = for_backward(dtypes)
+    grads = tuple(np.empty_like(x) if is_given else None for x, is_given in zip(arrays[1:4], given, strict=True))
+    expected = module.attention_backward(*arrays, causal=True)
+    actual = module.attention_backward(*arrays, causal=True, grads=grads)
+    for a, e, grad in zip(actual, expected, grads, strict=True):
+        assert grad is None or a is grad
+        assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("module", [fastattn, reference], ids=["fast", "reference"])
+def test_grads_of_arrays_that_were_broadcast(module):
+    """What was repeated has one gradient, the sum, in an array of any strides."""
+    query, key, value = qkv(make_rng(), SHAPE)
+    key, value = key[:1], value[0]
+    out, lse = fastattn.attention(query, key, value, return_lse=True)
+    expected = module.attention_backward(out, query, key, value, out, lse)
+    grads = tuple(np.empty((*x.shape[:-1], 2 * x.shape[-1]), F32)[..., ::-2] for x in (query, key, value))
+    actual = module.attention_backward(out, query, key, value, out, lse, grads=grads)
+    for a, e, grad in zip(actual, expected, grads, strict=True):
+        assert a is grad
+        assert_same_bits(a, e)
+
+
+@pytest.mark.parametrize("module", [fastattn, reference], ids=["fast", "reference"])
+def test_grads_of_packed_sequences(module):
+    """Also those of keys whose sequence has no queries, which are 0."""
+    query, key, value = (x[0].swapaxes(0, 1) for x in qkv(make_rng(), (1, 4, 2, 20, 30, 8)))
+    bounds = [0, 5, 5, 20], [0, 10, 17, 30]
+    out, lse = fastattn.attention_varlen(query, key, value, *bounds, return_lse=True)
+    expected = module.attention_varlen_backward(out, query, key, value, out, lse, *bounds)
+    grads = tuple(np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, F32)[..., ::-2] for x in (query, key, value))
+    actual = module.attention_varlen_backward(out, query, key, value, out, lse, *bounds, grads=grads)
+    for a, e, grad in zip(actual, expected, grads, strict=True):
+        assert a is grad
+        assert_same_bits(a, e)
+    assert (actual[1][10:17] == 0).all()
+
+
+def test_packed_gradients_in_one_buffer():
+    """As one product with a matrix of weights takes them: they lie between each other, and do not overlap."""
+    arrays = for_backward((F32, F32))
+    arrays[3] = arrays[2]
+    arrays[0] = arrays[1]
+    arrays[4:] = fastattn.attention(*arrays[1:4], return_lse=True)
+    batch, heads, kv_heads, seqlen_q, _, head_dim = SHAPE
+    expected = fastattn.attention_backward(*arrays)
+    buffer = np.full((batch, 50, heads + 2 * kv_heads, head_dim), 7, F32)
+    grads = (
+        buffer[:, :seqlen_q, :heads].swapaxes(1, 2),
+        buffer[:, :, heads : heads + kv_heads].swapaxes(1, 2),
+        buffer[:, :, heads + kv_heads :].swapaxes(1, 2),
+    )
+    for a, e in zip(fastattn.attention_backward(*arrays, grads=grads), expected, strict=True):
+        assert_same_bits(a, e)
+    assert (buffer[:, seqlen_q:, :heads] == 7).all()
+
+
+@settings(max_examples=60)
+@given(case=backward_cases())
+def test_inputs_of_backward_unchanged(case):
+    case, grad_out, grad_lse = case
+    keywords = case.keywords
+    out, lse = fastattn.attention(case.query, case.key, case.value, **keywords, return_lse=True)
+    arrays = {"grad_out": grad_out, "query": case.query, "key": case.key, "value": case.value, "out": out, "lse": lse}
+    arrays |= {k: v for k, v in {**keywords, "grad_lse": grad_lse}.items() if isinstance(v, np.ndarray)}
+    before = {name: x.tobytes() for name, x in arrays.items()}
+    asked = {f"return_grad_{name}": True for name in ("bias", "sinks") if name in keywords}
+    first = grad_out, case.query, case.key, case.value, out, lse
+    fastattn.attention_backward(*first, grad_lse=grad_lse, **keywords, **asked)
+    for name, x in arrays.items():
+        assert x.tobytes() == before[name], name

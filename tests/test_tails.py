@@ -1,7 +1,9 @@
 """Sizes on either side of every vector, register tile and block: nothing is lost, nothing counted twice."""
 
 import pytest
-from oracle import DTYPE_IDS, DTYPES, check, make_rng, qkv
+from oracle import DTYPE_IDS, DTYPES, check, check_backward, make_rng, normal, qkv
+
+import fastattn
 
 # Tiles are up to three vectors of at most 16 float32 (32 half) lanes; blocks hold some 64 keys.
 SEQLENS_Q = [*range(1, 71), 95, 96, 97, 127, 128, 129, 143, 144, 145, 191, 192, 193]
@@ -76,3 +78,63 @@ def test_causal_and_window_edges_at_each_position(dtypes, offset):
     check(query, key, value, causal=True, query_offset=offset)
     check(query, key, value, window=(3, 1), query_offset=offset)
     check(query, key, value, window=(64, None), query_offset=offset)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def check_gradients(shape, dtypes, head_dim_v=None, **keywords):
+    rng = make_rng(*shape)
+    query, key, value = qkv(rng, shape, dtypes, head_dim_v)
+    grad_out = normal(rng, (*query.shape[:-1], value.shape[-1]), dtypes[0])
+    check_backward(fastattn.attention_backward, query, key, value, grad_out, **keywords)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", SEQLENS_Q)
+def test_gradients_of_seqlen_q(dtypes, seqlen_q):
+    check_gradients((1, 2, 2, seqlen_q, 67, 19), dtypes)
+    check_gradients((1, 2, 1, seqlen_q, 67, 19), dtypes, causal=True, query_offset=0)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_k", SEQLENS_K)
+@pytest.mark.parametrize("seqlen_q", [1, 50])
+def test_gradients_of_seqlen_k(dtypes, seqlen_k, seqlen_q):
+    check_gradients((1, 2, 1, seqlen_q, seqlen_k, 17), dtypes)
+    check_gradients((1, 2, 1, seqlen_q, seqlen_k, 17), dtypes, causal=True)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_gradients_of_head_dim(dtypes, head_dim):
+    """The two head dimensions have tails of their own."""
+    check_gradients((1, 1, 1, 21, 35, head_dim), dtypes)
+    check_gradients((1, 1, 1, 21, 70, head_dim), dtypes, head_dim_v=9)
+    check_gradients((1, 1, 1, 50, 70, 9), dtypes, head_dim_v=head_dim)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("group_size", [1, 3, 8, 50])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 33])
+def test_gradients_of_group_rows(dtypes, seqlen_q, group_size):
+    check_gradients((1, 2 * group_size, 2, seqlen_q, 70, 24), dtypes, causal=True)
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("seqlen_q", [255, 256, 257, 520, 1025])
+def test_gradients_of_rows_that_are_split(dtypes, seqlen_q):
+    check_gradients((1, 1, 1, seqlen_q, 70, 24), dtypes)
+
+
+@each_dtype
+@pytest.mark.parametrize("offset", [*range(-40, 160, 7), 47, 48, 49, 63, 64, 65, 127, 128, 129])
+def test_gradients_at_causal_and_window_edges(dtypes, offset):
+    check_gradients((1, 1, 1, 37, 150, 16), dtypes, causal=True, query_offset=offset)
+    check_gradients((1, 1, 1, 37, 150, 16), dtypes, window=(3, 1), query_offset=offset)
+    check_gradients((1, 1, 1, 37, 150, 16), dtypes, window=(64, None), query_offset=offset)

@@ -15,16 +15,18 @@ from oracle import (
     DTYPE_IDS,
     DTYPES,
     F32,
+    F64,
     HANG_SECONDS,
     assert_close,
     assert_same_bits,
     exact,
     make_rng,
+    normal,
     qkv,
     run_script,
     tolerances,
 )
-from strategies import cases
+from strategies import backward_cases, cases
 
 import fastattn
 from fastattn import _core
@@ -174,6 +176,127 @@ def test_same_bits_for_any_number_of_threads_of_long_rows(dtypes, keywords, num_
     assert_same_bits(more, one)
 
 
+# --- gradients
+
+# A group whose rows are split, and more groups than threads; rows of a group; fewer rows than lanes.
+BACKWARD_SHAPES = [(1, 2, 2, 700, 130, 32), (3, 8, 2, 40, 300, 64), (1, 4, 1, 300, 260, 16), (2, 4, 1, 3, 900, 64)]
+BACKWARD_KEYWORDS = {
+    "plain": {},
+    "causal, softcap": {"causal": True, "softcap": 5.0},
+    "dropout": {"dropout": 0.3, "seed": 7, "window": (90, 5)},
+}
+each_backward_shape = pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids=str)
+each_backward_keywords = pytest.mark.parametrize("keywords", BACKWARD_KEYWORDS.values(), ids=BACKWARD_KEYWORDS)
+
+
+def with_cotangents(rng, query, key, value):
+    """Return the arrays, after random gradients of their result and of its lse."""
+    rows = (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[-3:-1])
+    grad_out = normal(rng, (*rows, value.shape[-1]), query.dtype)
+    return grad_out, normal(rng, rows, F64 if query.dtype == F64 else F32), query, key, value
+
+
+def call_backward(grad_out, grad_lse, query, key, value, **keywords):
+    """Return the gradients, all that can be asked for."""
+    asked = {f"return_grad_{name}": True for name in ("bias", "sinks") if keywords.get(name) is not None}
+    out, lse = fastattn.attention(query, key, value, **keywords, return_lse=True)
+    return fastattn.attention_backward(grad_out, query, key, value, out, lse, grad_lse=grad_lse, **keywords, **asked)
+
+
+def assert_same_gradients(actual, expected):
+    for a, e, what in zip(actual, expected, ("query", "key", "value", "bias", "sinks"), strict=False):
+        assert_same_bits(a, e, f"grad_{what}")
+
+
+def score_arrays(rng, shape):
+    """A bias that is summed over the batch, and one more logit a head."""
+    return {"bias": normal(rng, (shape[1], 1, shape[4]), F32), "sinks": normal(rng, shape[1], F32)}
+
+
+@pytest.mark.isa
+@each_dtype
+@each_backward_shape
+@each_backward_keywords
+@pytest.mark.parametrize("num_threads", [2, 3, 7])
+def test_same_gradients_for_any_number_of_threads(dtypes, shape, keywords, num_threads):
+    rng = make_rng(*shape)
+    arrays = with_cotangents(rng, *qkv(rng, shape, dtypes))
+    keywords = {**keywords, **score_arrays(rng, shape)}
+    one = call_backward(*arrays, **keywords, num_threads=1)
+    assert_same_gradients(call_backward(*arrays, **keywords, num_threads=num_threads), one)
+
+
+@settings(max_examples=80)
+@given(case=backward_cases())
+def test_same_gradients_for_any_number_of_threads_in_any_call(case):
+    case, grad_out, grad_lse = case
+    case.keywords.pop("num_threads", None)
+    arrays = grad_out, grad_lse, case.query, case.key, case.value
+    one, three = (call_backward(*arrays, **case.keywords, num_threads=n) for n in (1, 3))
+    assert_same_gradients(three, one)
+
+
+@pytest.mark.isa
+@each_dtype
+@each_backward_shape
+@pytest.mark.parametrize("keywords", [{}, {"causal": True, "softcap": 5.0}], ids=str)
+def test_same_gradients_alone_and_in_a_batch(dtypes, shape, keywords):
+    """Whatever the others hold, be it NaN."""
+    rng = make_rng(*shape)
+    arrays = with_cotangents(rng, *qkv(rng, (3, *shape[1:]), dtypes))
+    for x in arrays:
+        x[1] = np.nan
+    lengths = np.array([shape[4] - 7 * b for b in range(3)])
+    together = call_backward(*arrays, key_lengths=lengths, **keywords)
+    for b in (0, 2):
+        alone = call_backward(*(x[b] for x in arrays), key_lengths=lengths[b], **keywords)
+        assert_same_gradients(alone, [x[b] for x in together])
+
+
+@pytest.mark.isa
+@each_dtype
+@each_backward_shape
+def test_same_gradients_for_heads_in_calls_of_their_own(dtypes, shape):
+    rng = make_rng(*shape)
+    arrays = with_cotangents(rng, *qkv(rng, shape, dtypes))
+    grad_out, grad_lse, query, key, value = arrays
+    group = shape[1] // shape[2]
+    together = call_backward(*arrays)
+    for kv_head in range(shape[2]):
+        heads, own = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
+        alone = call_backward(grad_out[:, heads], grad_lse[:, heads], query[:, heads], key[:, own], value[:, own])
+        assert_same_gradients(alone, [together[0][:, heads], together[1][:, own], together[2][:, own]])
+
+
+@pytest.mark.isa
+@each_dtype
+@each_backward_shape
+@pytest.mark.parametrize("share", [3, 1])
+def test_same_gradients_whatever_lies_past_key_lengths(dtypes, shape, share):
+    """key_lengths is the same as slicing, and keys past it have gradients of 0."""
+    rng = make_rng(*shape)
+    length = shape[4] // share - 1
+    *of_results, query, key, value = with_cotangents(rng, *qkv(rng, shape, dtypes))
+    by_length = call_backward(*of_results, query, key, value, causal=True, key_lengths=length)
+    sliced = call_backward(*of_results, query, key[:, :, :length], value[:, :, :length], causal=True)
+    assert_same_gradients([by_length[0], *(np.ascontiguousarray(x[:, :, :length]) for x in by_length[1:])], sliced)
+    for grad in by_length[1:]:
+        assert (grad[:, :, length:] == 0).all()
+
+
+@each_dtype
+def test_gradients_in_several_python_threads(dtypes):
+    jobs = [with_cotangents(make_rng(i), *qkv(make_rng(i), s, dtypes)) for i, s in enumerate(BACKWARD_SHAPES * 2)]
+    expected = [call_backward(*job, causal=True) for job in jobs]
+    with ThreadPoolExecutor(4) as executor:
+        results = list(executor.map(lambda job: call_backward(*job, causal=True, num_threads=2), jobs))
+    for result, e in zip(results, expected, strict=True):
+        assert_same_gradients(result, e)
+
+
+# --- Python
+
+
 @each_dtype
 def test_several_python_threads(dtypes):
     jobs = [qkv(make_rng(i), shape, dtypes) for i, shape in enumerate(SHAPES * 4)]
@@ -262,16 +385,73 @@ def test_ctrl_c(before, threads):
     assert printed == "interrupted midway\nusable True\n"
 
 
-def test_python_signal_handler_runs_during_a_call():
+INTERRUPTED_BACKWARD = """
+import os, signal, threading, time
+import numpy as np
+import fastattn
+from fastattn import reference
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+row = np.broadcast_to(np.ones((1, 1, 64), np.float32), {shape})
+lse = np.broadcast_to(np.float32(np.log({shape}[1]) + 8), {shape}[:2])
+grads = tuple(np.full(row.shape, np.nan, np.float32) for _ in range(3))
+
+def count_unwritten():
+    return [np.isnan(grad[..., 0]).sum() for grad in grads]
+
+def interrupt():
+    \"\"\"Ctrl-C, when some gradients of queries are there, or all of the three.\"\"\"
+    while {waits}:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    fastattn.attention_backward(row, row, row, row, row, lse, grads=grads, num_threads={threads}, {keywords})
+except KeyboardInterrupt:
+    print("interrupted", "midway" if any(count_unwritten()) else "after that", flush=True)
+x = np.random.default_rng(0).standard_normal((2, 2, 100, 64)).astype(np.float32)
+out, lse = fastattn.attention(x, x, x, return_lse=True)
+results = (module.attention_backward(x, x, x, x, out, lse) for module in (fastattn, reference))
+print("usable", all(abs(a - b).max() < 1e-4 for a, b in zip(*results)), flush=True)
+"""
+SOME = "count_unwritten()[0] == grads[0][..., 0].size"
+ALL = "any(count_unwritten())"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "keywords", "waits", "when"),
+    [
+        pytest.param((16, 32768, 64), "causal=False", SOME, "midway", id="groups"),
+        pytest.param((1, 65536, 64), "causal=False", SOME, "midway", id="splits of rows"),
+        pytest.param(
+            (1, 32768, 64), "bias=np.zeros(32768), return_grad_bias=True", ALL, "after that", id="gradient of a bias"
+        ),
+    ],
+)
+def test_ctrl_c_amid_gradients(threads, shape, keywords, waits, when):
+    """What is left to do takes a second or many; Ctrl-C ends it midway."""
+    printed = run_script(INTERRUPTED_BACKWARD.format(shape=shape, keywords=keywords, waits=waits, threads=threads))
+    assert printed == f"interrupted {when}\nusable True\n"
+
+
+def gradients_of(query, key, value, num_threads=None):
+    """Gradients of queries, from results whose numbers are anybody's."""
+    lse = np.full(query.shape[:-1], 10, F32)
+    return fastattn.attention_backward(value, query, key, value, value, lse, num_threads=num_threads)[0]
+
+
+@pytest.mark.parametrize("function", [fastattn.attention, gradients_of], ids=["forward", "backward"])
+def test_python_signal_handler_runs_during_a_call(function):
     """A handler that returns lets the call go on to its right result."""
     arrays = long_call()
-    expected = fastattn.attention(*arrays)
+    expected = function(*arrays)
     ran = []
     previous = signal.signal(signal.SIGALRM, lambda *_: ran.append(time.perf_counter()))
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
         begin = time.perf_counter()
-        result = fastattn.attention(*arrays, num_threads=1)
+        result = function(*arrays, num_threads=1)
         end = time.perf_counter()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.bench.gradients import GradientProblem
 from fastattn.bench.models import LayerProblem, SentenceProblem
 from fastattn.bench.shapes import Case, Problem
 from fastattn.cache import KVCache
 
-__all__ = ["PEERS", "Baseline", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Variant"]
+__all__ = ["JAX", "PEERS", "Baseline", "FastAttn", "NumPy", "OnnxRuntime", "OpenVINO", "Torch", "Variant"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class Variant:
 
     name: str
     run: Callable[[], Any]
-    read: Callable[[Any], NDArray[Any]]  # from what run returns to (batch, heads, seqlen_q, head_dim)
+    # From what run returns to (batch, heads, seqlen_q, head_dim), or to gradients of query, key, value and so on.
+    read: Callable[[Any], Any]
     turns: int = 1  # calls after which it begins anew, with the first layer
 
 
-def in_turn(name: str, runs: Sequence[Callable[[], Any]], read: Callable[[Any], NDArray[Any]]) -> Variant:
+def in_turn(name: str, runs: Sequence[Callable[[], Any]], read: Callable[[Any], Any]) -> Variant:
     """Return a variant that runs one layer after the other."""
     if len(runs) == 1:
         return Variant(name, runs[0], read)
@@ -79,8 +82,12 @@ class Baseline(abc.ABC):
         return contextlib.nullcontext()
 
 
-def refuses_special(case: Case, dtype: str) -> str | None:
+def refuses_special(case: Case, dtype: str, has_gradients: bool = False) -> str | None:
     """Return what the case asks for that no peer's operator has, or None."""
+    if case.passes != "forward" and not has_gradients:
+        return "no gradients"
+    if case.dropout:
+        return "drops other weights"
     lacking = {
         "varlen": "no packed sequences",
         "pages": "no cache in pages",
@@ -124,7 +131,9 @@ class FastAttn(Baseline):
         words = dict(problem.keywords)
         if problem.case.num_threads is not None:
             words["num_threads"] = problem.case.num_threads
-        if isinstance(problem, LayerProblem):
+        if isinstance(problem, GradientProblem):
+            yield lambda: gradient_variant(problem, words)
+        elif isinstance(problem, LayerProblem):
             yield lambda: Variant("MultiHeadAttention", lambda: problem.layer(problem.x, **words), as_is)
         elif isinstance(problem, SentenceProblem):
             yield lambda: Variant("Encoder", lambda: problem.encoder(problem.sentences), as_is)
@@ -139,6 +148,20 @@ class FastAttn(Baseline):
             query = problem.arrays[0]
             calls = [partial(fastattn.attention, query, *layer, **words) for layer in problem.layers]
             yield lambda: in_turn("attention", calls, as_is)
+
+
+def gradient_variant(problem: GradientProblem, words: dict[str, Any]) -> Variant:
+    grad_words = words | ({"return_grad_bias": True} if problem.case.grad_bias else {})
+
+    def forward() -> Any:
+        return fastattn.attention(*problem.arrays, **words, return_lse=True)
+
+    def backward(out: Any, lse: Any) -> Any:
+        return fastattn.attention_backward(problem.grad_out, *problem.arrays, out, lse, **grad_words)
+
+    if problem.case.passes == "backward":
+        return Variant("attention_backward", partial(backward, *forward()), tuple)
+    return Variant("attention, attention_backward", lambda: backward(*forward()), tuple)
 
 
 def varlen_variant(problem: Problem, words: dict[str, Any]) -> Variant:
@@ -259,7 +282,7 @@ class Torch(Baseline):
         if case.through == "sentences":
             found = importlib.util.find_spec("sentence_transformers")
             return None if found else "it needs sentence-transformers to encode sentences"
-        return None if case.through == "layer" else refuses_special(case, dtype)
+        return None if case.through == "layer" else refuses_special(case, dtype, has_gradients=True)
 
     def context(self) -> AbstractContextManager[Any]:
         import torch
@@ -277,6 +300,11 @@ class Torch(Baseline):
         if isinstance(problem, SentenceProblem):
             yield lambda: sentence_transformer(problem)
             return
+        if isinstance(problem, GradientProblem):
+            yield lambda: torch_gradients(problem, enable_gqa=True)
+            if problem.case.num_heads != problem.case.num_kv_heads:
+                yield lambda: torch_gradients(problem, enable_gqa=False)
+            return
         query = torch_tensor(problem.arrays[0])
         layers = [tuple(map(torch_tensor, layer)) for layer in problem.layers]
         causal, extra = problem.for_peers
@@ -285,9 +313,7 @@ class Torch(Baseline):
             words["attn_mask"] = torch_tensor(extra)
         attention = partial(torch.nn.functional.scaled_dot_product_attention, query, **words)
 
-        def read(result: Any) -> NDArray[Any]:
-            return np.asarray(result.double().numpy())
-
+        read = torch_read
         group = problem.case.num_heads // problem.case.num_kv_heads
         if group == 1:
             yield lambda: in_turn("sdpa", [partial(attention, *layer) for layer in layers], read)
@@ -297,6 +323,54 @@ class Torch(Baseline):
             # Keys repeated beforehand, outside the timed call, are sometimes quicker than enable_gqa.
             repeated = [tuple(x.repeat_interleave(group, dim=1) for x in layer) for layer in layers]
             yield lambda: in_turn("repeated keys", [partial(attention, *layer) for layer in repeated], read)
+
+
+def torch_gradients(problem: GradientProblem, enable_gqa: bool) -> Variant:
+    """Autograd, through the operator or, without enable_gqa, through repeated keys."""
+    import torch
+
+    case = problem.case
+    causal, extra = problem.for_peers
+    with torch.inference_mode(False):
+        leaves = [torch_tensor(x).requires_grad_() for x in problem.arrays]
+        grad_out = torch_tensor(problem.grad_out)
+        words: dict[str, Any] = {"is_causal": causal}
+        if extra is not None:
+            words["attn_mask"] = torch_tensor(extra)
+        if case.grad_bias:
+            leaves.append(words["attn_mask"].requires_grad_())
+    group = case.num_heads // case.num_kv_heads
+    if enable_gqa and group > 1:
+        words["enable_gqa"] = True
+
+    def forward() -> Any:
+        repeats = 1 if enable_gqa else group
+        query, key, value = (
+            x if x is leaves[0] or repeats == 1 else x.repeat_interleave(repeats, 1) for x in leaves[:3]
+        )
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **words)
+
+    def backward(out: Any) -> Any:
+        return torch.autograd.grad(out, leaves, grad_out, retain_graph=case.passes == "backward")
+
+    def run_both() -> Any:
+        with torch.inference_mode(False):
+            return backward(forward())
+
+    def run_backward() -> Any:
+        with torch.inference_mode(False):
+            return backward(out)
+
+    if case.passes == "backward":
+        with torch.inference_mode(False):
+            out = forward()
+    name = "autograd" if enable_gqa else "autograd, repeated keys"
+    run = run_backward if case.passes == "backward" else run_both
+    return Variant(name, run, lambda grads: tuple(map(torch_read, grads)))
+
+
+def torch_read(result: Any) -> NDArray[Any]:
+    return np.asarray(result.double().numpy())
 
 
 def torch_layer(problem: LayerProblem) -> Variant:
@@ -659,4 +733,102 @@ def vllm_pages(problem: Problem, isa: str, page_size: int, key: NDArray[Any], va
     return key_pages, value_pages
 
 
-PEERS: dict[str, type[Baseline]] = {peer.name: peer for peer in (NumPy, Torch, OnnxRuntime, OpenVINO, VLLM)}
+class JAX(Baseline):
+    """JAX's ``dot_product_attention`` or the formula in its own words, and their ``vjp``, compiled for the CPU.
+
+    The operator has no float16 there, and computes float64 in float32.
+    """
+
+    name = "jax"
+    packages: tuple[str, ...] = ("jax", "jaxlib")
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads)
+        os.environ["NPROC"] = str(num_threads)  # which its pool of threads reads when it is made
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_platforms", "cpu")
+
+    def refuses(self, case: Case, dtype: str) -> str | None:
+        return refuses_special(case, dtype, has_gradients=True)
+
+    def variants(self, problem: Problem) -> Iterator[Callable[[], Variant]]:
+        import jax
+
+        yield lambda: jax_variant(problem, jax.nn.dot_product_attention)
+        yield lambda: jax_variant(problem, jax_formula)
+
+
+def jax_formula(query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None, is_causal: bool = False) -> Any:
+    """What a careful user writes, which XLA fuses as far as it can; half types in float32, as in NumPy."""
+    from jax import nn, numpy
+
+    dtype, shape = query.dtype, query.shape
+    if dtype.itemsize == 2:
+        query, key, value = (x.astype(np.float32) for x in (query, key, value))
+    batch, rows, heads, dim = shape
+    keys, kv_heads = key.shape[1:3]
+    groups = query.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
+    scores = numpy.einsum("bmhgd,bnhd->bhgmn", groups, key).reshape(batch, heads, rows, keys) * dim**-0.5
+    if bias is not None:
+        scores += bias
+    if is_causal:
+        scores = numpy.where(numpy.tri(rows, keys, dtype=bool), scores, -np.inf)
+    if mask is not None:
+        scores = numpy.where(mask, scores, -np.inf)
+    weights = nn.softmax(scores).reshape(batch, kv_heads, heads // kv_heads, rows, keys)
+    return numpy.einsum("bhgmn,bnhd->bmhgd", weights, value).reshape(shape).astype(dtype)
+
+
+def jax_variant(problem: Problem, operator: Callable[..., Any]) -> Variant:
+    """Its arrays are (batch, seq, heads, dim), as it wants them."""
+    import jax
+
+    case = problem.case
+    causal, extra = problem.for_peers
+    words: dict[str, Any] = {"is_causal": causal}
+    given = [jax_array(x) for x in problem.arrays]
+    if extra is not None and extra.dtype == bool:
+        words["mask"] = jax.numpy.asarray(extra)
+    elif extra is not None and not case.grad_bias:
+        words["bias"] = jax.numpy.asarray(extra)
+    elif extra is not None:
+        given.append(jax.numpy.asarray(extra))
+
+    def attend(query: Any, key: Any, value: Any, *bias: Any) -> Any:
+        own = {"bias": bias[0]} if bias else {}
+        return operator(query, key, value, **words, **own)
+
+    def gradients(grad_out: Any, *arrays: Any) -> Any:
+        return jax.vjp(attend, *arrays)[1](grad_out)
+
+    def read(result: Any) -> NDArray[Any]:
+        return np.asarray(result.astype(np.float64)).swapaxes(1, 2)
+
+    def read_gradients(result: Any) -> Any:
+        return (*map(read, result[:3]), *(np.asarray(x.astype(np.float64)) for x in result[3:]))
+
+    if not isinstance(problem, GradientProblem):
+        compiled = jax.jit(attend)
+        layers = [[given[0], *map(jax_array, layer)] for layer in problem.layers]
+        runs = [lambda layer=layer: jax.block_until_ready(compiled(*layer)) for layer in layers]
+        return in_turn(operator.__name__, runs, read)
+    grad_out = jax_array(problem.grad_out)
+    if case.passes == "both":
+        compiled = jax.jit(gradients)
+        return Variant(
+            f"vjp of {operator.__name__}", lambda: jax.block_until_ready(compiled(grad_out, *given)), read_gradients
+        )
+    _, pull = jax.jit(lambda *arrays: jax.vjp(attend, *arrays))(*given)
+    apply = jax.jit(lambda pull, grad: pull(grad))
+    return Variant(f"vjp of {operator.__name__}", lambda: jax.block_until_ready(apply(pull, grad_out)), read_gradients)
+
+
+def jax_array(array: NDArray[Any]) -> Any:
+    import jax
+
+    return jax.block_until_ready(jax.numpy.asarray(np.ascontiguousarray(array.swapaxes(1, 2))))
+
+
+PEERS: dict[str, type[Baseline]] = {peer.name: peer for peer in (NumPy, Torch, JAX, OnnxRuntime, OpenVINO, VLLM)}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
+from fastattn.bench.gradients import GradientProblem
 from fastattn.bench.limits import PathWork, Work
 from fastattn.bench.shapes import Case, Problem
 from fastattn.encoder import Encoder
@@ -151,6 +152,8 @@ def documented_sentences(name: str) -> list[str]:
 
 def problem_for(case: Case, dtype: np.dtype[Any]) -> Problem:
     """Return the problem that a case is."""
+    if case.passes != "forward":
+        return GradientProblem(case, dtype)
     kinds = {"layer": LayerProblem, "sentences": SentenceProblem}
     return kinds.get(case.through, Problem)(case, dtype)
 

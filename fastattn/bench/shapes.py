@@ -25,6 +25,9 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")
 # int8 is what a KVCache may store, under float32 queries.
 DTYPES = (*FLOATS, "int8")
 
+# The passes that are timed, by whether they are backward, and the products that each makes of a score.
+PRODUCTS = {"forward": [(False, 2)], "backward": [(True, 5)], "both": [(False, 2), (True, 5)]}
+
 # So few query rows a kv head that the time goes into reading keys and values,
 FEW_ROWS = 16
 # and so many bytes that the measured bandwidth is not mostly the time it takes to wake threads.
@@ -63,6 +66,9 @@ class Case:
     # "pages": keys and values are in a cache. "cache": a step of decoding, which appends the last key and then
     # attends to all. "layer": with the projections; "sentences": a whole model, on `batch` sentences.
     through: Literal["attention", "varlen", "pages", "cache", "layer", "sentences"] = "attention"
+    passes: Literal["forward", "backward", "both"] = "forward"  # what is timed of attention and its gradients
+    dropout: float = 0.0
+    grad_bias: bool = False  # whether the bias has a gradient, too
     cold: bool = False  # keys and values come from memory, as in a decoder, whose layers take turns
     lengths: tuple[int, ...] = field(default=(), repr=False)  # of packed sequences; seqlen_q and seqlen_k are their sum
     dtypes: tuple[str, ...] = FLOATS  # those it is about
@@ -84,6 +90,12 @@ class Case:
     def costs(self, name: str, **changes: Any) -> Case:
         """Return this case with something changed, to be timed against this case."""
         return replace(self, name=name, baseline=self, **changes)
+
+    def training(self) -> tuple[Case, Case]:
+        """Return the case with its gradients, and its gradients alone."""
+        return replace(self, name=f"{self.name}-both", passes="both"), replace(
+            self, name=f"{self.name}-backward", passes="backward"
+        )
 
     def packs(self, name: str, lengths: tuple[int, ...]) -> Case:
         """Return packed sequences of these lengths, to be timed per flop against this batch."""
@@ -194,6 +206,23 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     ),
 }
 
+TRAINED = ("encoder-1024", "decoder-2048", "long-8192", "dim-80", "dim-256", "batch-128", "vit-197")
+GROUPS["both"], GROUPS["backward"] = zip(
+    *(case.training() for case in GROUPS["forward"] if case.name in TRAINED), strict=True
+)
+
+BOTH, BACKWARD = BASE.training()
+BIAS = replace(BACKWARD, name="backward-bias", extra="bias")
+GROUPS["training-cost"] = (
+    BASE.costs("dropout", dropout=0.1),
+    BOTH.costs("dropout-both", dropout=0.1),
+    BACKWARD.costs("dropout-backward", dropout=0.1),
+    replace(BIAS, baseline=BACKWARD),
+    BIAS.costs("grad-bias", grad_bias=True),
+    Case("full-2048-backward", 1, 12, 12, 2048, 2048, 64, passes="backward").costs("causal-backward", causal=True),
+    Case("full-8192-backward", 1, 4, 4, 8192, 8192, 64, passes="backward").costs("window-backward", window=(256, 0)),
+)
+
 GROUPS["cold"] = tuple(
     cold(case)
     for group, names in {
@@ -213,8 +242,8 @@ def find_cases(words: list[str]) -> list[Case]:
     Parameters
     ----------
     words : list of str
-        Each a shape ``B,H,Hkv,Sq,Sk,D`` with an optional ``,causal``, or names of groups and cases, with commas
-        between them.
+        Each a shape ``B,H,Hkv,Sq,Sk,D`` with an optional ``,causal`` and an optional ``,backward`` or ``,both``, or
+        names of groups and cases, with commas between them.
 
     Raises
     ------
@@ -238,27 +267,29 @@ def split_names(word: str) -> list[str]:
 
 
 def parse_shape(word: str) -> Case:
-    sizes, _, causal = word.partition(",causal")
-    try:
-        numbers = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 6 or min(numbers) < 1 or causal or numbers[1] % numbers[2]:
+    *sizes, causal = word.removesuffix(",both").removesuffix(",backward").split(",")
+    if causal != "causal":
+        sizes, causal = [*sizes, causal], ""
+    passes: Any = next((passes for passes in ("both", "backward") if word.endswith(f",{passes}")), "forward")
+    numbers = [int(size) if size.isdecimal() else 0 for size in sizes]
+    if len(numbers) != 6 or min(numbers) < 1 or numbers[1] % numbers[2]:
         raise ValueError(
-            f"got {word!r}; a shape is B,H,Hkv,Sq,Sk,D[,causal] with positive sizes and H a multiple of Hkv, "
-            f"a group ({', '.join(GROUPS)}) or a name ({', '.join(CASES)})"
+            f"got {word!r}; a shape is B,H,Hkv,Sq,Sk,D[,causal][,backward|,both] with positive sizes and H a multiple "
+            f"of Hkv, a group ({', '.join(GROUPS)}) or a name ({', '.join(CASES)})"
         )
     batch, num_heads, num_kv_heads, seqlen_q, seqlen_k, head_dim = numbers
     return Case(
-        "given",
+        "given" if passes == "forward" else f"given-{passes}",
         batch,
         num_heads,
         num_kv_heads,
         seqlen_q,
         seqlen_k,
         head_dim,
-        causal=word.endswith(",causal"),
-        dtypes=DTYPES if seqlen_q < seqlen_k else FLOATS,  # a cache holds more keys than there are queries
+        causal=bool(causal),
+        passes=passes,
+        # A cache holds more keys than there are queries.
+        dtypes=DTYPES if seqlen_q < seqlen_k and passes == "forward" else FLOATS,
     )
 
 
@@ -366,6 +397,8 @@ class Problem:
         draw = np.random.default_rng(2)
         full = (case.batch, 1, case.seqlen_q, case.seqlen_k)
         asked: dict[str, Any] = {"causal": case.causal, "window": case.window, "softcap": case.softcap}
+        if case.dropout:
+            asked |= {"dropout": case.dropout, "seed": 1}
         if case.extra == "mask":
             # Random, so that no block of it is all True or all False and could be skipped.
             asked["mask"] = draw.random(full, np.float32) < 0.9
@@ -404,10 +437,13 @@ class Problem:
         query, key, value = self.arrays
         paths: dict[str, PathWork] = {}
         for rows, keys in self.parts:
-            plan = fastattn.plan(query[..., rows, :], key[..., keys, :], value[..., keys, :], **self.keywords)
-            flops, scores, _ = paths.get(plan.path, PathWork(0, 0))
-            effort = split_effort(query.dtype.name, key.dtype.name) if plan.path == "split" else 1.0
-            paths[plan.path] = PathWork(flops + plan.flops, scores + plan.flops // (4 * self.case.head_dim), effort)
+            part = query[..., rows, :], key[..., keys, :], value[..., keys, :]
+            for backward, products in PRODUCTS[self.case.passes]:
+                plan = fastattn.plan(*part, **self.keywords, backward=backward)
+                flops, scores, _ = paths.get(plan.path, PathWork(0, 0))
+                effort = split_effort(query.dtype.name, key.dtype.name) if plan.path == "split" else 1.0
+                visible = plan.flops // (2 * products * self.case.head_dim)
+                paths[plan.path] = PathWork(flops + plan.flops, scores + visible, effort)
         return paths
 
     @cached_property
