@@ -390,7 +390,7 @@ static void store_key_gradients(const backward_state *b, const vec *sums)
     const fa_gradients *g = p->gradients;
     const int64_t num_keys = p->cu_seqlens_k ? b->s.item->sequence.num_keys : p->seqlen_k;
     for (int64_t n = 0; n < num_keys; n++) {
-        store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, (real)p->scale);
+        store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, gradient_scale(p));
         store_key_gradient(b, &g->grad_value, b->arrays.grad_value, sums + sum_vectors(p->head_dim), n,
                            p->head_dim_v, kept_factor(p));
     }
