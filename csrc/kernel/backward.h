@@ -97,8 +97,9 @@ static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_su
     b->kept = take(base, &offset, has_dropout(p) ? panel_bytes : 0);
     b->probability_operands = take(base, &offset, panel_operand_bytes());
     b->grad_operands = take(base, &offset, panel_operand_bytes());
-    w->packed_key = take(base, &offset, row_block_bytes(p->head_dim));
+    /* Behind columns, a product reads as many rows as it may write beyond its last one. */
     w->packed_value = take(base, &offset, column_block_bytes(p->head_dim));
+    w->packed_key = take(base, &offset, row_block_bytes(p->head_dim));
     b->packed_value_rows = take(base, &offset, row_block_bytes(p->head_dim_v));
     w->gathered = take(base, &offset, gathered_bytes(p));
     b->sums = take(base, &offset, num_sums > 0 ? sum_bytes : 0);
