@@ -353,7 +353,7 @@ static void differentiate_split(backward_state *b, int64_t split)
     const fa_work_item *item = b->s.item;
     const int64_t end = min_i64((split + 1) * item->split_rows, item->row_end), step = backward_rows(p);
     memset(b->sums, 0, (size_t)(b->num_blocks * block_sum_vectors(p)) * sizeof(vec));
-    for (int64_t row = split * item->split_rows; row < end; row += step)
+    for (int64_t row = split * item->split_rows; row < end && !fa_should_stop(b->s.stop); row += step)
         differentiate_tiles(b, row, min_i64(row + step, end));
 }
 
