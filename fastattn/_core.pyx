@@ -1143,10 +1143,21 @@ cdef class Gradients:
             array = given
         else:
             array = np.empty(shape, like.dtype)
-        if self.call.packed or p.num_heads == 0 or p.seqlen_q == 0:  # keys that belong to no work
-            array.fill(0)
         self.describe_result(view, array, name, 3)
         return array
+
+    cdef int clear_keys_without_queries(self) except -1:
+        """Keys of which there is no work, once there can be no error any more."""
+        cdef const fa_problem *p = &self.call.problem
+        if p.num_heads == 0 or p.seqlen_q == 0:
+            for array in self.results:
+                array.fill(0)
+        elif self.call.packed:
+            bounds = self.call.cu_seqlens_k
+            for b in np.flatnonzero(np.diff(self.call.cu_seqlens_q) == 0):
+                for array in self.results[1:]:
+                    array[bounds[b]:bounds[b + 1]] = 0
+        return 0
 
     cdef int set_grads(self, object grads) except -1:
         cdef Call call = self.call
@@ -1204,9 +1215,10 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_s
     if return_grad_sinks:
         gradients.set_delta()
     bias = gradients.new_bias_gradient() if return_grad_bias else None
-    run(call, fa_backward)
-    if return_grad_bias:
+    if return_grad_bias:  # first: if it lacks memory, nothing has been written to grads
         run(call, fa_bias_gradient)
+    run(call, fa_backward)
+    gradients.clear_keys_without_queries()
     results = gradients.summed(grads)
     if return_grad_bias:
         results.append(bias)

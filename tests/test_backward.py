@@ -467,6 +467,27 @@ def test_huge_scale(implementation, dtypes, scale):
     np.testing.assert_allclose(actual[2].astype(F64), expected[2].astype(F64), rtol=64 * unit, atol=8 * unit)
 
 
+# --- where gradients are stored -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_nothing_is_stored_if_one_place_is_bad(packed, bad):
+    query, key, value = (normal(make_rng(33 + i), (5, 5, 8), F32) for i in range(3))
+    grads = [np.ones((5, 5, 8), F32) for _ in range(3)]
+    grads[bad] = np.ones((5, 5, 8), F64)
+    if packed:
+        lengths = [0, 2, 5]
+        out, lse = fastattn.attention_varlen(query, key, value, lengths, lengths, return_lse=True)
+        call = functools.partial(fastattn.attention_varlen_backward, out, query, key, value, out, lse, lengths, lengths)
+    else:
+        out, lse = fastattn.attention(query, key, value, return_lse=True)
+        call = functools.partial(fastattn.attention_backward, out, query, key, value, out, lse)
+    with pytest.raises(TypeError, match=rf"grads' {('query', 'key', 'value')[bad]} has dtype float64"):
+        call(grads=tuple(grads))
+    assert all((grad == 1).all() for grad in grads)
+
+
 # --- packed sequences -----------------------------------------------------------------------------
 
 

@@ -192,6 +192,30 @@ print(*outcomes, float(abs(out - 1).max()) < 1e-12)
     assert set(printed.split()[:-1]) <= {"done", "MemoryError"}
 
 
+def test_refused_scratch_leaves_gradients_as_they_were():
+    """Sums for 2**17 keys take 64 MiB and more; the second sequence has keys and no queries."""
+    printed = run_script(
+        """
+import resource, numpy as np, fastattn
+query = np.ones((1, 1, 64), np.float32)
+key = np.broadcast_to(query, (2**17 + 3, 1, 64))
+grads = np.ones_like(query), np.ones(key.shape, np.float32), np.ones(key.shape, np.float32)
+arrays = query, query, key, key, query, np.zeros((1, 1), np.float32), [0, 1, 1], [0, 2**17, 2**17 + 3]
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))
+try:
+    fastattn.attention_varlen_backward(*arrays, grads=grads, num_threads=1)
+except MemoryError:
+    print("MemoryError", all((grad == 1).all() for grad in grads))
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+fastattn.attention_varlen_backward(*arrays, grads=grads, num_threads=1)
+print((grads[1][2**17:] == 0).all(), (grads[2][2**17:] == 0).all())
+"""
+    )
+    assert printed == "MemoryError True\nTrue True\n"
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128, 512])
 @pytest.mark.parametrize("seqlen", [1024, 2**20])
