@@ -467,6 +467,20 @@ def test_huge_scale(implementation, dtypes, scale):
     np.testing.assert_allclose(actual[2].astype(F64), expected[2].astype(F64), rtol=64 * unit, atol=8 * unit)
 
 
+@each_implementation
+@pytest.mark.parametrize("shared", ["key", "value", "sinks"])
+def test_sums_beyond_float16_are_infinite_without_a_warning(implementation, shared):
+    """Over what the array was broadcast to; pytest makes errors of warnings."""
+    arrays = {name: np.ones((4, 2, 3, 8), F16) for name in ("query", "key", "value")}
+    arrays["value"][..., 0, :] = -1
+    arrays[shared] = np.ones(2, F16) if shared == "sinks" else arrays[shared][:1]
+    out, lse = fastattn.attention(**arrays, return_lse=True)
+    grad_out = np.full(out.shape, 6e4, F16)
+    asked = {"return_grad_sinks": True} if shared == "sinks" else {}
+    grads = backward_of(implementation)(grad_out, out=out, lse=lse, **arrays, **asked)
+    assert np.isinf(grads[{"key": 1, "value": 2, "sinks": 3}[shared]]).any()
+
+
 # --- where gradients are stored -------------------------------------------------------------------
 
 
