@@ -79,7 +79,7 @@ static void add_head(const bias_pass *pass, fa_bias_item *item, int64_t row_begi
     const fa_problem *p = pass->problem;
     const int64_t tile_rows = (int64_t)pass->kernel->lanes * pass->kernel->max_vectors;
     item->work.kv_head = item->head / (p->num_heads / p->num_kv_heads);
-    for (int64_t row = row_begin; row < row_end; row += tile_rows) {
+    for (int64_t row = row_begin; row < row_end && !fa_should_stop(stop); row += tile_rows) {
         item->work.row_begin = row;
         item->work.row_end = row + tile_rows < row_end ? row + tile_rows : row_end;
         pass->kernel->add_bias_gradient(p, item, scratch, stop);

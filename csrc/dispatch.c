@@ -135,7 +135,7 @@ static bool pays_to_split(const fa_problem *p, int64_t rows, int64_t keys)
  * probabilities. */
 static bool decodes_int8(const fa_kernel *kernel, const fa_problem *p, int64_t rows)
 {
-    return kernel && kernel->decodes_int8 && rows <= kernel->decode_rows && p->dropout == 0 &&
+    return kernel && kernel->decodes_int8 && fa_is_decode(p, rows, kernel->decode_rows) &&
            p->query.dtype == FA_BFLOAT16 && p->key.dtype == FA_INT8 && p->key.col == 1 && p->value.col == 1 &&
            p->head_dim % 32 == 0 && p->head_dim_v % 32 == 0;
 }

@@ -102,6 +102,13 @@ static inline int64_t fa_clamp(int64_t x, int64_t lowest, int64_t highest)
     return x < lowest ? lowest : x > highest ? highest : x;
 }
 
+/* Whether a head group of so many rows has a decode tile, where a kernel has one for up to `decode_rows`.
+ * Dropout and gradients have lanes of rows. */
+static inline bool fa_is_decode(const fa_problem *p, int64_t rows, int decode_rows)
+{
+    return rows <= decode_rows && p->dropout == 0 && !p->gradients;
+}
+
 /* The keys, of `num_keys`, that the window lets a query at `position` see. A causal mask is the window's
  * right = 0. */
 static inline fa_interval fa_row_interval(const fa_problem *p, int64_t position, int64_t num_keys)

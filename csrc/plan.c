@@ -393,7 +393,7 @@ fa_status fa_plan_problem(const fa_problem *p, fa_plan *plan)
     const int64_t group_rows = p->num_kv_heads > 0 ? p->seqlen_q * (p->num_heads / p->num_kv_heads) : 0;
     const fa_kernel *kernel =
         part.group_plan.kernel ? part.group_plan.kernel : select_kernel(p, group_rows, p->seqlen_k);
-    const bool is_decode = !p->gradients && p->dropout == 0 && group_rows <= kernel->decode_rows;
+    const bool is_decode = fa_is_decode(p, group_rows, kernel->decode_rows);
     *plan = (fa_plan){
         .isa = kernel->isa,
         .kernel = kernel->name,

@@ -167,7 +167,8 @@ def sum_to(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], out: Arra
     if array.shape != shape:
         extra = array.ndim - len(shape)
         axes = (*range(extra), *(extra + axis for axis, size in enumerate(shape) if size != array.shape[extra + axis]))
-        array = array.sum(axis=axes, keepdims=True).reshape(shape).astype(dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            array = array.sum(axis=axes, keepdims=True).reshape(shape).astype(dtype)
     if out is None or out is array:
         return array
     out[...] = array
@@ -181,6 +182,6 @@ def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
     lse = lse.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         gradients = -np.exp(logits.astype(np.float64)[:, None] - lse) * delta
-    gradients = np.where(np.isneginf(lse), 0, gradients)
-    of_heads: Array = gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)
+        gradients = np.where(np.isneginf(lse), 0, gradients)
+        of_heads: Array = gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)
     return of_heads

@@ -1152,6 +1152,19 @@ cdef class Gradients:
                 call.inputs[f"grads' {name}"] = array
         return 0
 
+    cdef int clear_keys_without_queries(self) except -1:
+        """Keys of which there is no work, once there can be no error any more."""
+        cdef const fa_problem *p = &self.call.problem
+        if p.num_heads == 0 or p.seqlen_q == 0:
+            for array in self.results:
+                array.fill(0)
+        elif self.call.packed:
+            bounds = self.call.cu_seqlens_k
+            for b in np.flatnonzero(np.diff(self.call.cu_seqlens_q) == 0):
+                for array in self.results[1:]:
+                    array[bounds[b]:bounds[b + 1]] = 0
+        return 0
+
     cdef int set_grads(self, object grads) except -1:
         cdef Call call = self.call
         cdef fa_gradients *g = &self.gradients
@@ -1162,14 +1175,6 @@ cdef class Gradients:
             self.new_gradient(&g.grad_key, call.key, "key", given[1]),
             self.new_gradient(&g.grad_value, call.value, "value", given[2]),
         ]
-        return 0
-
-    cdef int clear_unvisited(self) except -1:
-        """Those of keys that belong to no work."""
-        cdef const fa_problem *p = &self.call.problem
-        if self.call.packed or p.num_heads == 0 or p.seqlen_q == 0:
-            for array in self.results:
-                array.fill(0)
         return 0
 
     cdef int set_delta(self) except -1:
@@ -1217,10 +1222,10 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_s
     if return_grad_sinks:
         gradients.set_delta()
     bias = gradients.new_bias_gradient() if return_grad_bias else None
-    gradients.clear_unvisited()
-    run(call, fa_backward)
-    if return_grad_bias:
+    if return_grad_bias:  # first: if it lacks memory, nothing has been written to grads
         run(call, fa_bias_gradient)
+    run(call, fa_backward)
+    gradients.clear_keys_without_queries()
     results = gradients.summed(grads)
     if return_grad_bias:
         results.append(bias)

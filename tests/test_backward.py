@@ -368,16 +368,17 @@ def test_rows_without_keys_leave_no_trace(implementation, dtypes, keywords, bad)
 
 @each_implementation_and_isa
 @each_dtype
-@pytest.mark.parametrize("planted_in", ["query", "grad_out"])
+@pytest.mark.parametrize("planted_in", ["query", "grad_out", "lse"])
 def test_a_row_that_is_nan_reaches_the_keys_that_it_sees(implementation, dtypes, planted_in):
     """And no others: keys after it, with a causal edge, have the gradients that they have without the row."""
     clean = qkv(make_rng(23), (1, 2, 1, 70, 70, 20), dtypes)
     grad_out = normal(make_rng(24), clean[0].shape, dtypes[0])
-    query, planted = clean[0].copy(), grad_out.copy()
-    (query if planted_in == "query" else planted)[..., 40, 3] = np.nan
     out, lse = fastattn.attention(*clean, causal=True, return_lse=True)
-    expected = backward_of(implementation)(grad_out, *clean, out, lse, causal=True)
-    actual = backward_of(implementation)(planted, query, *clean[1:], out, lse, causal=True)
+    planted = {"query": clean[0].copy(), "grad_out": grad_out.copy(), "lse": lse.copy()}
+    planted[planted_in][(..., 40) if planted_in == "lse" else (..., 40, 3)] = np.nan
+    arrays = {"key": clean[1], "value": clean[2], "out": out, "causal": True}
+    expected = backward_of(implementation)(query=clean[0], grad_out=grad_out, lse=lse, **arrays)
+    actual = backward_of(implementation)(**planted, **arrays)
     for a, e in zip(actual[1:], expected[1:], strict=True):
         assert np.isnan(a[..., :41, :].astype(F64)).any(axis=-1).all()
         assert_same_bits(a[..., 41:, :], e[..., 41:, :])
@@ -428,6 +429,77 @@ def test_gradients_of_what_is_not_given(implementation, name):
     out, lse = fastattn.attention(query, key, value, return_lse=True)
     with pytest.raises(ValueError, match=f"return_grad_{name} .*{name}"):
         backward_of(implementation)(out, query, key, value, out, lse, **{f"return_grad_{name}": True})
+
+
+# --- what does not fit into the numbers -----------------------------------------------------------
+
+
+@each_implementation_and_isa
+@each_dtype
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tiny_scale(implementation, dtypes, sign):
+    """Scores are 0 then; lse, here of more keys, exceeds the largest number in units of a score."""
+    query, key, value = qkv(make_rng(29), (2, 4, 2, 37, 70, 20), dtypes)
+    grad_out = normal(make_rng(30), query.shape, dtypes[0])
+    out, lse = fastattn.attention(query, key, value, scale=0.0, return_lse=True)
+    lse += 10
+    scale = sign * 2 * float(np.finfo(lse.dtype).tiny)
+    expected = backward_of(implementation)(grad_out, query, key, value, out, lse, scale=0.0)
+    actual = backward_of(implementation)(grad_out, query, key, value, out, lse, scale=scale)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a.astype(F64), e.astype(F64), rtol=64 * UNIT[a.dtype], atol=1e-3 * UNIT[a.dtype])
+
+
+@each_implementation_and_isa
+@each_dtype
+@pytest.mark.parametrize("scale", [1e300, -1e300])
+def test_huge_scale(implementation, dtypes, scale):
+    """Of queries and keys that are 0 the gradients are so, too."""
+    value, grad_out = normal(make_rng(31), (2, 70, 20), dtypes[1]), normal(make_rng(32), (2, 37, 20), dtypes[0])
+    query, key = np.zeros((2, 37, 20), dtypes[0]), np.zeros((2, 70, 20), dtypes[1])
+    out, lse = fastattn.attention(query, key, value, return_lse=True)
+    expected = backward_of(implementation)(grad_out, query, key, value, out, lse)
+    actual = backward_of(implementation)(grad_out, query, key, value, out, lse, scale=scale)
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        assert (a == 0).all()
+        assert (e == 0).all()
+    unit = UNIT[dtypes[1]]
+    np.testing.assert_allclose(actual[2].astype(F64), expected[2].astype(F64), rtol=64 * unit, atol=8 * unit)
+
+
+@each_implementation
+@pytest.mark.parametrize("shared", ["key", "value", "sinks"])
+def test_sums_beyond_float16_are_infinite_without_a_warning(implementation, shared):
+    """Over what the array was broadcast to; pytest makes errors of warnings."""
+    arrays = {name: np.ones((4, 2, 3, 8), F16) for name in ("query", "key", "value")}
+    arrays["value"][..., 0, :] = -1
+    arrays[shared] = np.ones(2, F16) if shared == "sinks" else arrays[shared][:1]
+    out, lse = fastattn.attention(**arrays, return_lse=True)
+    grad_out = np.full(out.shape, 6e4, F16)
+    asked = {"return_grad_sinks": True} if shared == "sinks" else {}
+    grads = backward_of(implementation)(grad_out, out=out, lse=lse, **arrays, **asked)
+    assert np.isinf(grads[{"key": 1, "value": 2, "sinks": 3}[shared]]).any()
+
+
+# --- where gradients are stored -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_nothing_is_stored_if_one_place_is_bad(packed, bad):
+    query, key, value = (normal(make_rng(33 + i), (5, 5, 8), F32) for i in range(3))
+    grads = [np.ones((5, 5, 8), F32) for _ in range(3)]
+    grads[bad] = np.ones((5, 5, 8), F64)
+    if packed:
+        lengths = [0, 2, 5]
+        out, lse = fastattn.attention_varlen(query, key, value, lengths, lengths, return_lse=True)
+        call = functools.partial(fastattn.attention_varlen_backward, out, query, key, value, out, lse, lengths, lengths)
+    else:
+        out, lse = fastattn.attention(query, key, value, return_lse=True)
+        call = functools.partial(fastattn.attention_backward, out, query, key, value, out, lse)
+    with pytest.raises(TypeError, match=rf"grads' {('query', 'key', 'value')[bad]} has dtype float64"):
+        call(grads=tuple(grads))
+    assert all((grad == 1).all() for grad in grads)
 
 
 # --- packed sequences -----------------------------------------------------------------------------

@@ -5,7 +5,19 @@ import itertools
 import numpy as np
 import pytest
 from hypothesis import given
-from oracle import F32, F64, UNIT, assert_close, assert_same_bits, check, check_backward, make_rng, qkv
+from oracle import (
+    DTYPE_IDS,
+    DTYPES,
+    F32,
+    F64,
+    UNIT,
+    assert_close,
+    assert_same_bits,
+    check,
+    check_backward,
+    make_rng,
+    qkv,
+)
 from strategies import backward_cases, cases, dropouts
 from test_backward import SHAPE, differences
 
@@ -135,6 +147,16 @@ def test_rows_by_themselves_are_dropped_as_among_others(implementation):
         attend(query[..., a:b, :], key, value, query_offset=20 + a, **keywords) for a, b in ((0, 1), (1, 40), (40, 70))
     ]
     assert_close(np.concatenate(parts, axis=-2), whole, 1e-13)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtypes", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("seqlen_q", [1, 5, 8, 16])
+def test_few_rows_whose_keys_threads_share(dtypes, seqlen_q):
+    """They are no decode tile, and what is known after a split of the keys takes more room than that of one."""
+    arrays = qkv(make_rng(14), (1, 2, 2, seqlen_q, 4100, 128), dtypes)
+    one, two = (fastattn.attention(*arrays, dropout=0.25, seed=3, num_threads=count) for count in (1, 2))
+    assert_same_bits(two, one)
 
 
 @each_implementation_and_isa

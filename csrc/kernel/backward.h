@@ -97,8 +97,9 @@ static size_t lay_out_backward(const fa_problem *p, size_t sum_bytes, int num_su
     b->kept = take(base, &offset, has_dropout(p) ? panel_bytes : 0);
     b->probability_operands = take(base, &offset, panel_operand_bytes());
     b->grad_operands = take(base, &offset, panel_operand_bytes());
-    w->packed_key = take(base, &offset, row_block_bytes(p->head_dim));
+    /* Behind columns, a product reads as many rows as it may write beyond its last one. */
     w->packed_value = take(base, &offset, column_block_bytes(p->head_dim));
+    w->packed_key = take(base, &offset, row_block_bytes(p->head_dim));
     b->packed_value_rows = take(base, &offset, row_block_bytes(p->head_dim_v));
     w->gathered = take(base, &offset, gathered_bytes(p));
     b->sums = take(base, &offset, num_sums > 0 ? sum_bytes : 0);
@@ -383,7 +384,7 @@ static void differentiate_split(backward_state *b, int64_t split)
     const fa_work_item *item = b->s.item;
     const int64_t end = min_i64((split + 1) * item->split_rows, item->row_end), step = backward_rows(p);
     memset(b->sums, 0, (size_t)(b->num_blocks * block_sum_vectors(p)) * sizeof(vec));
-    for (int64_t row = split * item->split_rows; row < end; row += step)
+    for (int64_t row = split * item->split_rows; row < end && !fa_should_stop(b->s.stop); row += step)
         differentiate_tiles(b, row, min_i64(row + step, end));
 }
 
@@ -421,7 +422,7 @@ static void store_key_gradients(const backward_state *b, const vec *sums)
     const fa_gradients *g = p->gradients;
     const int64_t num_keys = p->cu_seqlens_k ? b->s.item->sequence.num_keys : p->seqlen_k;
     for (int64_t n = 0; n < num_keys; n++) {
-        store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, (real)p->scale);
+        store_key_gradient(b, &g->grad_key, b->arrays.grad_key, sums, n, p->head_dim, gradient_scale(p));
         store_key_gradient(b, &g->grad_value, b->arrays.grad_value, sums + sum_vectors(p->head_dim), n,
                            p->head_dim_v, kept_factor(p));
     }

@@ -229,10 +229,9 @@ static int decode_block_keys(const fa_problem *p)
 /* The tiles of an item, and the keys that they and its splits have in common. */
 static void locate_item(item_state *s, const fa_work_item *item)
 {
-    /* Dropout has lanes of rows. */
-    const int64_t group_rows =
-        has_dropout(s->problem) ? INT64_MAX : s->arrays.group_size * item->sequence.num_queries;
-    locate_tiles(s, item->row_begin, item->row_end, group_rows);
+    const int64_t group_rows = s->arrays.group_size * item->sequence.num_queries;
+    const bool decode = fa_is_decode(s->problem, group_rows, DECODE_ROWS);
+    locate_tiles(s, item->row_begin, item->row_end, decode ? group_rows : INT64_MAX);
     s->block_keys = is_decode(&s->w.tiles[0]) ? decode_block_keys(s->problem) : KEY_BLOCK;
     s->key_lo = max_i64(s->key_lo, item->split_begin * item->split_keys);
     s->key_hi = min_i64(s->key_hi, item->split_end * item->split_keys);

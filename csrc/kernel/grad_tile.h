@@ -43,7 +43,7 @@ typedef struct {
     vec lse[MAX_VECTORS];      /* of its rows, in units of the scores */
     vec lse_rest[MAX_VECTORS]; /* what was lost when that was rounded, in units of log2 */
     vec delta[MAX_VECTORS];
-    bool is_finite; /* its queries and gradients of out */
+    bool is_finite; /* its queries and gradients of out; and no lse is NaN */
     bool empty;     /* grad_query is not there, and stands for 0 */
     char *grad_out_row[TILE_ROWS];
     packed_vec *grad_out; /* as the tile's `query` */
@@ -103,6 +103,19 @@ static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t 
     return sum;
 }
 
+/* lse, rounded. A tiny scale takes none of it beyond what `real` holds: the rest makes up for that. */
+FA_INLINE real in_score_units(const fa_problem *p, double lse)
+{
+    const double max_finite = FA_REAL_BYTES == 4 ? 1e38 : 1e308, x = lse / deferred_scale(p);
+    return (real)(isinf(lse) ? x : x > max_finite ? max_finite : x < -max_finite ? -max_finite : x);
+}
+
+/* What sums of dS are multiplied by: the scale that the scores have, finite in `real`. */
+FA_INLINE real gradient_scale(const fa_problem *p)
+{
+    return (real)copysign(scale_magnitude(p), p->scale);
+}
+
 /* Of row j, of its rows' lse and delta. */
 static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad_arrays *ga, tile *t, int j,
                            grad_tile *g)
@@ -117,11 +130,12 @@ static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad
                                   t->row[j] * gradients->grad_lse.row,
                               gradients->grad_lse.dtype);
     /* Of a row that sees no key p is 0, whatever its scores. */
-    lse = lse == -INFINITY ? INFINITY : lse / deferred_scale(p);
-    const double rounded = (real)lse;
+    if (lse == -INFINITY)
+        lse = INFINITY;
+    const double rounded = in_score_units(p, lse);
     g->lse[j / LANES][j % LANES] = (real)rounded;
     g->lse_rest[j / LANES][j % LANES] =
-        isfinite(lse) ? (real)((rounded - lse) * deferred_scale(p) * LOG2E) : 0;
+        isinf(lse) ? 0 : (real)(fma(rounded, deferred_scale(p), -lse) * LOG2E);
     g->delta[j / LANES][j % LANES] = (real)delta;
     if (ga->delta)
         store_element(ga->delta + t->head[j] * gradients->delta.head + t->row[j] * gradients->delta.row,
@@ -143,6 +157,8 @@ static void load_rows_terms(const fa_problem *p, const item_arrays *a, const gra
         zeros += zeros_of_row(g->grad_out_row[j], p->gradients->grad_out.col, p->gradients->grad_out.dtype,
                               p->head_dim_v);
     }
+    for (int m = 0; m < t->vectors; m++)
+        zeros += g->lse_rest[m] - g->lse_rest[m];
     g->is_finite = are_finite(zeros);
 }
 
@@ -169,7 +185,7 @@ static void finish_grad_tile(const fa_problem *p, const grad_arrays *ga, const t
     const fa_array *to = &p->gradients->grad_query;
     char *rows[TILE_ROWS];
     point_at_rows(t, ga->grad_query, to, rows);
-    const vec scale = vec_splat((real)(g->empty ? 0 : p->scale));
+    const vec scale = vec_splat(g->empty ? 0 : gradient_scale(p));
     for (int m = 0; m < t->vectors && rows_of_vector(t, m) > 0; m++)
         for (int d = 0; d < p->head_dim; d += LANES) {
             const int count = (int)min_i64(LANES, p->head_dim - d);

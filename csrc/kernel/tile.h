@@ -180,11 +180,11 @@ static size_t query_bytes(const fa_problem *p)
     return larger(wide, (size_t)(DECODE_ROWS * vectors_of(p->head_dim)) * sizeof(vec));
 }
 
-/* Of a tile that holds up to `rows` rows. */
+/* Of a tile that holds up to `rows` rows, which are a decode tile's if these are all of a head group. */
 static size_t out_bytes(const fa_problem *p, int64_t rows)
 {
     size_t decode = (size_t)(DECODE_ROWS * vectors_of(p->head_dim_v)) * sizeof(vec);
-    if (rows <= DECODE_ROWS)
+    if (fa_is_decode(p, rows, DECODE_ROWS))
         return decode;
     /* The last micro-tile stores whole. */
     return larger(decode, ((size_t)p->head_dim_v + MAX_SPARE_ROWS) * MAX_VECTORS * sizeof(vec));
