@@ -433,11 +433,11 @@ static void differentiate_all_splits(backward_state *b)
 {
     const fa_work_item *item = b->s.item;
     const int64_t count = b->num_blocks * block_sum_vectors(b->s.problem);
-    if (item->num_splits > 1)
-        memset(b->total, 0, (size_t)count * sizeof(vec));
     for (int64_t split = item->split_begin; split < item->split_end; split++) {
         differentiate_split(b, split);
-        if (item->num_splits > 1)
+        if (split == item->split_begin && item->num_splits > 1)
+            memcpy(b->total, b->sums, (size_t)count * sizeof(vec));
+        else if (item->num_splits > 1)
             add_to_total(b->sums, count, b->total);
     }
     store_key_gradients(b, item->num_splits > 1 ? b->total : b->sums);

@@ -51,6 +51,7 @@ static void add_bias_gradient(const fa_problem *p, const fa_bias_item *item, voi
     backward_state *b = (backward_state *)((char *)scratch + bias_sum_bytes(p, keys_of_item));
     item_state *s = &b->s;
     begin_backward(p, &item->work, 0, stop, b);
+    b->arrays.delta = NULL;   /* the other pass stores it */
     s->arrays.group_size = 1; /* rows are those of one query head */
     s->arrays.first_head = item->head;
     locate_tiles(s, item->work.row_begin, item->work.row_end, INT64_MAX);
