@@ -264,7 +264,8 @@ def attention_backward(
     -----
     With ``p = exp(score - lse)`` and ``delta = sum(grad_out * out) - grad_lse`` of a row, the gradient of a score is
     ``p * (grad_out @ value.T - delta)`` [1]_: five products in place of the forward pass's two. The gradients are the
-    same to the last bit for any number of threads, and whatever else is in the batch.
+    same to the last bit for any number of threads, and whatever else is in the batch. Each thread takes about a
+    mebibyte, and sums of the gradients of a head's keys and values: `plan` tells how much with ``backward=True``.
 
     References
     ----------

@@ -244,6 +244,28 @@ def test_autograd_of_torch_through_lse(implementation):
     np.testing.assert_array_equal(grads["value"], 0)
 
 
+@pytest.mark.parametrize("case", AUTOGRAD)
+def test_autograd_of_jax(case):
+    """By `jax.grad` of the formula, in float64."""
+    jax = pytest.importorskip("jax")
+    keywords, theirs = AUTOGRAD[case]
+    query, key, value = qkv(make_rng(10), SHAPE, (F64, F64), head_dim_v=5)
+    grad_out = make_rng(11).standard_normal((2, 4, 4, 5))
+    seen = np.tri(4, 6, dtype=bool) if "is_causal" in theirs else keywords.get("mask", True)
+
+    def loss(query, key, value, bias):
+        key, value = (jax.numpy.repeat(x, 2, axis=1) for x in (key, value))
+        scores = query @ key.mT * keywords.get("scale", query.shape[-1] ** -0.5) + bias
+        weights = jax.nn.softmax(jax.numpy.where(seen, scores, -np.inf))
+        return (weights @ value * grad_out).sum()
+
+    with jax.enable_x64():
+        expected = jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, keywords.get("bias", np.zeros(())))
+        expected = dict(zip(LEARNT, map(np.asarray, expected), strict=False))
+    for name, grad in gradients("fast", grad_out, None, query=query, key=key, value=value, **keywords).items():
+        assert_close(grad, expected[name], 1e-12, f"grad_{name}")
+
+
 # --- any call -------------------------------------------------------------------------------------
 
 
@@ -364,6 +386,37 @@ def test_rows_without_keys_leave_no_trace(implementation, dtypes, keywords, bad)
         assert np.isfinite(a.astype(F64)).all()
         assert_same_bits(a + np.zeros((), a.dtype), e + np.zeros((), e.dtype))
     assert (actual[0][..., blind, :] == 0).all()
+
+
+@pytest.mark.isa
+@each_dtype
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("keywords", [{}, {"softcap": 2.0}, {"dropout": 0.2, "seed": 3}], ids=str)
+@pytest.mark.parametrize("seqlen_q", [3, 70, 300])
+def test_same_bits_as_with_zeros_where_nothing_is_seen(dtypes, bad, keywords, seqlen_q):
+    """In hidden keys and their values, and in rows that see no key and the gradients of their results."""
+    query, key, value = qkv(make_rng(29), (2, 4, 2, seqlen_q, 150, 40), dtypes, head_dim_v=24)
+    rng = make_rng(30)
+    grad_out, grad_lse = normal(rng, (2, 4, seqlen_q, 24), dtypes[0]), rng.standard_normal((2, 4, seqlen_q))
+    mask = rng.random((2, 1, seqlen_q, 150)) < 0.5
+    hidden_keys, blind_rows = rng.random((2, 150)) < 0.3, rng.random((2, seqlen_q)) < 0.4
+    hidden_keys[:, 64:128] |= [[True], [False]]  # a whole block of one item
+    mask &= ~hidden_keys[:, None, None] & ~blind_rows[:, None, :, None]
+    keywords = {**keywords, "mask": mask, "bias": rng.standard_normal((4, 1, 150)), "sinks": rng.standard_normal(4)}
+
+    def planted(with_):
+        arrays = [x.copy() for x in (grad_out, query, key, value)]
+        for x, where in zip(arrays, (blind_rows, blind_rows, hidden_keys, hidden_keys), strict=True):
+            x.swapaxes(1, 2)[where] = with_
+        return arrays
+
+    out, lse = fastattn.attention(*planted(0)[1:], **keywords, return_lse=True)
+    asked = {"return_grad_bias": True, "return_grad_sinks": True}
+    zeros, poisoned = (
+        fastattn.attention_backward(*planted(x), out, lse, grad_lse=grad_lse, **keywords, **asked) for x in (0, bad)
+    )
+    for a, e, name in zip(poisoned, zeros, LEARNT, strict=True):
+        assert_same_bits(a, e, f"grad_{name}")
 
 
 @each_implementation_and_isa
