@@ -402,7 +402,16 @@ def test_a_wrong_gradient_is_found(case, index):
     variant = make()
     grads = variant.read(variant.run())
     assert problem.error(grads) <= problem.tolerance
-    grads[index][0, 0, -1] += 1
+    grads[index][0, 0, 0] += 1
+    assert problem.error(grads) > 10 * problem.tolerance
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_wrong_gradient_of_the_last_head_is_found(index):
+    problem = bench.problem_for(BACKWARD, np.dtype(np.float32))
+    (make,) = bench.FastAttn(1).variants(problem)
+    grads = make().run()
+    grads[index][-1, -1, -1] += 1
     assert problem.error(grads) > 10 * problem.tolerance
 
 

@@ -20,6 +20,7 @@ CHUNK = 512
 
 Exact = tuple[NDArray[Any], ...]
 Index = tuple[slice, ...]
+EVERY = (slice(None), slice(None))  # item and head
 
 
 class GradientProblem(Problem):
@@ -47,53 +48,71 @@ class GradientProblem(Problem):
         """Twice that of the result: the weights are rounded, and so are the gradients of their scores."""
         return 2.0 * super().tolerance
 
-    def exact(self, rows: slice, heads: Index = (slice(None),) * 2, kv_heads: Index = (slice(None),) * 2) -> Exact:
-        """Return the gradients, in float64, that some query rows contribute; of some batch items and heads."""
-        case, words = self.case, dict(self.keywords)
+    def words(self, heads: Index, rows: slice, keys: slice) -> dict[str, Any]:
+        """Return the keywords for some heads, rows and keys, whose positions stay what they are."""
+        words = dict(self.keywords)
         for name in {"mask", "bias"} & words.keys():
-            items = words[name][heads[0]]
-            words[name] = (items[..., rows, :] if items.shape[-2] > 1 else items).astype(
-                bool if name == "mask" else np.float64
-            )
+            cut = words[name][heads[0]][..., keys]
+            cut = cut[..., rows, :] if cut.shape[-2] > 1 else cut
+            words[name] = cut if name == "mask" else cut.astype(np.float64)
         if "alibi_slopes" in words:
             words["alibi_slopes"] = words["alibi_slopes"][heads[1]]
-        words["query_offset"] = rows.start + case.seqlen_k - case.seqlen_q
-        query, grad_out = (x[heads][..., rows, :].astype(np.float64) for x in (self.arrays[0], self.grad_out))
-        key, value = (x[kv_heads].astype(np.float64) for x in self.arrays[1:])
-        out, lse = reference.attention(query, key, value, return_lse=True, **words)
-        return reference.attention_backward(
-            grad_out, query, key, value, out, lse, **words, return_grad_bias=case.grad_bias
-        )
+        words["query_offset"] = rows.start + self.case.seqlen_k - self.case.seqlen_q - keys.start
+        return words
+
+    def forward(self, heads: Index, kv_heads: Index, rows: slice) -> Exact:
+        """Return the right result of some heads and rows, and its lse, in float64."""
+        query, key, value = self.arrays
+        words = self.words(heads, rows, slice(0, self.case.seqlen_k))
+        cut = query[heads][..., rows, :].astype(np.float64)
+        results: Exact = reference.attention(cut, key[kv_heads], value[kv_heads], return_lse=True, **words)
+        return results
+
+    def backward(self, heads: Index, kv_heads: Index, rows: slice, keys: slice, results: Exact) -> Exact:
+        """Return the right gradients for some heads, rows and keys, of results that are of all keys."""
+        grad_out, query = (x[heads][..., rows, :].astype(np.float64) for x in (self.grad_out, self.arrays[0]))
+        key, value = (x[kv_heads][..., keys, :].astype(np.float64) for x in self.arrays[1:])
+        asked = self.words(heads, rows, keys) | {"return_grad_bias": self.case.grad_bias}
+        out, lse = results
+        found: Exact = reference.attention_backward(grad_out, query, key, value, out, lse, **asked)
+        return found
 
     @cached_property
     def of_rows(self) -> list[tuple[slice, Exact]]:
         """The right gradients of the first, the middle and the last query rows, and of their bias."""
-        blocks = sampled_rows(slice(0, self.case.seqlen_q))
-        return [(block, (found[0], *found[3:])) for block in blocks for found in [self.exact(block)]]
+        found, keys = [], slice(0, self.case.seqlen_k)
+        for rows in sampled_rows(slice(0, self.case.seqlen_q)):
+            results = self.forward(EVERY, EVERY, rows)
+            grad_query, _, _, *grad_bias = self.backward(EVERY, EVERY, rows, keys, results)
+            found.append((rows, (grad_query, *grad_bias)))
+        return found
 
     @cached_property
     def of_keys(self) -> list[tuple[Index, Exact]]:
-        """The right gradients of keys and values of the first head and, where none is dropped, of the last.
+        """The right gradients of the first, the middle and the last keys and values, of the first head and the last.
 
-        Each key's is a sum over all query rows, which would take minutes for all heads.
+        Each is a sum over all query rows, which would take minutes for all heads. Dropout counts heads and keys from
+        the first, which are then all.
         """
-        return [(kv_heads, self.summed(heads, kv_heads)) for heads, kv_heads in self.sampled_heads()]
-
-    def sampled_heads(self) -> Iterator[tuple[Index, Index]]:
-        """Yield heads of queries, and their head of keys; dropout counts both from the first."""
         case = self.case
         group_size = case.num_heads // case.num_kv_heads
-        yield (slice(0, 1), slice(0, group_size)), (slice(0, 1), slice(0, 1))
-        if not case.dropout:
-            yield (slice(-1, None), slice(-group_size, None)), (slice(-1, None), slice(-1, None))
+        sampled = [((slice(0, 1), slice(0, group_size)), (slice(0, 1), slice(0, 1)))]
+        blocks = list(sampled_rows(slice(0, case.seqlen_k)))
+        if case.dropout:
+            blocks = blocks[:1]
+        else:
+            sampled.append(((slice(-1, None), slice(-group_size, None)), (slice(-1, None), slice(-1, None))))
+        return [found for heads, kv_heads in sampled for found in self.of_head(heads, kv_heads, blocks)]
 
-    def summed(self, heads: Index, kv_heads: Index) -> Exact:
-        """Return the gradients of keys and values over all query rows."""
-        totals: list[NDArray[Any]] = []
-        for begin in range(0, self.case.seqlen_q, CHUNK):
-            found = self.exact(slice(begin, min(begin + CHUNK, self.case.seqlen_q)), heads, kv_heads)
-            totals = [x + y for x, y in zip(totals or (0.0, 0.0), found[1:3], strict=True)]
-        return tuple(totals)
+    def of_head(self, heads: Index, kv_heads: Index, blocks: list[slice]) -> Iterator[tuple[Index, Exact]]:
+        """Yield blocks of keys of a head, and their gradients."""
+        rows = slice(0, self.case.seqlen_q)
+        chunks = (slice(begin, min(begin + CHUNK, rows.stop)) for begin in range(0, rows.stop, CHUNK))
+        outs, lses = zip(*(self.forward(heads, kv_heads, chunk) for chunk in chunks), strict=True)
+        results = np.concatenate(outs, axis=-2), np.concatenate(lses, axis=-1)
+        for keys in blocks:
+            _, grad_key, grad_value, *_ = self.backward(heads, kv_heads, rows, keys, results)
+            yield (*kv_heads, keys), (grad_key, grad_value)
 
     def error(self, grads: Any) -> float:
         """Return the largest of the gradients' relative errors, in the Frobenius norm."""
@@ -102,9 +121,9 @@ class GradientProblem(Problem):
         for block, exact in self.of_rows:
             for pairs, grad, right in zip((checked[0], *checked[3:]), (grad_query, *grad_bias), exact, strict=True):
                 pairs.append((grad[..., block, :], right))
-        for kv_heads, exact in self.of_keys:
+        for index, exact in self.of_keys:
             for pairs, grad, right in zip(checked[1:3], (grad_key, grad_value), exact, strict=True):
-                pairs.append((grad[kv_heads], right))
+                pairs.append((grad[index], right))
         return max(map(relative_error, checked))
 
 
