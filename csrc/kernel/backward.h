@@ -224,7 +224,11 @@ FA_INLINE bool compute_probabilities(backward_state *b, tile *t, const grad_tile
     vec *scores = b->s.w.scores;
     if (!compute_modified_scores(b, t, range, key, vectors))
         return false;
-    exponentiate_by_lse(g, scores, num_keys(range), (real)(deferred_scale(p) * LOG2E), vectors, nan_safe);
+    const real to_log2 = (real)(deferred_scale(p) * LOG2E);
+    if (nan_safe)
+        exponentiate_by_lse(g, scores, num_keys(range), to_log2, vectors, true);
+    else
+        exponentiate_by_lse(g, scores, num_keys(range), to_log2, vectors, false);
     if (has_dropout(p))
         drop_probabilities(p, t, range->first, num_keys(range), true, scores);
     return true;
@@ -317,8 +321,12 @@ FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, c
         differentiate_softcap(p, b->raw_scores, num_keys(&range) * vectors, b->grad_scores);
     add_key_gradients(of_keys, i, t, g->grad_out_row, &range, has_dropout(p) ? b->kept : b->s.w.scores,
                       b->grad_scores, vectors, nan_safe);
-    multiply_columns(&block->key_columns, &range, b->grad_scores, p->head_dim, vectors, nan_safe, g->empty,
-                     g->grad_query);
+    if (nan_safe)
+        multiply_columns(&block->key_columns, &range, b->grad_scores, p->head_dim, vectors, true, g->empty,
+                         g->grad_query);
+    else
+        multiply_columns(&block->key_columns, &range, b->grad_scores, p->head_dim, vectors, false, g->empty,
+                         g->grad_query);
     g->empty = false;
     if (nan_safe)
         add_columns_not_finite(&block->source, keys, &range, b->grad_scores, p->head_dim, g->grad_query);
@@ -346,12 +354,10 @@ static void differentiate_tiles_of_block(backward_state *b, fa_interval keys)
     for (int i = 0; i < s->num_tiles; i++) {
         if (!tile_sees(&s->w.tiles[i], keys))
             continue;
-        if (b->tiles[i].is_finite && block.is_finite)
-            WITH_VECTORS(s->w.tiles[i].vectors,
-                         differentiate_block(b, i, keys, &block, &of_keys, VECTORS, false))
-        else
-            WITH_VECTORS(s->w.tiles[i].vectors,
-                         differentiate_block(b, i, keys, &block, &of_keys, VECTORS, true))
+        /* Not a constant of the copies: they would be twice as many. */
+        const bool nan_safe = !b->tiles[i].is_finite || !block.is_finite;
+        WITH_VECTORS(s->w.tiles[i].vectors,
+                     differentiate_block(b, i, keys, &block, &of_keys, VECTORS, nan_safe))
     }
     finish_key_gradients(&of_keys);
 }
