@@ -127,7 +127,7 @@ def test_gradients_of_group_rows(dtypes, seqlen_q, group_size):
 
 @pytest.mark.isa
 @each_dtype
-@pytest.mark.parametrize("seqlen_q", [255, 256, 257, 520, 1025])
+@pytest.mark.parametrize("seqlen_q", [1023, 1024, 1025, 2080])
 def test_gradients_of_rows_that_are_split(dtypes, seqlen_q):
     check_gradients((1, 1, 1, seqlen_q, 70, 24), dtypes)
 
