@@ -89,12 +89,14 @@ sanitize: export CC = gcc
 sanitize: export FASTATTN_SANITIZE = address,undefined
 sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
 sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
+sanitize: RUNNER = env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python
 sanitize:
 	$(fresh) '.[test]'
-	$(MAKE) check JOBS=0 RUNNER="env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python" \
-	    TESTS='--hypothesis-profile each-isa -k "not reference" tests/test_attention.py tests/test_tails.py \
-	           tests/test_masks.py tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py \
-	           tests/test_varlen.py tests/test_backward.py tests/test_dropout.py'
+	$(MAKE) check JOBS=0 RUNNER="$(RUNNER)" \
+	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
+	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
+	$(MAKE) check JOBS=0 RUNNER="$(RUNNER)" \
+	    TESTS='--quick --hypothesis-profile each-isa -k "not reference" tests/test_backward.py tests/test_dropout.py'
 	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(MAKE) check-c SANITIZE=thread PROGRAMS='pool_test schedule_test'
 
