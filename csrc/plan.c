@@ -29,7 +29,7 @@
 
 /* Rows of a split in the backward pass, at least, and splits of a group, at most: where the groups are fewer
  * than the threads need, each takes memory for the gradients of its keys. To add a split to those before
- * takes, on the tile unit, as long as some 30 rows. */
+ * reads and writes all of them, which few rows are not worth. */
 #define MIN_SPLIT_ROWS 1024
 #define MAX_ROW_SPLITS 8
 /* Of so few groups a thread, splits are items of their own. */

@@ -62,38 +62,38 @@ class LayerScores(CommonKeywords, DenseKeywords, total=False):
     """What the layer hands on as it comes."""
 
 
-class AttentionKeywords(ScoreKeywords, total=False):
+class DropoutKeywords(TypedDict, total=False):
+    """Of what is trained with."""
+
+    dropout: float
+    seed: int | None
+
+
+class GradientKeywords(DropoutKeywords, total=False):
+    """Of both backward passes."""
+
+    grad_lse: ArrayLike | None
+    grads: Grads | None
+
+
+class AttentionKeywords(ScoreKeywords, DropoutKeywords, total=False):
     """Keywords of `attention` that do not change what it returns."""
 
-    dropout: float
-    seed: int | None
     out: Array | None
 
 
-class VarlenKeywords(PackedKeywords, total=False):
+class VarlenKeywords(PackedKeywords, DropoutKeywords, total=False):
     """Keywords of `attention_varlen` that do not change what it returns."""
 
-    dropout: float
-    seed: int | None
     out: Array | None
 
 
-class BackwardKeywords(ScoreKeywords, total=False):
+class BackwardKeywords(ScoreKeywords, GradientKeywords, total=False):
     """Keywords of `attention_backward` that do not change what it returns."""
 
-    dropout: float
-    seed: int | None
-    grad_lse: ArrayLike | None
-    grads: Grads | None
 
-
-class VarlenBackwardKeywords(PackedKeywords, total=False):
+class VarlenBackwardKeywords(PackedKeywords, GradientKeywords, total=False):
     """Keywords of `attention_varlen_backward` that do not change what it returns."""
-
-    dropout: float
-    seed: int | None
-    grad_lse: ArrayLike | None
-    grads: Grads | None
 
 
 class CacheKeywords(PackedKeywords, total=False):

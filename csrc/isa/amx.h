@@ -33,12 +33,6 @@ FA_INLINE vec vec_exp2_coarse(vec x)
     return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
 }
 
-/* bfloat16(a), then bfloat16(b). */
-FA_INLINE uvec round_row(vec a, vec b)
-{
-    return (uvec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-}
-
 /* Halves of a and b in turn, within each quarter of a vector: of its lower and of its upper four. */
 FA_INLINE vec interleave_quarters_low(vec a, vec b)
 {

@@ -288,6 +288,7 @@ FA_INLINE bool compute_score_gradients(backward_state *b, tile *t, const grad_ti
     return true;
 }
 
+#if FUSES_SOFTMAX
 /* With nothing between the softmax, its gradient and the rounding of both: one pass. */
 FA_INLINE void differentiate_block_fused(backward_state *b, int i, const key_range *range,
                                          const grad_block *block, key_gradients *of_keys, int vectors)
@@ -303,6 +304,7 @@ FA_INLINE void differentiate_block_fused(backward_state *b, int i, const key_ran
                         g->empty, g->grad_query);
     g->empty = false;
 }
+#endif
 
 FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, const grad_block *block,
                                    key_gradients *of_keys, int vectors, bool nan_safe)
@@ -311,10 +313,12 @@ FA_INLINE void differentiate_block(backward_state *b, int i, fa_interval keys, c
     tile *t = &b->s.w.tiles[i];
     grad_tile *g = &b->tiles[i];
     const key_range range = tile_range(t, keys);
-    if (FUSES_SOFTMAX && !nan_safe && !has_dropout(p) && p->softcap == 0) {
+#if FUSES_SOFTMAX
+    if (!nan_safe && !has_dropout(p) && p->softcap == 0) {
         differentiate_block_fused(b, i, &range, block, of_keys, vectors);
         return;
     }
+#endif
     if (!compute_score_gradients(b, t, g, &range, block, vectors, nan_safe))
         return;
     if (p->softcap != 0)

@@ -6,8 +6,7 @@
  *     A: [key][tile][32 rows],  B: [32 columns][tile][16 pairs of rows][2 vectors],  G: [32 columns][key][2].
  *
  * Of a tile and a block there are 5 products of 256 cycles (64 columns), and 128 vectors of scores to soften
- * and round, some 20 operations each on two ports: neither hides the other, so a quarter to a third of the
- * unit's peak is what there is to be had.
+ * and round: they follow one another, so neither hides the other.
  *
  * Requires state.h and product_amx.h; provides the five products, as grad_products_fma.h does. */
 #include "for_editors_amx.h"
@@ -188,7 +187,7 @@ FA_INLINE void round_rows(const vec *panel, int first, int rows, int i, char *to
     for (int n = 0; n < KEY_BLOCK; n++) {
         const vec *row = panel + (n - first) * MAX_VECTORS;
         const bool is_there = n >= first && n < first + rows;
-        vec_store(to + n * OPERAND_ROW, is_there ? (vec)round_row(row[0], row[1]) : vec_splat(0));
+        vec_store(to + n * OPERAND_ROW, is_there ? round_in_order(row[0], row[1]) : vec_splat(0));
     }
 }
 
@@ -283,8 +282,8 @@ FA_INLINE void add_fused_gradients(key_gradients *k, int i, const key_range *ran
                 p[r][m] = soften_and_differentiate(&x, scores, grad_scores, n + r, m, &ds[r][m]);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; r++, probability += OPERAND_ROW, grad += OPERAND_ROW) {
-            vec_store(probability, (vec)round_row(p[r][0], p[r][1]));
-            vec_store(grad, (vec)round_row(ds[r][0], ds[r][1]));
+            vec_store(probability, round_in_order(p[r][0], p[r][1]));
+            vec_store(grad, round_in_order(ds[r][0], ds[r][1]));
         }
 #pragma GCC unroll 2
         for (int m = 0; m < MAX_VECTORS; m++)

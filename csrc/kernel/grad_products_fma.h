@@ -226,20 +226,6 @@ FA_INLINE void add_key_gradients(key_gradients *k, int i, const tile *t, char *c
              k->key_sums);
 }
 
-/* Of a tile's rows: what makes probabilities of scores, and dS of dP. */
-typedef struct {
-    const vec *lse, *lse_rest, *delta;
-    real to_log2;
-} softmax_terms;
-
-FA_INLINE void add_fused_gradients(key_gradients *k, int i, const key_range *range,
-                                   const softmax_terms *terms, const operand_block *key_columns,
-                                   const vec *scores, const vec *grad_scores, bool empty, vec *query_sums)
-{
-    (void)k, (void)i, (void)range, (void)terms, (void)key_columns, (void)scores, (void)grad_scores,
-        (void)empty, (void)query_sums;
-}
-
 FA_INLINE void finish_key_gradients(key_gradients *k)
 {
     (void)k;
