@@ -39,7 +39,10 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
         update_top(p, t, range, scores, vectors, false);
     const real to_log2 = (real)(deferred_scale(p) * LOG2E);
     rescale_accumulators(p, t, block_max, to_log2, vectors, false);
-    exponentiate(t, scores, num_keys(range), to_log2, vectors, nan_safe);
+    if (nan_safe)
+        exponentiate(t, scores, num_keys(range), to_log2, vectors, true);
+    else
+        exponentiate(t, scores, num_keys(range), to_log2, vectors, false);
     if (has_dropout(p))
         drop_probabilities(p, t, range->first, num_keys(range), false, scores);
     const packed_vec *probabilities = pack_probabilities(scores, num_keys(range), vectors);
@@ -51,10 +54,7 @@ FA_INLINE void attend_block(const fa_problem *p, tile *t, const key_range *range
 static void attend_block_any(const fa_problem *p, tile *t, const key_range *range, const operand_block *key,
                              const operand_block *value, const next_streams *next, bool nan_safe, vec *scores)
 {
-    if (nan_safe)
-        WITH_VECTORS(t->vectors, attend_block(p, t, range, key, value, next, VECTORS, true, scores))
-    else
-        WITH_VECTORS(t->vectors, attend_block(p, t, range, key, value, next, VECTORS, false, scores))
+    WITH_VECTORS(t->vectors, attend_block(p, t, range, key, value, next, VECTORS, nan_safe, scores));
 }
 
 /* The tile's results. */

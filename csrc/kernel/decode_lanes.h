@@ -174,13 +174,14 @@ FA_INLINE void add_values(const value_product *a, int first, fa_dtype dtype, int
             out[i] = a->empty ? sums[r][i] : out[i] + sums[r][i];
 }
 
+/* nan_safe is rare, and goes by few vectors at a time, which are the smaller copies. */
 FA_INLINE void add_rows_of_values(const value_product *a, fa_dtype dtype, int rows, bool nan_safe)
 {
     int i = 0;
-    for (; i + VALUE_VECTORS(rows) <= a->vectors; i += VALUE_VECTORS(rows))
-        add_values(a, i, dtype, rows, VALUE_VECTORS(rows), nan_safe);
-    for (; VALUE_VECTORS(rows) > 4 && i + 4 <= a->vectors; i += 4)
-        add_values(a, i, dtype, rows, 4, nan_safe);
+    for (; !nan_safe && i + VALUE_VECTORS(rows) <= a->vectors; i += VALUE_VECTORS(rows))
+        add_values(a, i, dtype, rows, VALUE_VECTORS(rows), false);
+    for (; !nan_safe && VALUE_VECTORS(rows) > 4 && i + 4 <= a->vectors; i += 4)
+        add_values(a, i, dtype, rows, 4, false);
     for (; i + 2 <= a->vectors; i += 2)
         add_values(a, i, dtype, rows, 2, nan_safe);
     if (i < a->vectors)

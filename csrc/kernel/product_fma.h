@@ -32,7 +32,7 @@ FA_INLINE void product_scores(const product_rows *a, int i, const packed_vec *b,
     vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
     const char *at[MAX_MICRO_ROWS];
     product_row_pointers(a, i, rows, at);
-    micro_kernel(at, false, a->step, b, length, vectors, false, prefetch, c);
+    micro_kernel(at, false, a->step, b, length, vectors, prefetch, c);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 3
@@ -50,13 +50,16 @@ FA_INLINE void product_add(const product_rows *a, int i, const packed_vec *b, in
 {
     const int rows = MICRO_ROWS(vectors);
     vec c[MAX_MICRO_ROWS][MAX_VECTORS] = {0};
-    if (a->row == sizeof(operand) && i + rows <= a->last) {
+    if (!nan_safe && a->row == sizeof(operand) && i + rows <= a->last) {
         const char *first = a->data + i * (int)sizeof(operand);
-        micro_kernel(&first, true, a->step, b, length, vectors, nan_safe, prefetch, c);
+        micro_kernel(&first, true, a->step, b, length, vectors, prefetch, c);
     } else {
         const char *at[MAX_MICRO_ROWS];
         product_row_pointers(a, i, rows, at);
-        micro_kernel(at, false, a->step, b, length, vectors, nan_safe, prefetch, c);
+        if (nan_safe)
+            product_steps(at, false, a->step, b, 0, length, vectors, true, c);
+        else
+            micro_kernel(at, false, a->step, b, length, vectors, prefetch, c);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)

@@ -222,6 +222,14 @@ FA_INLINE void modify_lanes(const fa_problem *p, const tile *t, const key_range 
     *block_max = lane_max;
 }
 
+/* Behind the last whole vector of panel rows: one copy for all sets of modifiers. */
+static void modify_last_lanes(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
+                              bool decode, const score_mod_terms *terms, int r, int count, int m, vec *scores,
+                              vec *block_max)
+{
+    modify_lanes(p, t, range, mods, decode, terms, r, count, m, scores, block_max);
+}
+
 /* By vectors, and then along the rows of bias: its lines are shared by blocks that follow each other. */
 FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *range, score_mods mods,
                            bool decode, const score_mod_terms *terms, int rows, vec *scores, vec *block_max)
@@ -232,7 +240,7 @@ FA_INLINE void modify_rows(const fa_problem *p, const tile *t, const key_range *
         for (; r + LANES <= rows; r += LANES)
             modify_lanes(p, t, range, mods, decode, terms, r, LANES, m, scores, block_max + m);
         if (r < rows)
-            modify_lanes(p, t, range, mods, decode, terms, r, rows - r, m, scores, block_max + m);
+            modify_last_lanes(p, t, range, mods, decode, terms, r, rows - r, m, scores, block_max + m);
     }
 }
 

@@ -42,7 +42,7 @@ FA_INLINE void tmm_zero(int t)
     memset(tmm_registers[t], 0, sizeof tmm_registers[t]);
 }
 
-FA_INLINE void tmm_load(int t, const void *src, ptrdiff_t stride)
+static __attribute__((noinline)) void tmm_load(int t, const void *src, ptrdiff_t stride)
 {
     tmm_zero(t);
     for (int r = 0; r < tmm_shapes_now.rows[t]; r++)
@@ -54,7 +54,7 @@ FA_INLINE void tmm_load_stream(int t, const void *src, ptrdiff_t stride)
     tmm_load(t, src, stride);
 }
 
-FA_INLINE void tmm_store(int t, void *dst, ptrdiff_t stride)
+static __attribute__((noinline)) void tmm_store(int t, void *dst, ptrdiff_t stride)
 {
     for (int r = 0; r < tmm_shapes_now.rows[t]; r++)
         memcpy((char *)dst + r * stride, &tmm_registers[t][r], tmm_shapes_now.row_bytes[t]);
