@@ -9,6 +9,8 @@ PYTHON ?= python3
 # Some tests compare with it. On the public index this is the build for GPUs, of gigabytes: there give
 # TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu', or TORCH= to skip these tests.
 TORCH ?= torch==2.13.0
+# What lint checks the types of: these sources, or a wheel that was built from them.
+PACKAGE ?= .
 # Tests that run side by side.
 JOBS ?= auto
 VENV = .venv
@@ -72,7 +74,7 @@ compile-commands:
 	$(PYTHON) csrc/flags.py compile-commands > compile_commands.json
 
 lint:
-	$(fresh) '.[lint]'
+	$(fresh) '$(PACKAGE)[lint]'
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
@@ -84,7 +86,10 @@ lint:
 	cd / && $(BIN)/stubtest --ignore-missing-stub fastattn._core
 	cd / && PATH="$(BIN):$$PATH" basedpyright --verifytypes fastattn --ignoreexternal  # fails below 100 %
 
-# Memory and arithmetic faults in the whole library, then races in the pool of threads.
+# Memory and arithmetic faults in the whole library, on each instruction set that is built with sanitizers and is there;
+# then races in the pool of threads.
+SANITIZED_TESTS = tests/test_attention.py tests/test_tails.py tests/test_masks.py tests/test_strides.py \
+    tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py
 sanitize: export CC = gcc
 sanitize: export FASTATTN_SANITIZE = address,undefined
 sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1
@@ -92,11 +97,12 @@ sanitize: export UBSAN_OPTIONS = halt_on_error=1:print_stacktrace=1
 sanitize: RUNNER = env LD_PRELOAD=$$(gcc -print-file-name=libasan.so) $(BIN)/python
 sanitize:
 	$(fresh) '.[test]'
-	$(MAKE) check JOBS=0 RUNNER="$(RUNNER)" \
-	    TESTS='--hypothesis-profile each-isa tests/test_attention.py tests/test_tails.py tests/test_masks.py \
-	           tests/test_strides.py tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py'
-	$(MAKE) check JOBS=0 RUNNER="$(RUNNER)" \
-	    TESTS='--quick --hypothesis-profile each-isa -k "not reference" tests/test_backward.py tests/test_dropout.py'
+	for isa in avx2 $$(grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16 amx-emulated); do \
+	    export FASTATTN_ISA=$$isa && \
+	    $(MAKE) check RUNNER="$(RUNNER)" TESTS='--cases 50 --hypothesis-profile each-isa $(SANITIZED_TESTS)' && \
+	    $(MAKE) check RUNNER="$(RUNNER)" TESTS='--quick --hypothesis-profile each-isa -k "not reference" \
+	        tests/test_backward.py tests/test_dropout.py' || exit 1; \
+	done
 	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(MAKE) check-c SANITIZE=thread PROGRAMS='pool_test schedule_test'
 

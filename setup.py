@@ -28,11 +28,13 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 SANITIZE = os.environ.get("FASTATTN_SANITIZE")
 
 CFLAGS = [*flags.CFLAGS]
+SANITIZER_FLAGS = []
 MODULE_FLAGS = ["-O2", "-g0", "-fvisibility=hidden"]
 LINK_FLAGS = ["-lm", "-pthread"]
 if SANITIZE:
     SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-O1", "-fno-omit-frame-pointer"]
-    CFLAGS += SANITIZER_FLAGS
+    # With calls instead of code in place, kernels compile in half the time.
+    SANITIZER_FLAGS += ["--param", "asan-instrumentation-with-call-threshold=0"]
     MODULE_FLAGS += SANITIZER_FLAGS
     LINK_FLAGS += [f"-fsanitize={SANITIZE}"]
 if os.environ.get("FASTATTN_WERROR"):
@@ -52,7 +54,11 @@ def library(name, sources, isa_flags):
 
 def kernel_libraries():
     return [
-        library(f"{element}_{isa}", [f"isa/{isa}_{element}.c"], isa_flags)
+        library(
+            f"{element}_{isa}",
+            [f"isa/{isa}_{element}.c"],
+            [*isa_flags, *(SANITIZER_FLAGS if isa in flags.SANITIZED else [])],
+        )
         for isa, element, isa_flags in flags.kernels()
     ]
 
@@ -94,7 +100,7 @@ if not FREE_THREADED:
     macros += [("Py_LIMITED_API", "0x030B0000")]
 
 # The linker resolves symbols from left to right: the framework needs the kernels.
-framework = library("framework", [f"{name}.c" for name in flags.FRAMEWORK], [])
+framework = library("framework", [f"{name}.c" for name in flags.FRAMEWORK], SANITIZER_FLAGS)
 
 setup(
     libraries=[framework, *kernel_libraries()],

@@ -48,6 +48,9 @@ TEST_KERNELS: list[tuple[str, str, list[str]]] = [("bf16emulated", "bf16dot", []
 # What a kernel asks of the CPU, where that is not the instruction set of its name.
 RUNS_ON = {"amxemulated": "avx512bf16", "bf16emulated": "baseline"}
 
+# Those that a build with sanitizers watches; of the others, whose algorithm is the same, it would take minutes.
+SANITIZED = ["avx2", "avx512bf16", "amxemulated"]
+
 FRAMEWORK = [
     *("attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"),
 ]

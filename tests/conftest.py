@@ -1,4 +1,5 @@
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -18,30 +19,31 @@ settings.register_profile("each-isa", max_examples=60, derandomize=True, **commo
 settings.register_profile("quick", max_examples=20, derandomize=True, **common)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# How many cases of a test --quick leaves.
+# How many cases of a test --quick leaves: as many as catch most.
 QUICK_CASES = 6
 
 
 def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="at most so many cases of each test")
     parser.addoption("--quick", action="store_true", help="some cases of each test, and none that takes seconds")
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --quick, leave of each test as many cases as catch most, spread evenly over those that there are."""
-    if not config.getoption("quick"):
+    """With --cases or --quick, leave a sample of each test's cases, another one for each instruction set."""
+    quick = config.getoption("quick")
+    most = QUICK_CASES if quick else config.getoption("cases")
+    if most is None:
         return
     cases = {}
     for item in items:
-        cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    kept = [
-        item
-        for each in cases.values()
-        for item in each[:: -(-len(each) // QUICK_CASES)]
-        if item.get_closest_marker("slow") is None
-    ]
-    chosen = set(kept)
+        if not (quick and item.get_closest_marker("slow")):
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    chosen = set()
+    for (path, name), each in cases.items():
+        draw = random.Random(f"{path.name} {name} {os.environ.get('FASTATTN_ISA')}")
+        chosen.update(draw.sample(each, min(most, len(each))))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = kept
+    items[:] = [item for item in items if item in chosen]
 
 
 @pytest.hookimpl(wrapper=True)
