@@ -61,9 +61,9 @@ check:
 	{ $(RUNNER) -m pytest -q -m alone $(TESTS) || test $$? = 5; }
 
 # The parts of the C library by themselves, without Python's headers or NumPy: Python only tells the flags of each kernel.
-# For another machine: make check-c CC='zig cc -target aarch64-linux-musl' RUN=qemu-aarch64, with
-# _PYTHON_HOST_PLATFORM=linux-aarch64 in the environment.
-check-c: OUT = build/c$(SANITIZE)
+# For another machine or system, whose name is _PYTHON_HOST_PLATFORM in the environment: linux-aarch64 with
+# CC='zig cc -target aarch64-linux-musl' RUN=qemu-aarch64, win-amd64 with CC='zig cc -target x86_64-windows-gnu' RUN=wine.
+check-c: OUT = build/c$(SANITIZE)$(_PYTHON_HOST_PLATFORM)
 check-c:
 	mkdir -p $(OUT)
 	$(PYTHON) csrc/flags.py make > $(OUT)/flags.new

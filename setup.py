@@ -30,7 +30,7 @@ SANITIZE = os.environ.get("FASTATTN_SANITIZE")
 CFLAGS = [*flags.CFLAGS]
 SANITIZER_FLAGS = []
 MODULE_FLAGS = ["-O2", "-g0", "-fvisibility=hidden"]
-LINK_FLAGS = ["-lm", "-pthread"]
+LINK_FLAGS = [*flags.LINK_FLAGS]
 if SANITIZE:
     SANITIZER_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-g", "-O1", "-fno-omit-frame-pointer"]
     # With calls instead of code in place, kernels compile in half the time.

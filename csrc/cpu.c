@@ -95,10 +95,10 @@ static bool is_zen5(unsigned vendor)
 /* What was measured on Zen 4 serves every CPU that is not named here. */
 static const fa_prefetching *prefetching_of_cpu(void)
 {
-    static const fa_prefetching zen4 = {.burst = 24},
-                                zen5 = {.to_l1 = true, .single_rows = true, .burst = 24},
-                                intel = {.single_rows = true, .burst = 10};
+    static const fa_prefetching zen4 = {.burst = 24};
 #if defined(__x86_64__)
+    static const fa_prefetching zen5 = {.to_l1 = true, .single_rows = true, .burst = 24},
+                                intel = {.single_rows = true, .burst = 10};
     unsigned a, vendor, c, d;
     if (__get_cpuid(0, &a, &vendor, &c, &d)) {
         if (is_zen5(vendor))

@@ -120,9 +120,15 @@ void fa_set_split_mode(fa_split_mode mode);
 /* Whether some are. */
 bool fa_splits(void);
 
+#ifdef _WIN32
+#define FA_EXPORT __declspec(dllexport)
+#else
+#define FA_EXPORT __attribute__((visibility("default")))
+#endif
+
 /* Visible in the built module: threadpoolctl recognises it by them. */
-__attribute__((visibility("default"))) int fa_get_num_threads(void);
-__attribute__((visibility("default"))) void fa_set_num_threads(int num_threads);
+FA_EXPORT int fa_get_num_threads(void);
+FA_EXPORT void fa_set_num_threads(int num_threads);
 /* CPUs this process may use, by affinity and control group. */
 int fa_available_cpus(void);
 

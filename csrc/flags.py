@@ -16,10 +16,29 @@ from pathlib import Path
 # These come after Python's own flags, and win. -fno-wrapv: where signed overflow wraps, compilers cannot
 # simplify the index arithmetic of loops. -ffp-contract=fast: fused multiply-adds, GCC's default but not
 # clang's. No -ffast-math: it breaks NaN and infinity, and flushes denormals in the whole process.
-CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv"]
-CFLAGS += ["-Wall", "-Wextra", "-pthread"]
+CFLAGS = ["-std=gnu11", "-O2", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wextra"]
 # A dtype that a switch forgets does not compile.
 CFLAGS += ["-Werror=switch", "-Werror=switch-enum"]
+
+# Systems and machines have several names; these are the ones used here.
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def target_system() -> str:
+    """Return the system that is built for: "win32", or any that is POSIX."""
+    return "win32" if sysconfig.get_platform().startswith("win") else "posix"
+
+
+def target_machine() -> str:
+    """Return the machine that is built for, which in a cross build is not the one that builds."""
+    name = sysconfig.get_platform().rsplit("-", 1)[-1]
+    return MACHINES.get(name, name)
+
+
+# On Windows all code can be moved, and threads need no flag.
+if target_system() == "posix":
+    CFLAGS += ["-fPIC", "-pthread"]
+LINK_FLAGS = ["-lm", "-pthread"] if target_system() == "posix" else []
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
@@ -51,14 +70,8 @@ RUNS_ON = {"amxemulated": "avx512bf16", "bf16emulated": "baseline"}
 # Those that a build with sanitizers watches; of the others, whose algorithm is the same, it would take minutes.
 SANITIZED = ["avx2", "avx512bf16", "amxemulated"]
 
-FRAMEWORK = [
-    *("attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", "platform_posix"),
-]
-
-
-def target_machine() -> str:
-    """The machine that is built for, which in a cross build is not the one that builds."""
-    return sysconfig.get_platform().rsplit("-", 1)[-1]
+PLATFORM = f"platform_{target_system()}"
+FRAMEWORK = ["attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", PLATFORM]
 
 
 def kernels() -> Iterator[tuple[str, str, list[str]]]:
@@ -71,6 +84,8 @@ def kernels() -> Iterator[tuple[str, str, list[str]]]:
 def make_variables() -> Iterator[str]:
     tested = [*kernels(), *TEST_KERNELS]
     yield f"CFLAGS = {' '.join(CFLAGS)}"
+    yield f"LINK_FLAGS = {' '.join(LINK_FLAGS)}"
+    yield f"PLATFORM = {PLATFORM}"
     yield f"KERNELS = {' '.join(f'{isa}_{element}' for isa, element, _ in tested)}"
     for isa, element, flags in tested:
         defines = f"-DTEST_ISA={isa} -DTEST_ELEMENT={element} -DTEST_CPU={RUNS_ON.get(isa, isa)}"

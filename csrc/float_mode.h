@@ -1,4 +1,5 @@
-/* The float mode of the calling thread, and one in which subnormal numbers are 0, as operands and as results.
+/* The float mode of the calling thread: how it rounds, and what it takes subnormal numbers for. And one in
+ * which subnormal numbers are 0, as operands and as results.
  *
  * A probability far below its row's largest is subnormal in float32, and so are its products. CPUs compute
  * such numbers in microcode, many times more slowly. They are below 2^-126, so a row loses less than 2^-126
@@ -41,16 +42,18 @@ static inline void fa_restore_float_mode(uint64_t mode)
 
 #else
 
+#include <fenv.h>
+
 enum { FA_FLUSH_SUBNORMALS = 0 };
 
 static inline uint64_t fa_float_mode(void)
 {
-    return 0;
+    return (uint64_t)fegetround();
 }
 
 static inline void fa_restore_float_mode(uint64_t mode)
 {
-    (void)mode;
+    fesetround((int)mode);
 }
 
 #endif

@@ -15,16 +15,17 @@
 
 #define NANOSECONDS_PER_SECOND INT64_C(1000000000)
 
-static int64_t read_clock(clockid_t clock)
+int64_t fa_nanoseconds(void)
 {
     struct timespec now;
-    clock_gettime(clock, &now);
+    clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * NANOSECONDS_PER_SECOND + now.tv_nsec;
 }
 
-int64_t fa_nanoseconds(void)
+static struct timespec to_timespec(int64_t nanoseconds)
 {
-    return read_clock(CLOCK_MONOTONIC);
+    return (struct timespec){.tv_sec = (time_t)(nanoseconds / NANOSECONDS_PER_SECOND),
+                             .tv_nsec = (long)(nanoseconds % NANOSECONDS_PER_SECOND)};
 }
 
 int fa_affinity_cpus(void)
@@ -44,23 +45,39 @@ int fa_affinity_cpus(void)
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t conditions[FA_MAX_THREADS];
 
-/* What fa_wait_for measures by: a clock that nobody sets, where condition variables can be told. */
+/* fa_wait_for measures by a clock that nobody sets; macOS's condition variables cannot be told, but wait for
+ * a time from now. */
 #ifdef __APPLE__
-#define WAIT_CLOCK CLOCK_REALTIME
+
+static void init_condition(int thread_index)
+{
+    pthread_cond_init(&conditions[thread_index], NULL);
+}
+
+static int wait_until_timeout(pthread_cond_t *condition, int64_t nanoseconds)
+{
+    const struct timespec time = to_timespec(nanoseconds);
+    return pthread_cond_timedwait_relative_np(condition, &lock, &time);
+}
+
 #else
-#define WAIT_CLOCK CLOCK_MONOTONIC
-#endif
 
 static void init_condition(int thread_index)
 {
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
-#ifndef __APPLE__
-    pthread_condattr_setclock(&attributes, WAIT_CLOCK);
-#endif
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&conditions[thread_index], &attributes);
     pthread_condattr_destroy(&attributes);
 }
+
+static int wait_until_timeout(pthread_cond_t *condition, int64_t nanoseconds)
+{
+    const struct timespec end = to_timespec(fa_nanoseconds() + nanoseconds);
+    return pthread_cond_timedwait(condition, &lock, &end);
+}
+
+#endif
 
 /* When the library is loaded; fa_start_thread: the others. */
 __attribute__((constructor)) static void init_caller_condition(void)
@@ -85,10 +102,7 @@ void fa_wait(int thread_index)
 
 bool fa_wait_for(int thread_index, int64_t nanoseconds)
 {
-    const int64_t end = read_clock(WAIT_CLOCK) + nanoseconds;
-    const struct timespec until = {.tv_sec = (time_t)(end / NANOSECONDS_PER_SECOND),
-                                   .tv_nsec = (long)(end % NANOSECONDS_PER_SECOND)};
-    return pthread_cond_timedwait(&conditions[thread_index], &lock, &until) != ETIMEDOUT;
+    return wait_until_timeout(&conditions[thread_index], nanoseconds) != ETIMEDOUT;
 }
 
 void fa_signal(int thread_index)

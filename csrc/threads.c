@@ -1,12 +1,12 @@
 #include "threads.h"
 
-#include <fenv.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 
 #include "fastattn.h"
+#include "float_mode.h"
 #include "platform.h"
 
 /* How long a thread spins before it sleeps, the caller and the workers alike. To sleep and to be woken costs
@@ -32,7 +32,7 @@ static struct {
     int num_workers;           /* touched only by the thread that holds `busy` */
     void (*task)(void *argument, int thread_index);
     void *argument;
-    fenv_t environment;
+    uint64_t float_mode; /* the caller's */
 } pool;
 
 /* By thread index. Each worker sleeps on a condition variable of its own: a region wakes those that it has
@@ -98,7 +98,7 @@ static void work(int thread_index)
         ticket = wait_for_ticket(ticket, thread_index);
         if (thread_index >= (int)(ticket & COUNT_MASK))
             continue;
-        fesetenv(&pool.environment);
+        fa_restore_float_mode(pool.float_mode);
         pool.task(pool.argument, thread_index);
         if (atomic_fetch_sub(&pool.unfinished, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
             fa_lock_pool();
@@ -180,7 +180,7 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index)
     int workers = grow_pool(num_threads - 1);
     pool.task = task;
     pool.argument = argument;
-    fegetenv(&pool.environment);
+    pool.float_mode = fa_float_mode();
     if (workers > 0)
         publish(workers + 1);
     inside_task = true;

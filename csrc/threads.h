@@ -8,8 +8,7 @@
  * caller), 1, ...; returns when all calls have returned. There may be fewer threads than asked for: inside a
  * task, while another thread uses the pool, or where threads cannot be created, the caller is alone. So the
  * threads must share the work out among themselves. While the caller waits for the others it calls
- * idle(argument), if there is one, some times a second. All compute in the caller's floating-point
- * environment. */
+ * idle(argument), if there is one, some times a second. All compute in the caller's float mode. */
 void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index),
                  void (*idle)(void *argument), void *argument);
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
+import io
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -216,18 +217,28 @@ def program_name() -> str:
     return "python -m fastattn" if started == "__main__.py" else started
 
 
+def is_broken_pipe(failure: OSError) -> bool:
+    """Return whether the reader has gone away, which Windows calls an invalid argument, as it does a bad name."""
+    invalid = failure.errno == errno.EINVAL and failure.filename is None
+    return isinstance(failure, BrokenPipeError) or (os.name == "nt" and invalid)
+
+
 def main() -> None:
     """Run the command that the command line names."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a pipe on Windows has few characters
     try:
         try:
             arguments = make_parser().parse_args()
             arguments.call(arguments)
         finally:
             print(end="", flush=True)  # here, where a reader that has gone away can be met
-    except BrokenPipeError:
+    except OSError as failure:
+        if not is_broken_pipe(failure):
+            raise
         # As a program that SIGPIPE ends. What is still in the buffer goes nowhere when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(128 + 13)
 
 
 if __name__ == "__main__":

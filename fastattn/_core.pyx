@@ -17,6 +17,7 @@ from libc.stdint cimport uintptr_t
 from fastattn._core cimport *
 
 from fastattn import _arguments, _checks
+from fastattn._fork import after_fork_in_child
 from fastattn._philox import checked_dropout
 from fastattn._visible import count_visible
 
@@ -759,7 +760,7 @@ def forget_main_thread():
     main_thread_native_id = PyThread_get_thread_native_id()
 
 
-os.register_at_fork(after_in_child=forget_main_thread)
+after_fork_in_child(forget_main_thread)
 
 
 cdef bint in_main_thread() noexcept:

@@ -65,7 +65,8 @@ def own_descriptor(path: str) -> int | None:
     """Return the number of the descriptor of this process that a path such as /dev/stdout or /dev/fd/1 stands for."""
     for _ in range(40):  # links, as many as the system follows
         folder, name = os.path.split(path)
-        if name.isdecimal() and os.path.realpath(folder) == f"/proc/{os.getpid()}/fd":
+        # The second is macOS's; on Linux it is a link to the first.
+        if name.isdecimal() and os.path.realpath(folder) in (f"/proc/{os.getpid()}/fd", "/dev/fd"):
             return int(name)
         if not os.path.islink(path):
             break

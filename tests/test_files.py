@@ -17,6 +17,7 @@ if os.name != "posix":
     pytest.skip("modes, links and FIFOs are those of POSIX", allow_module_level=True)
 
 
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 needs_linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc and /dev")
 
 
@@ -106,7 +107,7 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path, umask):
     assert done.stdout.split() == [str(0o666 & ~umask)] * len(SAVERS), done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anything")
+@pytest.mark.skipif(IS_ROOT, reason="root may write anything")
 def test_a_read_only_file_is_left(save, tmp_path):
     path = tmp_path / "file.npz"
     path.write_bytes(b"old")
@@ -116,7 +117,7 @@ def test_a_read_only_file_is_left(save, tmp_path):
     assert_alone(path, b"old")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.skipif(not IS_ROOT, reason="only root may give files away")
 def test_the_owner_of_a_file_is_kept(save, begin, tmp_path):
     path = tmp_path / "file.npz"
     path.write_bytes(b"old")

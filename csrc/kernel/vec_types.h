@@ -13,6 +13,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(_WIN32) && !defined(__clang__)
+#error "GCC does not align vectors on the stack for Windows (its bug 54412): compile with clang, or zig cc"
+#endif
+
 #define FA_INLINE static inline __attribute__((always_inline))
 
 FA_INLINE int64_t min_i64(int64_t a, int64_t b)

@@ -38,7 +38,7 @@ def last_cache_bytes() -> int:
     """Return the size of the last cache, as far as the system tells; 0 where it does not."""
     try:
         return max(0, os.sysconf("SC_LEVEL3_CACHE_SIZE"))
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # the first on Windows
         return 0
 
 

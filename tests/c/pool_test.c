@@ -1,15 +1,17 @@
 /* Drives the pool of threads alone, so that ThreadSanitizer sees its every access.
  *
  * Checks that each region's items are done exactly once, whoever calls and from wherever; that nested
- * and simultaneous calls run inline; that a forked child has a working pool; and that scratch is each
- * thread's own. */
-#include <pthread.h>
+ * and simultaneous calls run inline; that all compute in the caller's float mode; that a forked child has a
+ * working pool; and that scratch is each thread's own. */
+#include <fenv.h>
 #include <stdatomic.h>
 #include <string.h>
+#ifndef _WIN32
 #include <sys/wait.h>
-#include <unistd.h>
+#endif
 
 #include "check.h"
+#include "system.h"
 #include "threads.h"
 
 enum { MAX_ITEMS = 500, MAX_THREADS = 8 };
@@ -111,12 +113,43 @@ static void use_scratch(void *argument, int thread_index)
     fa_give_back_scratch(scratch);
 }
 
+static float third(void)
+{
+    volatile float one = 1;
+    return one / 3;
+}
+
+static void compare_third(void *argument, int thread_index)
+{
+    (void)thread_index;
+    usleep(200); /* so that each thread has a part */
+    REQUIRE(third() == *(float *)argument);
+}
+
+static void check_float_mode(void)
+{
+    float nearest = third();
+    fa_parallel(4, compare_third, NULL, &nearest);
+    REQUIRE(fesetround(FE_DOWNWARD) == 0);
+    float down = third();
+    REQUIRE(down < nearest);
+    fa_parallel(4, compare_third, NULL, &down);
+    REQUIRE(fesetround(FE_TONEAREST) == 0);
+    fa_parallel(4, compare_third, NULL, &nearest);
+}
+
+#ifdef _WIN32
+
+static void run_in_forked_child(void) {}
+
+#else
+
 static void run_in_forked_child(void)
 {
     pid_t child = fork();
     REQUIRE(child >= 0);
     if (child == 0) {
-        alarm(600); /* a hang is a failure; the limit is far above what the slowest machine takes */
+        limit_time();
         for (int i = 0; i < 50; i++)
             run_region(4, 100);
         _exit(0);
@@ -126,14 +159,18 @@ static void run_in_forked_child(void)
     REQUIRE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+#endif
+
 int main(void)
 {
+    limit_time();
     run_many_regions();
     run_slow_workers();
     fa_parallel(4, nest, NULL, NULL);
     run_simultaneous_callers();
     for (size_t bytes = 64; bytes <= 1 << 16; bytes *= 4)
         fa_parallel(4, use_scratch, NULL, &bytes);
+    check_float_mode();
     run_in_forked_child();
     run_many_regions();
     return 0;

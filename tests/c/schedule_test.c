@@ -1,16 +1,11 @@
 /* Drives the schedule alone, on the real pool: each index is worked on exactly once, whoever steals it; a
  * request to stop reaches every thread; and only the caller is interrupted. ThreadSanitizer sees its every
  * access. */
-#include <pthread.h>
-#include <unistd.h>
-
 #include "check.h"
 #include "schedule.h"
+#include "system.h"
 
 enum { MAX_INDICES = 500, MAX_THREADS = 8 };
-
-/* A hang is a failure; the limit is far above what the slowest machine takes. */
-#define TIME_LIMIT_SECONDS 600
 
 typedef struct {
     int64_t num_indices;
@@ -130,7 +125,7 @@ static void check_uninterrupted(void)
 
 int main(void)
 {
-    alarm(TIME_LIMIT_SECONDS);
+    limit_time();
     for (int i = 0; i < 400; i++)
         check_each_index_once(1 + i % MAX_THREADS, i % (MAX_INDICES + 1));
     for (int num_threads = 2; num_threads <= MAX_THREADS; num_threads++)
