@@ -65,6 +65,11 @@ def kernel_libraries():
 
 def check_what_is_needed(compiler):
     """Say in one line what is missing, before hundreds of lines that do not."""
+    if os.name == "nt":
+        raise PlatformError(
+            "fastattn cannot be compiled on Windows, whose compilers lack vector types or align them wrongly: install a "
+            "wheel, or build one elsewhere (make wheels)"
+        )
     if not shutil.which(compiler):
         raise PlatformError(
             f"fastattn is compiled from C, and there is no C compiler {compiler!r}: install gcc and libc6-dev "
@@ -80,7 +85,7 @@ class parallel_build_clib(build_clib):
     """Compiles the libraries side by side: on two CPUs a wheel takes 47 seconds instead of 77."""
 
     def build_libraries(self, libraries):
-        check_what_is_needed(self.compiler.compiler[0])
+        check_what_is_needed(getattr(self.compiler, "compiler", ["cc"])[0])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in pool.map(super().build_libraries, ([library] for library in libraries)):
                 pass
@@ -113,7 +118,8 @@ setup(
             define_macros=macros,
             extra_compile_args=MODULE_FLAGS,
             extra_link_args=LINK_FLAGS,
-            py_limited_api=not FREE_THREADED,
+            # For the suffix .abi3.so; Windows has .pyd for every ABI.
+            py_limited_api=not FREE_THREADED and flags.target_system() == "posix",
         ),
     ),
     cmdclass={"bdist_wheel": abi3_wheel, "build_clib": parallel_build_clib},

@@ -10,6 +10,10 @@ def why_absent(failure: ImportError) -> str:
         return f"fastattn needs NumPy, which cannot be imported ({failure}): pip install numpy"
     if importlib.util.find_spec("fastattn._core") is None:
         folder = Path(__file__).parent
+        if not folder.is_dir():
+            return (
+                f"fastattn is in a zip archive ({folder.parent}), from which Python loads no compiled module: unpack it"
+            )
         return (
             f"fastattn is not compiled in {folder}: if that is the source tree, build it there, pip install -e "
             f"{folder.parent}, or start Python in another folder or with -P, so that an installed fastattn is found"
