@@ -14,10 +14,10 @@ PACKAGE ?= .
 # Tests that run side by side.
 JOBS ?= auto
 VENV = .venv
-test lint sanitize: VENV = .venv-check
+test lint sanitize wheels: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo dev quick test check check-c compile-commands lint sanitize clean
+.PHONY: demo dev quick test check check-c compile-commands lint sanitize wheels clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -105,6 +105,11 @@ sanitize:
 	done
 	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(MAKE) check-c SANITIZE=thread PROGRAMS='pool_test schedule_test'
+
+# A wheel for each platform of [tool.fastattn] in pyproject.toml, cross-compiled by zig, and looked at: into dist/.
+wheels:
+	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang abi3audit auditwheel lief twine
+	$(BIN)/python tools/wheels.py $(PLATFORMS)
 
 clean:
 	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c compile_commands.json
