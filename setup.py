@@ -67,8 +67,8 @@ def check_what_is_needed(compiler):
     """Say in one line what is missing, before hundreds of lines that do not."""
     if os.name == "nt":
         raise PlatformError(
-            "fastattn cannot be compiled on Windows, whose compilers lack vector types or align them wrongly: install a "
-            "wheel, or build one elsewhere (make wheels)"
+            "fastattn cannot be compiled on Windows, whose compilers lack vector types or align them wrongly: install "
+            "a wheel, or build one elsewhere (make wheels)"
         )
     if not shutil.which(compiler):
         raise PlatformError(
