@@ -127,9 +127,7 @@ def main() -> None:
     if not compilers():
         sys.exit("needs a compiler for aarch64: pip install ziglang, or apt-get install gcc-aarch64-linux-gnu")
     failed = False
-    print(
-        f"{'kernel':<18}{'compiler':<9}{'product':<9}{'loops':>5}{'spills':>7}  share of the multiply-add rate, modelled"
-    )
+    print(f"{'kernel':<18}{'compiler':<9}{'product':<9}{'loops':>5}{'spills':>7}  share, modelled")
     for isa, isa_flags in flags.INSTRUCTION_SETS["aarch64"].items():
         for element in flags.ELEMENTS[isa] if isa in CPUS else []:
             for name, compiler in compilers().items():
