@@ -17,7 +17,7 @@ VENV = .venv
 test lint sanitize wheels: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo dev quick test check check-c compile-commands lint sanitize wheels clean
+.PHONY: demo dev quick test check check-c check-aarch64 compile-commands lint sanitize wheels clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -70,6 +70,10 @@ check-c:
 	cmp -s $(OUT)/flags.new $(OUT)/flags.mk || mv $(OUT)/flags.new $(OUT)/flags.mk
 	$(MAKE) -f tests/c/Makefile -j 2 OUT=$(OUT)
 
+# On aarch64, emulated: needs qemu-user of Debian.
+check-aarch64:
+	tests/aarch64.sh
+
 compile-commands:
 	$(PYTHON) csrc/flags.py compile-commands > compile_commands.json
 
@@ -78,7 +82,7 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
-	flags=$$($(PYTHON) csrc/flags.py headers) && for header in $$(git ls-files 'csrc/*.h'); do \
+	flags=$$($(PYTHON) csrc/flags.py headers) && for header in $$(git ls-files 'csrc/*.h' ':!csrc/isa/neon*'); do \
 	    gcc $$flags -Werror -fsyntax-only -x c $$header || exit 1; \
 	done
 	PATH="$(BIN):$$PATH" cython-lint fastattn/*.pyx fastattn/*.pxd

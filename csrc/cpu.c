@@ -14,6 +14,11 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "fastattn.h"
@@ -79,6 +84,28 @@ bool fa_cpu_has_amx(void)
     return fa_cpu_has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) &&
            (d & AMX_TILE) && os_saves(0x600e6) && may_use_tiles();
 }
+
+#elif defined(__aarch64__)
+/* Part of the architecture, and of what every operating system's binary interface takes for granted. */
+bool fa_cpu_has_neon(void)
+{
+    return true;
+}
+
+/* Asked of the operating system: programs may not read the registers that tell. */
+bool fa_cpu_has_neonbf16(void)
+{
+#if defined(__linux__)
+    enum { HAS_BF16 = 1 << 14 }; /* HWCAP2_BF16 of asm/hwcap.h, in recent kernels' headers */
+    return (getauxval(AT_HWCAP2) & HAS_BF16) != 0;
+#elif defined(__APPLE__)
+    int has_bf16 = 0;
+    size_t size = sizeof has_bf16;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has_bf16, &size, NULL, 0) == 0 && has_bf16;
+#else
+    return false;
+#endif
+}
 #endif
 
 #if defined(__x86_64__)
@@ -92,9 +119,15 @@ static bool is_zen5(unsigned vendor)
 }
 #endif
 
-/* What was measured on Zen 4 serves every CPU that is not named here. */
+/* What was measured on Zen 4 serves every CPU of x86-64 that is not named here. On aarch64 nothing was
+ * measured: its few prefetches at once leave fill buffers on every CPU, and rows that a CPU sees coming are
+ * left to it. */
 static const fa_prefetching *prefetching_of_cpu(void)
 {
+#if defined(__aarch64__)
+    static const fa_prefetching unmeasured = {.burst = 10};
+    return &unmeasured;
+#else
     static const fa_prefetching zen4 = {.burst = 24};
 #if defined(__x86_64__)
     static const fa_prefetching zen5 = {.to_l1 = true, .single_rows = true, .burst = 24},
@@ -108,6 +141,7 @@ static const fa_prefetching *prefetching_of_cpu(void)
     }
 #endif
     return &zen4;
+#endif
 }
 
 const fa_prefetching *fa_prefetching_of_cpu(void)

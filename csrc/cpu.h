@@ -11,6 +11,9 @@ bool fa_cpu_has_avx2(void);       /* with FMA and F16C */
 bool fa_cpu_has_avx512(void);     /* F, BW, DQ, VL */
 bool fa_cpu_has_avx512bf16(void); /* with those of avx512 */
 bool fa_cpu_has_amx(void);        /* AMX-TILE and AMX-BF16, with those of avx512bf16 */
+#elif defined(__aarch64__)
+bool fa_cpu_has_neon(void);
+bool fa_cpu_has_neonbf16(void); /* BF16: BFDOT and BFCVT */
 #endif
 
 /* How this CPU likes lines to be prefetched. */

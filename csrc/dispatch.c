@@ -14,6 +14,8 @@ extern const fa_kernel fa_float32_avx2, fa_float64_avx2;
 extern const fa_kernel fa_float32_avx512, fa_float64_avx512;
 extern const fa_kernel fa_bf16dot_avx512bf16, fa_bf16tile_amx, fa_bf16tile_amx_emulated;
 extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
+#elif defined(__aarch64__)
+extern const fa_kernel fa_float32_neon, fa_float64_neon, fa_bf16dot_neonbf16;
 #endif
 
 /* Best first. NULL: bfloat16 is computed in float32, as is every other dtype that has no column; float32 is
@@ -24,22 +26,28 @@ extern const fa_kernel fa_split_amx, fa_split_amx_emulated;
  * there a head group of few rows of bfloat16 is computed in float32; of up to 16 more, the unit takes the
  * same time whatever the rows. Asked of the CPU and not measured, for the results depend on it. */
 static const struct {
-    const char *isa;
+    const char *isa, *needs; /* by the names that CPUs are sold under */
     bool (*is_supported)(void);
     const fa_kernel *float32, *float64, *bfloat16, *split;
     int float32_rows; /* head groups of at most so many rows of bfloat16 are computed in float32 */
 } table[] = {
 #if defined(__x86_64__)
-    {"amx", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx, &fa_split_amx, 4},
-    {"avx512bf16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16dot_avx512bf16,
+    {"amx", "AMX-BF16", fa_cpu_has_amx, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx,
+     &fa_split_amx, 4},
+    {"avx512bf16", "AVX512-BF16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
+     &fa_bf16dot_avx512bf16, NULL, 0},
+    {"avx512", "AVX-512 (F, BW, DQ, VL)", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL,
      NULL, 0},
-    {"avx512", fa_cpu_has_avx512, &fa_float32_avx512, &fa_float64_avx512, NULL, NULL, 0},
-    {"avx2", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL, 0},
+    {"avx2", "AVX2, FMA and F16C", fa_cpu_has_avx2, &fa_float32_avx2, &fa_float64_avx2, NULL, NULL, 0},
+#elif defined(__aarch64__)
+    {"neonbf16", "FEAT_BF16", fa_cpu_has_neonbf16, &fa_float32_neon, &fa_float64_neon, &fa_bf16dot_neonbf16,
+     NULL, 0},
+    {"neon", "Advanced SIMD", fa_cpu_has_neon, &fa_float32_neon, &fa_float64_neon, NULL, NULL, 0},
 #endif
-    {"baseline", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL, 0},
+    {"baseline", "nothing", fa_cpu_has_baseline, &fa_float32_baseline, &fa_float64_baseline, NULL, NULL, 0},
 #if defined(__x86_64__)
-    {"amx-emulated", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512, &fa_bf16tile_amx_emulated,
-     &fa_split_amx_emulated, 4},
+    {"amx-emulated", "AVX512-BF16", fa_cpu_has_avx512bf16, &fa_float32_avx512, &fa_float64_avx512,
+     &fa_bf16tile_amx_emulated, &fa_split_amx_emulated, 4},
 #endif
 };
 
@@ -64,17 +72,12 @@ const char *fa_selected_isa(void)
     return table[selected_row()].isa;
 }
 
-const char *const *fa_available_isas(void)
+bool fa_describe_isa(int index, fa_isa *isa)
 {
-    static const char *names[NUM_ISAS + 1];
-    bool listed = true;
-    int count = 0;
-    for (int row = 0; row < NUM_ISAS && listed; row++) {
-        if (table[row].is_supported())
-            names[count++] = table[row].isa;
-        listed = strcmp(table[row].isa, "baseline") != 0;
-    }
-    return names;
+    if (index > 0 && strcmp(table[index - 1].isa, "baseline") == 0)
+        return false;
+    *isa = (fa_isa){table[index].isa, table[index].needs, table[index].is_supported()};
+    return true;
 }
 
 bool fa_select_isa(const char *name)

@@ -106,8 +106,15 @@ fa_status fa_forward(const fa_problem *problem);
 fa_status fa_backward(const fa_problem *problem);
 fa_status fa_bias_gradient(const fa_problem *problem);
 
-/* The instruction sets this CPU can run, best first, ended by NULL. */
-const char *const *fa_available_isas(void);
+/* An instruction set that there are kernels for, what it needs, and whether CPU and operating system have it.
+ */
+typedef struct {
+    const char *name, *needs;
+    bool is_supported;
+} fa_isa;
+
+/* The instruction set of this index, of 0 for the best up to the baseline; false beyond. */
+bool fa_describe_isa(int index, fa_isa *isa);
 const char *fa_selected_isa(void);
 /* Restricts dispatch to an instruction set and those below it; false if this CPU lacks it. */
 bool fa_select_isa(const char *name);

@@ -51,6 +51,12 @@ INSTRUCTION_SETS = {
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         "amxemulated": [*AVX512, "-mavx512bf16"],
     },
+    "aarch64": {
+        "baseline": [],
+        "neon": [],
+        # As a feature of the generic CPU, which GCC, clang and zig all take.
+        "neonbf16": ["-mcpu=generic+bf16"],
+    },
 }
 ELEMENTS = {
     "baseline": ["float32", "float64"],
@@ -59,6 +65,8 @@ ELEMENTS = {
     "avx512bf16": ["bf16dot"],
     "amx": ["bf16tile", "split"],
     "amxemulated": ["bf16tile", "split"],
+    "neon": ["float32", "float64"],
+    "neonbf16": ["bf16dot"],
 }
 
 # Compiled for tests alone, on every machine.
@@ -111,6 +119,11 @@ def compile_commands() -> list[dict[str, object]]:
             f"-DTEST_ELEMENT={element}",
             "-DTEST_CPU=baseline",
         ]
+    for isas in INSTRUCTION_SETS.values():
+        for isa in isas.keys() - INSTRUCTION_SETS.get(target_machine(), {"baseline": []}).keys():
+            for element in ELEMENTS[isa]:
+                machine = "x86_64" if isa in INSTRUCTION_SETS["x86_64"] else "aarch64"
+                sources[f"csrc/isa/{isa}_{element}.c"] = [f"--target={machine}-linux-gnu", *isas[isa]]
     return [
         {"directory": str(root), "file": file, "arguments": ["cc", *CFLAGS, *flags, "-Icsrc", "-c", file]}
         for file, flags in sources.items()

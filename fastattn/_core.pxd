@@ -64,7 +64,12 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_forward(const fa_problem *problem)
     fa_status fa_backward(const fa_problem *problem)
     fa_status fa_bias_gradient(const fa_problem *problem)
-    const char *const *fa_available_isas()
+    ctypedef struct fa_isa:
+        const char *name
+        const char *needs
+        c_bool is_supported
+
+    c_bool fa_describe_isa(int index, fa_isa *isa)
     const char *fa_selected_isa()
     c_bool fa_select_isa(const char *name)
     ctypedef enum fa_split_mode:

@@ -1288,14 +1288,19 @@ def selected_isa():
     return fa_selected_isa().decode()
 
 
-def available_isas():
-    cdef const char *const *names = fa_available_isas()
+def known_isas():
+    """Return (name, what it needs, whether it is there) of each instruction set that has kernels, best first."""
+    cdef fa_isa isa
     cdef int i = 0
     isas = []
-    while names[i] != NULL:
-        isas.append(names[i].decode())
+    while fa_describe_isa(i, &isa):
+        isas.append((isa.name.decode(), isa.needs.decode(), isa.is_supported))
         i += 1
     return isas
+
+
+def available_isas():
+    return [name for name, _, is_supported in known_isas() if is_supported]
 
 
 def get_num_threads():

@@ -7,6 +7,7 @@ time.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Never, Protocol, Unpack, overload
 
@@ -773,6 +774,20 @@ def set_num_threads(num_threads: int) -> None:
     _core.set_num_threads(num_threads)
 
 
+def unused_isas() -> dict[str, str]:
+    """Return why each instruction set that is faster than the one in use is not used; where there is none, that."""
+    import platform  # here alone: importing it takes longer than all else that this function does
+
+    known, selected = _core.known_isas(), _core.selected_isa()
+    faster = list(itertools.takewhile(lambda isa: isa[0] != selected, known))
+    if [name for name, _, _ in known] == ["baseline"]:
+        return {"any": f"fastattn has none for {platform.machine()}"}
+    return {
+        name: "FASTATTN_ISA chose another" if is_supported else f"the CPU or the operating system lacks {needs}"
+        for name, needs, is_supported in faster
+    }
+
+
 @overload
 def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
 @overload
@@ -783,7 +798,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     Parameters
     ----------
     mode : {"stdout", "dicts"}
-        Whether to print, or to return a dict.
+        Whether to print, or to return a dict. `isas` are the instruction sets that this CPU has, best first;
+        `unused` tells of each that is faster than the one in use why it is not used.
 
     Returns
     -------
@@ -798,12 +814,13 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     --------
     >>> import fastattn
     >>> sorted(fastattn.show_config(mode="dicts"))
-    ['compiler', 'isa', 'isas', 'numpy', 'split', 'threads', 'version']
+    ['compiler', 'isa', 'isas', 'numpy', 'split', 'threads', 'unused', 'version']
     """
-    config = {
+    config: dict[str, Any] = {
         "version": __version__,
         "isa": _core.selected_isa(),
         "isas": _core.available_isas(),
+        "unused": unused_isas(),
         "split": _core.splits(),
         "threads": get_num_threads(),
         "numpy": np.__version__,
@@ -814,5 +831,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     if mode != "stdout":
         raise ValueError(f'mode must be "stdout" or "dicts", not {mode!r}')
     for name, setting in config.items():
-        print(f"{name:<9} {' '.join(setting) if isinstance(setting, list) else setting}")
+        if isinstance(setting, list):
+            setting = " ".join(setting)
+        elif isinstance(setting, dict):
+            setting = "; ".join(f"{isa}: {reason}" for isa, reason in setting.items()) or "none"
+        print(f"{name:<9} {setting}")
     return None

@@ -1,5 +1,6 @@
 """Every instruction set that this CPU has runs the representative tests, on one thread and on two."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_representative_tests(isa, threads, split):
 def test_the_environment_chooses(isa):
     source = "import fastattn; print(fastattn.show_config(mode='dicts')['isa'])"
     assert run_script(source, FASTATTN_ISA=isa).strip() == isa
+
+
+def test_it_is_told_why_a_faster_isa_is_not_used():
+    source = "import fastattn; print(*fastattn.show_config(mode='dicts')['unused'].items(), sep='\\n')"
+    reasons = dict(map(ast.literal_eval, run_script(source, FASTATTN_ISA="baseline").splitlines()))
+    for isa in CONFIG["isas"][:-1]:
+        assert "FASTATTN_ISA" in reasons[isa]
+    for isa in set(reasons) - set(CONFIG["isas"]) - {"any"}:
+        assert "lacks" in reasons[isa]
+    assert CONFIG["isas"][0] not in fastattn.show_config(mode="dicts")["unused"] or CONFIG["isa"] != CONFIG["isas"][0]
 
 
 @pytest.mark.parametrize(

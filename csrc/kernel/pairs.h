@@ -23,9 +23,16 @@ FA_INLINE int64_t query_panel_rows(int64_t head_dim)
     return (head_dim + 2 * LANES - 1) / (2 * LANES) * LANES;
 }
 
-FA_INLINE vec multiply_add(operand a, packed_vec b, vec c)
+#ifndef dot_operand
+FA_INLINE vec dot_operand(operand a, uvec b, vec c)
 {
     return dot_pairs(a - (uvec){0}, b, c);
+}
+#endif
+
+FA_INLINE vec multiply_add(operand a, packed_vec b, vec c)
+{
+    return dot_operand(a, b, c);
 }
 
 /* The same, but where half of b is -0, that half of a is taken as 0: it is masked, be it NaN. */

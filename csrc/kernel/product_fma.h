@@ -71,7 +71,7 @@ FA_INLINE void product_add(const product_rows *a, int i, const packed_vec *b, in
 /* The micro-kernel's multiply-adds with nothing else: all chains in registers. */
 static double measure_peak_rounds(int64_t rounds)
 {
-    enum { CHAINS = MICRO_ROWS(1) == 8 && FA_VECTOR_BYTES == 64 ? 24 : 12 };
+    enum { CHAINS = MICRO_ROWS(MAX_VECTORS) * MAX_VECTORS };
     volatile operand source = 0;
     operand a = source;
     vec c[CHAINS];

@@ -56,6 +56,8 @@ FA_INLINE vec vec_in_register(vec x)
 {
 #ifdef __x86_64__
     __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
 #endif
     return x;
 }
