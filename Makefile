@@ -103,7 +103,7 @@ sanitize:
 	$(fresh) '.[test]'
 	for isa in avx2 $$(grep -q avx512_bf16 /proc/cpuinfo && echo avx512bf16 amx-emulated); do \
 	    export FASTATTN_ISA=$$isa && \
-	    $(MAKE) check RUNNER="$(RUNNER)" TESTS='--cases 50 --hypothesis-profile each-isa $(SANITIZED_TESTS)' && \
+	    $(MAKE) check RUNNER="$(RUNNER)" TESTS='--quick --cases 50 --hypothesis-profile each-isa $(SANITIZED_TESTS)' && \
 	    $(MAKE) check RUNNER="$(RUNNER)" TESTS='--quick --hypothesis-profile each-isa -k "not reference" \
 	        tests/test_backward.py tests/test_dropout.py' || exit 1; \
 	done

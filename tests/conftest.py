@@ -24,14 +24,14 @@ QUICK_CASES = 6
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, help="at most so many cases of each test")
+    parser.addoption("--cases", type=int, help="at most so many cases of each test, also with --quick")
     parser.addoption("--quick", action="store_true", help="some cases of each test, and none that takes seconds")
 
 
 def pytest_collection_modifyitems(config, items):
     """With --cases or --quick, leave a sample of each test's cases, another one for each instruction set."""
     quick = config.getoption("quick")
-    most = QUICK_CASES if quick else config.getoption("cases")
+    most = config.getoption("cases") or (QUICK_CASES if quick else None)
     if most is None:
         return
     cases = {}
