@@ -47,9 +47,16 @@ def first_line(failure: BaseException) -> str:
     return str(failure).partition("\n")[0]
 
 
-def kind_of(x: object) -> str:
-    """Say what an argument is, in a message."""
-    return "an ndarray" if isinstance(x, np.ndarray) else f"a {type(x).__module__}.{type(x).__qualname__}"
+def kind_of(kind: type) -> str:
+    """Say what an argument of that type is, in a message."""
+    return "an ndarray" if issubclass(kind, np.ndarray) else f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def in_kind_of(x: object, array: Array) -> Any:
+    """Return a result as a tensor, if the argument x is one."""
+    from fastattn import _core
+
+    return _core.array_to_tensor(array, x) if _core.is_tensor(x) else array
 
 
 def how_to_export(x: object) -> str:

@@ -15,7 +15,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport uintptr_t
-from libc.string cimport memset
+from libc.string cimport memset, strstr
 
 from fastattn._core cimport *
 
@@ -564,9 +564,10 @@ cdef cnp.ndarray view_of(const DLTensor *tensor, object owner, str name, bint wr
     cdef cnp.npy_intp dims[MAX_AXES]
     cdef cnp.npy_intp strides[MAX_AXES]
     cdef cnp.npy_intp *given_strides = strides if tensor.strides != NULL else NULL
-    cdef char *data = <char *>tensor.data + tensor.byte_offset if tensor.data != NULL else NULL
+    cdef char *data = <char *>tensor.data + tensor.byte_offset
     cdef cnp.ndarray array
     cdef int axis
+    cdef bint is_empty = False
     cdef cnp.dtype dtype
     if tensor.device.device_type != kDLCPU:
         raise TypeError(f"{name} is not in the CPU's memory (DLPack's device {tensor.device.device_type}): give "
@@ -579,28 +580,41 @@ cdef cnp.ndarray view_of(const DLTensor *tensor, object owner, str name, bint wr
         dtype = dtypes[code] = dtype_of(&tensor.dtype, name)
     for axis in range(tensor.ndim):
         dims[axis] = tensor.shape[axis]
+        is_empty |= dims[axis] == 0
         if given_strides != NULL:
             strides[axis] = tensor.strides[axis] * dtype.itemsize
+    if tensor.data == NULL:
+        if not is_empty:
+            raise TypeError(f"{name} holds no data: it stands for a tensor, as while a function is traced or transformed")
+        data = <char *>strides  # never read
     Py_INCREF(dtype)  # the new array takes it over
     array = PyArray_NewFromDescr(
         <PyTypeObject *>cnp.ndarray, dtype, tensor.ndim, dims, given_strides, data,
         cnp.NPY_ARRAY_WRITEABLE if writeable else 0, NULL,
     )
-    if data != NULL:
-        cnp.set_array_base(array, owner)
+    cnp.set_array_base(array, owner)
     return array
+
+
+cdef int refuse_negated(object x, str name) except -1:
+    is_neg = getattr(x, "is_neg", None)
+    if is_neg is not None and is_neg():
+        raise TypeError(f"{name} is a view whose numbers are negated as they are read: give {name}.resolve_neg()")
 
 
 cdef cnp.ndarray view_of_tensor(object x, const DLPackExchangeTable *table, str name):
     """A tensor's memory as an array, whose base is the tensor."""
     cdef DLTensor tensor
-    if x.requires_grad:
+    if getattr(x, "requires_grad", False):
         raise RuntimeError(f"{name} requires a gradient, which would be lost: give {name}.detach(), or call the "
                            "functions of fastattn.torch, which have one")
     try:
         table.describe_borrowed(<void *>x, &tensor)
     except Exception as failure:
         raise TypeError(f"{name} cannot be read by DLPack: {_checks.first_line(failure)}") from failure
+    # Imaginary parts of a conjugated view, which lie between the real ones: rows without gaps need not be asked.
+    if tensor.ndim > 0 and tensor.strides != NULL and tensor.strides[tensor.ndim - 1] != 1:
+        refuse_negated(x, name)
     return view_of(&tensor, x, name, True)
 
 
@@ -623,7 +637,8 @@ def from_dlpack(x, str name):
 
 
 cdef void set_error(void *context, const char *kind, const char *message) noexcept with gil:
-    PyErr_SetString(<PyObject *>MemoryError, message)
+    cdef bint lacks_memory = strstr(message, "memory") != NULL or strstr(message, "overflow") != NULL
+    PyErr_SetString(<PyObject *>MemoryError if lacks_memory else <PyObject *>RuntimeError, message)
 
 
 cdef cnp.ndarray new_tensor(const DLPackExchangeTable *table, int ndim, cnp.npy_intp *dims, cnp.dtype dtype,
@@ -741,6 +756,7 @@ cdef class Call:
     cdef cnp.ndarray page_table, key_scales, value_scales
     cdef dict inputs  # by name, what `out` must not overlap; None without `out`
     cdef str first  # the first argument that is an array or a tensor
+    cdef object first_type
     cdef const DLPackExchangeTable *table  # of the tensors that the arguments are; NULL for arrays
 
     cdef cnp.ndarray taken(self, object x, str name):
@@ -759,11 +775,11 @@ cdef class Call:
                 return _checks.as_array(name, x)
         if self.first is None:
             self.first = name
+            self.first_type = type(x)
             self.table = table
         elif self.table != table:
-            raise TypeError(f"{name} is {_checks.kind_of(x)}, but {self.first} is "
-                            f"{'an ndarray' if self.table == NULL else 'a tensor of another kind'}: all arrays of a "
-                            "call must be of one kind")
+            raise TypeError(f"{name} is {_checks.kind_of(type(x))}, but {self.first} is "
+                            f"{_checks.kind_of(self.first_type)}: all arrays of a call must be of one kind")
         return as_array(x, name) if table == NULL else view_of_tensor(x, table, name)
 
     cdef cnp.ndarray target(self, object out, str name):
@@ -1150,7 +1166,9 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     out : ndarray, shape (..., H, Sq, Dv)
         In query's dtype. 0 for a query that sees no key. float16 and bfloat16 are accumulated in
         float32, and rounded at the end; bfloat16 probabilities are rounded before they meet the values
-        where the CPU multiplies bfloat16 by itself.
+        where the CPU multiplies bfloat16 by itself. Its axes lie in memory in the order of query's, as ``order="K"``
+        of NumPy has them: of ``x.swapaxes(1, 2)``, where x is (batch, seq, heads, dim) in C order, comes a result
+        that is in C order when it is swapped back.
     lse : ndarray, shape (..., H, Sq)
         Natural logarithm; float64 for float64, else float32. -inf for a query that sees no key, or its
         sink. Returned with ``return_lse``.
@@ -1171,6 +1189,11 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
 
     Notes
     -----
+    Arrays may all be tensors of PyTorch (2.13 or later) in the CPU's memory, or of another library that has DLPack's
+    exchange table: these are read in place, and so are masks and lengths, and results are such tensors, too; bfloat16 then
+    needs no ml_dtypes. A tensor that requires a gradient is refused: `fastattn.torch` has functions with one. Of
+    objects that have ``__dlpack__`` alone the results are arrays.
+
     The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
     queries in the lanes of vector registers.
 
