@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn import _tensors
+
 Array = NDArray[Any]
 SequenceIds = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -27,11 +29,34 @@ def as_array(name: str, x: object) -> Array:
     if x is None or isinstance(x, (str, bytes)):
         raise TypeError(f"{name} must be an array, not {'None' if x is None else f'the {type(x).__name__} {x!r}'}")
     refuse_masked(name, x)
+    from fastattn import _core
+
+    if _core.is_tensor(x):
+        return _core.tensor_to_array(x, name)
+    if hasattr(x, "__dlpack__") and not (hasattr(x, "__array__") or hasattr(x, "__array_interface__")):
+        return _core.from_dlpack(x, name)
     try:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as failure:  # lists of unequal lengths; tensors that NumPy cannot read
         kind = ValueError if isinstance(failure, ValueError) else TypeError
         raise kind(f"{name} cannot be made an array: {failure}{how_to_export(x)}") from failure
+
+
+def first_line(failure: BaseException) -> str:
+    """Say what went wrong, without the trace that libraries in C++ put below."""
+    return str(failure).partition("\n")[0]
+
+
+def kind_of(kind: type) -> str:
+    """Say what an argument of that type is, in a message."""
+    return "an ndarray" if issubclass(kind, np.ndarray) else f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def in_kind_of(x: object, array: Array) -> Any:
+    """Return a result as a tensor, if the argument x is one."""
+    from fastattn import _core
+
+    return _core.array_to_tensor(array, x) if _core.is_tensor(x) else array
 
 
 def how_to_export(x: object) -> str:
@@ -168,7 +193,7 @@ def sum_to(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], out: Arra
         extra = array.ndim - len(shape)
         axes = (*range(extra), *(extra + axis for axis, size in enumerate(shape) if size != array.shape[extra + axis]))
         with np.errstate(invalid="ignore", over="ignore"):
-            array = array.sum(axis=axes, keepdims=True).reshape(shape).astype(dtype)
+            array = _tensors.converted(array.sum(axis=axes, keepdims=True).reshape(shape), dtype)
     if out is None or out is array:
         return array
     out[...] = array
@@ -179,9 +204,9 @@ def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
     """Return the gradient of each head's sink, a score that has a probability and no value; axis -2 is heads."""
     logits = np.asarray(sinks)
     dtype = logits.dtype if logits.dtype.kind in "fV" else np.dtype(np.float64)
+    logits = _tensors.converted(logits, np.dtype(np.float64))
     lse = lse.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        gradients = -np.exp(logits.astype(np.float64)[:, None] - lse) * delta
+        gradients = -np.exp(logits[:, None] - lse) * delta
         gradients = np.where(np.isneginf(lse), 0, gradients)
-        of_heads: Array = gradients.sum(axis=(*range(lse.ndim - 2), -1)).astype(dtype)
-    return of_heads
+        return _tensors.converted(gradients.sum(axis=(*range(lse.ndim - 2), -1)), dtype)

@@ -6,6 +6,51 @@ cdef extern from "stdbool.h":
     ctypedef bint c_bool "bool"
 
 
+cdef extern from "dlpack.h" nogil:
+    enum:
+        kDLCPU
+        kDLInt, kDLUInt, kDLFloat, kDLBfloat, kDLBool
+        DLPACK_READ_ONLY
+
+    ctypedef struct DLDevice:
+        int device_type, device_id
+
+    ctypedef struct DLDataType:
+        unsigned char code, bits
+        unsigned short lanes
+
+    ctypedef struct DLTensor:
+        void *data
+        DLDevice device
+        int ndim
+        DLDataType dtype
+        int64_t *shape
+        int64_t *strides
+        uint64_t byte_offset
+
+    ctypedef struct DLManagedTensor:
+        DLTensor dl_tensor
+
+    ctypedef struct DLPackVersion:
+        unsigned int major, minor
+
+    ctypedef struct DLManagedTensorVersioned:
+        DLPackVersion version
+        uint64_t flags
+        DLTensor dl_tensor
+
+    ctypedef struct DLPackExchangeHeader:
+        DLPackVersion version
+        DLPackExchangeHeader *older
+
+    ctypedef struct DLPackExchangeTable:
+        DLPackExchangeHeader header
+        int (*allocate)(DLTensor *, DLManagedTensorVersioned **, void *,
+                        void (*)(void *, const char *, const char *) noexcept) except -1 with gil
+        int (*import_owned)(DLManagedTensorVersioned *, void **) except -1 with gil
+        int (*describe_borrowed)(void *, DLTensor *) except -1 with gil
+
+
 cdef extern from "fastattn.h" nogil:
     enum:
         FA_MAX_BATCH_DIMS

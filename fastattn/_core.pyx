@@ -10,13 +10,16 @@ import numpy as np
 
 cimport cython
 cimport numpy as cnp
+from cpython.object cimport PyTypeObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport uintptr_t
+from libc.string cimport memset, strstr
 
 from fastattn._core cimport *
 
-from fastattn import _arguments, _checks
+from fastattn import _arguments, _checks, _tensors
 from fastattn._fork import after_fork_in_child
 from fastattn._philox import checked_dropout
 from fastattn._visible import count_visible
@@ -25,6 +28,7 @@ from fastattn._visible import count_visible
 cdef extern from "Python.h":
     # Not Cython's declaration of it: the exception must stay set when `interrupted` returns.
     int PyErr_CheckSignals() noexcept
+    void PyErr_SetString(PyObject *, const char *) noexcept
     unsigned long PyThread_get_thread_ident()
     unsigned long PyThread_get_thread_native_id()
 
@@ -34,6 +38,9 @@ cdef extern from *:
 
 
 cdef extern from "numpy/arrayobject.h":
+    cnp.ndarray PyArray_NewFromDescr(PyTypeObject *kind, cnp.dtype dtype, int ndim, const cnp.npy_intp *dims,
+                                     const cnp.npy_intp *strides, void *data, int flags, PyObject *prototype)
+    bint PyArray_EquivTypes(cnp.dtype a, cnp.dtype b)
     cnp.ndarray PyArray_Empty(int ndim, const cnp.npy_intp *dims, cnp.dtype dtype, int fortran)
     cnp.ndarray PyArray_Zeros(int ndim, const cnp.npy_intp *dims, cnp.dtype dtype, int fortran)
 
@@ -49,6 +56,9 @@ cdef int64_t FARTHEST = <int64_t>1 << 60
 
 cdef int bfloat16_type_num = -1  # ml_dtypes gives its type a number when it is imported
 
+# A tensor's bfloat16 where there is no ml_dtypes: told from other bytes by being this very object.
+cdef cnp.dtype bfloat16_bits = np.dtype((np.void, 2), metadata={"dtype": "bfloat16"})
+
 
 # --- dtypes ---------------------------------------------------------------------------------------
 
@@ -58,7 +68,7 @@ cdef bint is_bfloat16(cnp.ndarray array):
     global bfloat16_type_num
     cdef int type_num = cnp.PyArray_TYPE(array)
     if type_num < 256:  # NumPy's first user-defined type
-        return False
+        return type_num == cnp.NPY_VOID and array.descr is bfloat16_bits
     if type_num == bfloat16_type_num:
         return True
     if array.dtype.name != "bfloat16":
@@ -406,7 +416,7 @@ cdef cnp.ndarray float64_array(cnp.ndarray array, str name):
     if array.dtype.kind not in "fiu" and not is_bfloat16(array):
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are real numbers"
                         f"{_checks.how_to_convert(name, array.dtype)}")
-    return array.astype(np.float64)
+    return _tensors.converted(array, np.dtype(np.float64))
 
 
 cdef cnp.ndarray set_alibi_slopes(fa_problem *p, cnp.ndarray alibi_slopes, bint single_head):
@@ -480,20 +490,17 @@ cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
     return x.end <= y.begin or y.end <= x.begin
 
 
-cdef int check_out(object out, str name, tuple shape, cnp.ndarray like, str like_name, dict inputs) except -1:
+cdef int check_out(cnp.ndarray out, str name, tuple shape, cnp.ndarray like, str like_name, dict inputs) except -1:
     """Whether results can be stored in `out`: of that shape, and the dtype of `like`."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name} must be an ndarray, not {type(out).__name__}")
-    if type(out) is not cnp.ndarray:
-        _checks.refuse_masked(name, out)
-    if out.dtype != like.dtype:
+    if out.descr is not like.descr and not PyArray_EquivTypes(out.descr, like.descr):
         raise TypeError(f"{name} has dtype {out.dtype}; accepted is that of {like_name}, {like.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"{name} has shape {out.shape}; accepted is {shape}")
-    if not out.flags.writeable:
+    if shape_of(out) != shape:
+        raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {shape}")
+    if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError(f"{name} is read-only")
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
-        raise ValueError(f"{name} overlaps itself: it has shape {out.shape} and strides {out.strides}")
+        raise ValueError(f"{name} overlaps itself: it has shape {shape_of(out)} and strides "
+                         f"{(<object>out).strides}")
     for other, array in inputs.items():
         if not lie_apart(out, array) and share_memory(out, array):
             raise ValueError(f"{name} overlaps {other} in memory")
@@ -507,7 +514,234 @@ cdef bint share_memory(object out, object array):
         return True  # not proved to be apart
 
 
+# --- tensors --------------------------------------------------------------------------------------
+
+
+cdef dict tables = {}  # of each type that has come: the address of its DLPack exchange table, or 0
+
+
+cdef uintptr_t find_table(object kind) except? 1:
+    """The address of a type's exchange table of DLPack 1, or 0 if it has none."""
+    capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
+    cdef const DLPackExchangeHeader *header = NULL
+    if PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        header = <const DLPackExchangeHeader *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+        while header != NULL and header.version.major != 1:
+            header = header.older
+        if header != NULL and (<const DLPackExchangeTable *>header).describe_borrowed == NULL:
+            header = NULL
+    tables[kind] = <uintptr_t>header
+    return <uintptr_t>header
+
+
+cdef const DLPackExchangeTable *table_of(object x) except? NULL:
+    """NULL for what is no tensor, or only has `__dlpack__`."""
+    cdef object kind = type(x)
+    cdef object address = tables.get(kind)
+    if address is None:
+        address = find_table(kind)
+    return <const DLPackExchangeTable *><uintptr_t>address
+
+
+cdef cnp.dtype dtype_of(const DLDataType *dtype, str name):
+    if dtype.lanes == 1:
+        if dtype.code == kDLBfloat and dtype.bits == 16:
+            return _tensors.bfloat16() or bfloat16_bits
+        letter = {kDLFloat: "f", kDLInt: "i", kDLUInt: "u", kDLBool: "b"}.get(dtype.code)
+        if letter == "b" and dtype.bits == 8:
+            return np.dtype(np.bool_)
+        if letter is not None and letter != "b" and dtype.bits in (16, 32, 64, 8)[:3 if letter == "f" else 4]:
+            return np.dtype(f"{letter}{dtype.bits // 8}")
+    raise TypeError(f"{name} has a dtype (DLPack's code {dtype.code}, {dtype.bits} bits) that is none of NumPy's or "
+                    "bfloat16")
+
+
+cdef dict dtypes = {}  # by code and bits
+
+
+cdef cnp.ndarray view_of(const DLTensor *tensor, object owner, str name, bint writeable):
+    """An array of what a tensor describes, which keeps its owner."""
+    cdef cnp.npy_intp dims[MAX_AXES]
+    cdef cnp.npy_intp strides[MAX_AXES]
+    cdef cnp.npy_intp *given_strides = strides if tensor.strides != NULL else NULL
+    cdef char *data = <char *>tensor.data + tensor.byte_offset
+    cdef cnp.ndarray array
+    cdef int axis
+    cdef bint is_empty = False
+    cdef cnp.dtype dtype
+    if tensor.device.device_type != kDLCPU:
+        raise TypeError(f"{name} is not in the CPU's memory (DLPack's device {tensor.device.device_type}): give "
+                        f"{name}.cpu()")
+    if tensor.ndim > MAX_AXES:
+        raise ValueError(f"{name} has {tensor.ndim} axes; at most {MAX_AXES} are accepted")
+    cdef object code = tensor.dtype.code << 8 | tensor.dtype.bits | <int>tensor.dtype.lanes << 16
+    dtype = dtypes.get(code)
+    if dtype is None:
+        dtype = dtypes[code] = dtype_of(&tensor.dtype, name)
+    for axis in range(tensor.ndim):
+        dims[axis] = tensor.shape[axis]
+        is_empty |= dims[axis] == 0
+        if given_strides != NULL:
+            strides[axis] = tensor.strides[axis] * dtype.itemsize
+    if tensor.data == NULL:
+        if not is_empty:
+            raise TypeError(f"{name} holds no data: it stands for a tensor, as while a function is traced or transformed")
+        data = <char *>strides  # never read
+    Py_INCREF(dtype)  # the new array takes it over
+    array = PyArray_NewFromDescr(
+        <PyTypeObject *>cnp.ndarray, dtype, tensor.ndim, dims, given_strides, data,
+        cnp.NPY_ARRAY_WRITEABLE if writeable else 0, NULL,
+    )
+    cnp.set_array_base(array, owner)
+    return array
+
+
+cdef int refuse_negated(object x, str name) except -1:
+    is_neg = getattr(x, "is_neg", None)
+    if is_neg is not None and is_neg():
+        raise TypeError(f"{name} is a view whose numbers are negated as they are read: give {name}.resolve_neg()")
+
+
+cdef cnp.ndarray view_of_tensor(object x, const DLPackExchangeTable *table, str name):
+    """A tensor's memory as an array, whose base is the tensor."""
+    cdef DLTensor tensor
+    if getattr(x, "requires_grad", False):
+        raise RuntimeError(f"{name} requires a gradient, which would be lost: give {name}.detach(), or call the "
+                           "functions of fastattn.torch, which have one")
+    try:
+        table.describe_borrowed(<void *>x, &tensor)
+    except Exception as failure:
+        raise TypeError(f"{name} cannot be read by DLPack: {_checks.first_line(failure)}") from failure
+    # Imaginary parts of a conjugated view, which lie between the real ones: rows without gaps need not be asked.
+    if tensor.ndim > 0 and tensor.strides != NULL and tensor.strides[tensor.ndim - 1] != 1:
+        refuse_negated(x, name)
+    return view_of(&tensor, x, name, True)
+
+
+def from_dlpack(x, str name):
+    """Read an object that has `__dlpack__` alone; of bfloat16, too, which NumPy's function refuses."""
+    cdef DLManagedTensorVersioned *versioned
+    try:
+        try:
+            capsule = x.__dlpack__(max_version=(1, 0))
+        except TypeError:  # of DLPack before 1.0
+            capsule = x.__dlpack__()
+    except Exception as failure:
+        raise TypeError(f"{name} cannot be read by DLPack: {_checks.first_line(failure)}") from failure
+    if PyCapsule_IsValid(capsule, "dltensor_versioned"):
+        versioned = <DLManagedTensorVersioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        if versioned.version.major != 1:
+            raise TypeError(f"{name} speaks DLPack {versioned.version.major}; accepted is 1")
+        return view_of(&versioned.dl_tensor, capsule, name, not versioned.flags & DLPACK_READ_ONLY)
+    return view_of(&(<DLManagedTensor *>PyCapsule_GetPointer(capsule, "dltensor")).dl_tensor, capsule, name, False)
+
+
+cdef void set_error(void *context, const char *kind, const char *message) noexcept with gil:
+    cdef bint lacks_memory = strstr(message, "memory") != NULL or strstr(message, "overflow") != NULL
+    PyErr_SetString(<PyObject *>MemoryError if lacks_memory else <PyObject *>RuntimeError, message)
+
+
+cdef cnp.ndarray new_tensor(const DLPackExchangeTable *table, int ndim, cnp.npy_intp *dims, cnp.dtype dtype,
+                            const int *order):
+    """An array whose base is a new tensor; the axes lie in memory in that order."""
+    cdef int64_t shape[MAX_AXES]
+    cdef DLTensor prototype
+    cdef DLManagedTensorVersioned *managed
+    cdef void *made
+    cdef int axis
+    for axis in range(ndim):
+        shape[axis] = dims[order[axis]]
+    prototype.data = NULL
+    prototype.device = DLDevice(kDLCPU, 0)
+    prototype.ndim = ndim
+    prototype.dtype = dlpack_dtype(dtype)
+    prototype.shape = shape
+    prototype.strides = NULL
+    prototype.byte_offset = 0
+    table.allocate(&prototype, &managed, NULL, set_error)
+    table.import_owned(managed, &made)
+    cdef object tensor = <object>made
+    Py_XDECREF(<PyObject *>made)
+    for axis in range(ndim):
+        if order[axis] != axis:
+            tensor = tensor.permute([place for _, place in sorted([(order[i], i) for i in range(ndim)])])
+            break
+    return view_of_tensor(tensor, table, "out")
+
+
+cdef DLDataType dlpack_dtype(cnp.dtype dtype):
+    cdef DLDataType to
+    if dtype.kind == b"f":
+        to.code = kDLFloat
+    elif dtype.kind == b"i":
+        to.code = kDLInt
+    else:  # results are of no others
+        to.code = kDLBfloat
+    to.bits = dtype.itemsize * 8
+    to.lanes = 1
+    return to
+
+
+cdef object as_kind_of(const DLPackExchangeTable *table, cnp.ndarray array):
+    """A result as a tensor, if the arguments are such: the one whose memory it is, or a copy."""
+    cdef int order[MAX_AXES]
+    cdef cnp.ndarray copy
+    cdef int axis
+    if table == NULL:
+        return array
+    base = cnp.get_array_base(array)
+    if base is not None and table_of(base) == table:
+        return base
+    for axis in range(cnp.PyArray_NDIM(array)):
+        order[axis] = axis
+    copy = new_tensor(table, cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array), array.descr, order)
+    copy[...] = array
+    return cnp.get_array_base(copy)
+
+
+def is_tensor(x):
+    """Whether results for such an argument are tensors, too."""
+    return table_of(x) != NULL
+
+
+def tensor_to_array(x, str name):
+    """A tensor's memory as an array of a dtype that NumPy computes with."""
+    cdef cnp.ndarray array = view_of_tensor(x, table_of(x), name)
+    if array.descr is bfloat16_bits:
+        raise TypeError(f"{name} is of bfloat16, for which this function needs the package ml_dtypes")
+    return array
+
+
+def array_to_tensor(cnp.ndarray array not None, like):
+    """A result in the kind of an argument."""
+    return as_kind_of(table_of(like), array)
+
+
 # --- the call -------------------------------------------------------------------------------------
+
+
+cdef void sort_axes(int *order, int ndim, cnp.ndarray like) noexcept:
+    """Axes by their strides in `like`, whose axes are the last ones, as order='K' of NumPy's functions has them: those
+    of one element or of stride 0 keep their places."""
+    cdef int lead = ndim - cnp.PyArray_NDIM(like), axis, place, to
+    cdef Py_ssize_t stride, other
+    for axis in range(max(lead, 0) + 1, ndim):
+        stride = spacing(like, axis - lead)
+        to = axis
+        for place in range(axis - 1, max(lead, 0) - 1, -1):
+            other = spacing(like, order[place] - lead)
+            if stride == 0 or other == 0:
+                continue
+            if stride <= other:
+                break
+            to = place
+        for place in range(axis, to, -1):
+            order[place] = order[place - 1]
+        order[to] = axis
+
+
+cdef Py_ssize_t spacing(cnp.ndarray array, int axis) noexcept:
+    return abs(cnp.PyArray_STRIDE(array, axis)) if cnp.PyArray_DIM(array, axis) > 1 else 0
 
 
 @cython.final
@@ -521,17 +755,51 @@ cdef class Call:
     cdef cnp.ndarray alibi_slopes, sinks, key_lengths, query_offset, cu_seqlens_q, cu_seqlens_k  # copies
     cdef cnp.ndarray page_table, key_scales, value_scales
     cdef dict inputs  # by name, what `out` must not overlap; None without `out`
+    cdef str first  # the first argument that is an array or a tensor
+    cdef object first_type
+    cdef const DLPackExchangeTable *table  # of the tensors that the arguments are; NULL for arrays
 
     cdef cnp.ndarray taken(self, object x, str name):
         """An argument as an array, as which it is kept apart from `out`."""
-        cdef cnp.ndarray array = as_array(x, name)
+        cdef cnp.ndarray array = self.array_of(x, name)
         if self.inputs is not None:
             self.inputs[name] = array
         return array
 
-    cdef int set_arrays(self, object query, object key, object value) except -1:
+    cdef cnp.ndarray array_of(self, object x, str name):
+        """An argument as an array. The first that is an array or a tensor decides which all of them are to be."""
+        cdef const DLPackExchangeTable *table = NULL
+        if type(x) is not cnp.ndarray:
+            table = table_of(x)
+            if table == NULL and not isinstance(x, np.ndarray):
+                return _checks.as_array(name, x)
+        if self.first is None:
+            self.first = name
+            self.first_type = type(x)
+            self.table = table
+        elif self.table != table:
+            raise TypeError(f"{name} is {_checks.kind_of(type(x))}, but {self.first} is "
+                            f"{_checks.kind_of(self.first_type)}: all arrays of a call must be of one kind")
+        return as_array(x, name) if table == NULL else view_of_tensor(x, table, name)
+
+    cdef cnp.ndarray target(self, object out, str name):
+        """Where results are to be stored."""
+        if not isinstance(out, np.ndarray) and table_of(out) == NULL:
+            raise TypeError(f"{name} must be {'an ndarray' if self.table == NULL else 'a tensor'}, not "
+                            f"{type(out).__name__}")
+        return self.array_of(out, name)
+
+    cdef object given(self, cnp.ndarray result):
+        """A result in the kind of the arguments."""
+        return result if self.table == NULL else as_kind_of(self.table, result)
+
+    cdef int set_arrays(self, object query, object key, object value, bint of_no_columns=False) except -1:
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray q = self.taken(query, "query"), k = self.taken(key, "key"), v = self.taken(value, "value")
+        cdef cnp.ndarray q = self.taken(query, "query"), k = self.taken(key, "key"), v
+        if of_no_columns:
+            v = k[..., :0] if k.ndim > 0 else k
+        else:
+            v = self.taken(value, "value")
         set_dtypes(p, q, k, v)
         check_ndim(q, "query", cnp.PyArray_NDIM(q))
         check_ndim(k, "key", cnp.PyArray_NDIM(q))
@@ -684,7 +952,7 @@ cdef class Call:
             scores.get("sinks"), scores.get("key_lengths"), scores.get("num_threads"),
         )
 
-    cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, bint zeros=False):
+    cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, cnp.ndarray like=None):
         """(..., H, Sq, columns), or (total, H, columns); without the last axis if columns is -1."""
         cdef const fa_problem *p = &self.problem
         cdef cnp.npy_intp dims[MAX_AXES]
@@ -705,23 +973,42 @@ cdef class Call:
         if columns >= 0:
             dims[ndim] = columns
             ndim += 1
-        Py_INCREF(dtype)  # the new array takes it over
-        if zeros:
-            return PyArray_Zeros(ndim, dims, dtype, 0)
-        return PyArray_Empty(ndim, dims, dtype, 0)
+        return self.empty(ndim, dims, dtype, like)
+
+    cdef cnp.ndarray empty(self, int ndim, cnp.npy_intp *dims, cnp.dtype dtype, cnp.ndarray like):
+        """A new array, or the array of a new tensor, with the axes in memory in the order of those of `like`."""
+        cdef cnp.npy_intp strides[MAX_AXES]
+        cdef int order[MAX_AXES]
+        cdef cnp.npy_intp stride = dtype.itemsize
+        cdef int axis
+        cdef bint c_order = like is None or cnp.PyArray_IS_C_CONTIGUOUS(like)
+        if c_order and self.table == NULL:
+            Py_INCREF(dtype)  # the new array takes it over
+            return PyArray_Empty(ndim, dims, dtype, 0)
+        for axis in range(ndim):
+            order[axis] = axis
+        if not c_order:
+            sort_axes(order, ndim, like)
+        if self.table != NULL:
+            return new_tensor(self.table, ndim, dims, dtype, order)
+        for axis in range(ndim - 1, -1, -1):
+            strides[order[axis]] = stride
+            stride *= dims[order[axis]]
+        Py_INCREF(dtype)
+        return PyArray_NewFromDescr(<PyTypeObject *>cnp.ndarray, dtype, ndim, dims, strides, NULL, 0, NULL)
 
     cdef cnp.ndarray set_out(self, object out):
         cdef fa_problem *p = &self.problem
         cdef cnp.ndarray array
         if out is None:
-            array = self.new_array(self.query.descr, p.head_dim_v)
+            array = self.new_array(self.query.descr, p.head_dim_v, self.query)
         else:
             if self.packed:
                 rows = (self.query.shape[0], p.num_heads)
             else:
                 *rows, _ = score_shape(p, self.single_head)
-            check_out(out, "out", (*rows, p.head_dim_v), self.query, "query", self.inputs)
-            array = out
+            array = self.target(out, "out")
+            check_out(array, "out", (*rows, p.head_dim_v), self.query, "query", self.inputs)
         if self.packed:
             describe_packed(&p.out, array)
         else:
@@ -742,7 +1029,8 @@ cdef class Call:
 
     cdef cnp.ndarray set_weights(self):
         cdef fa_problem *p = &self.problem
-        cdef cnp.ndarray array = self.new_array(self.query.descr, p.seqlen_k, zeros=True)
+        cdef cnp.ndarray array = self.new_array(self.query.descr, p.seqlen_k)
+        memset(cnp.PyArray_DATA(array), 0, cnp.PyArray_NBYTES(array))
         describe(&p.weights, p, array, 3)
         p.weights.dtype = p.query.dtype
         return array
@@ -804,8 +1092,8 @@ cdef object compute(Call call, object out, bint return_lse, bint return_weights)
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call, fa_forward)
     if lse is None and weights is None:
-        return result
-    return (result, *((lse,) if lse is not None else ()), *((weights,) if weights is not None else ()))
+        return call.given(result)
+    return tuple([call.given(x) for x in (result, lse, weights) if x is not None])
 
 
 def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
@@ -878,7 +1166,9 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     out : ndarray, shape (..., H, Sq, Dv)
         In query's dtype. 0 for a query that sees no key. float16 and bfloat16 are accumulated in
         float32, and rounded at the end; bfloat16 probabilities are rounded before they meet the values
-        where the CPU multiplies bfloat16 by itself.
+        where the CPU multiplies bfloat16 by itself. Its axes lie in memory in the order of query's, as ``order="K"``
+        of NumPy has them: of ``x.swapaxes(1, 2)``, where x is (batch, seq, heads, dim) in C order, comes a result
+        that is in C order when it is swapped back.
     lse : ndarray, shape (..., H, Sq)
         Natural logarithm; float64 for float64, else float32. -inf for a query that sees no key, or its
         sink. Returned with ``return_lse``.
@@ -899,6 +1189,11 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
 
     Notes
     -----
+    Arrays may all be tensors of PyTorch (2.13 or later) in the CPU's memory, or of another library that has DLPack's
+    exchange table: these are read in place, and so are masks and lengths, and results are such tensors, too; bfloat16 then
+    needs no ml_dtypes. A tensor that requires a gradient is refused: `fastattn.torch` has functions with one. Of
+    objects that have ``__dlpack__`` alone the results are arrays.
+
     The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
     queries in the lanes of vector registers.
 
@@ -1009,10 +1304,8 @@ attention = PyCFunction_NewEx(&attention_def, NULL, <PyObject *>attention_module
 
 def top_keys(query, key, k, dict scores not None, bint return_totals):
     # Attention to values of no columns: scores and their softmax are all there is to compute.
-    cdef cnp.ndarray keys = as_array(key, "key")
-    cdef object value = keys[..., :0] if keys.ndim > 0 else keys
     cdef Call call = Call.__new__(Call)
-    call.set_arrays(query, keys, value)
+    call.set_arrays(query, key, None, of_no_columns=True)
     call.read_scores(scores)
     cdef fa_problem *p = &call.problem
     p.top_count = top_count(k)
@@ -1032,9 +1325,10 @@ def top_keys(query, key, k, dict scores not None, bint return_totals):
         p.column_sums.col, p.column_sums.row = p.column_sums.row, 0
     run(call, fa_forward)
     if not return_totals:
-        return indices, weights
+        return call.given(indices), call.given(weights)
     dtype = np.float64 if p.query.dtype == FA_FLOAT64 else np.float32
-    return indices, weights, (column_sums / p.fixed_point_scale).astype(dtype)
+    totals = (column_sums / p.fixed_point_scale).astype(dtype)
+    return call.given(indices), call.given(weights), call.given(totals)
 
 
 cdef int64_t top_count(object k) except -1:
@@ -1083,6 +1377,7 @@ cdef class Gradients:
     cdef Call call
     cdef cnp.ndarray grad_out, out, lse, grad_lse
     cdef list results  # of query, key and value
+    cdef list targets  # where each is to go, or None
     cdef cnp.ndarray delta
 
     cdef tuple result_shape(self, bint columns):
@@ -1140,7 +1435,7 @@ cdef class Gradients:
         elif given is not None:
             array = given
         else:
-            array = np.empty(shape, like.dtype)
+            array = self.call.empty(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), like.descr, like)
         self.describe_result(view, array, name, 3)
         return array
 
@@ -1170,11 +1465,14 @@ cdef class Gradients:
         cdef Call call = self.call
         cdef fa_gradients *g = &self.gradients
         cdef list given = [None, None, None] if grads is None else _checks.as_grads(grads)
-        self.check_grads(given)
+        names = ("query", "key", "value")
+        self.targets = [None if x is None else call.target(x, f"grads' {name}")
+                        for name, x in zip(names, given, strict=True)]
+        self.check_grads(self.targets)
         self.results = [
-            self.new_gradient(&g.grad_query, call.query, "query", given[0]),
-            self.new_gradient(&g.grad_key, call.key, "key", given[1]),
-            self.new_gradient(&g.grad_value, call.value, "value", given[2]),
+            self.new_gradient(&g.grad_query, call.query, "query", self.targets[0]),
+            self.new_gradient(&g.grad_key, call.key, "key", self.targets[1]),
+            self.new_gradient(&g.grad_value, call.value, "value", self.targets[2]),
         ]
         return 0
 
@@ -1196,14 +1494,13 @@ cdef class Gradients:
             lse, delta = lse.T, delta.T
         elif self.call.single_head:
             lse, delta = lse[None], delta[None]
-        return _checks.sink_gradients(sinks, lse, delta)
+        return _checks.sink_gradients(self.call.array_of(sinks, "sinks"), lse, delta)
 
-    cdef list summed(self, object grads):
+    cdef list summed(self):
         """The results, in which the batch axes along which an array was broadcast are summed."""
-        cdef list given = [None, None, None] if grads is None else list(grads)
         cdef list arrays = [self.call.query, self.call.key, self.call.value]
         return [_checks.sum_to(result, array.shape, array.dtype, out)
-                for result, array, out in zip(self.results, arrays, given, strict=True)]
+                for result, array, out in zip(self.results, arrays, self.targets, strict=True)]
 
 
 def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, dict scores not None,
@@ -1227,12 +1524,12 @@ def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_s
         run(call, fa_bias_gradient)
     run(call, fa_backward)
     gradients.clear_keys_without_queries()
-    results = gradients.summed(grads)
+    results = gradients.summed()
     if return_grad_bias:
         results.append(bias)
     if return_grad_sinks:
         results.append(gradients.sink_gradients(scores["sinks"]))
-    return tuple(results)
+    return tuple([call.given(result) for result in results])
 
 
 cdef tuple axes_of(cnp.ndarray array):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastattn._checks import Array, as_array, check_dtype
+from fastattn._checks import Array, as_array, check_dtype, in_kind_of
 
 
 def refuse_plus_infinity(lses: Sequence[Array]) -> None:
@@ -37,16 +37,20 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
     refuse_plus_infinity(lses)
 
 
-def arrays_of(name: str, x: Sequence[ArrayLike]) -> list[Array]:
+def sequence_of(name: str, x: Sequence[ArrayLike]) -> list[ArrayLike]:
     try:
-        each = list(x)
+        return list(x)
     except TypeError:
         raise TypeError(f"{name} must be a sequence of arrays, not {x!r}") from None
-    return [as_array(f"{name}[{i}]", part) for i, part in enumerate(each)]
+
+
+def arrays_of(name: str, x: list[ArrayLike]) -> list[Array]:
+    return [as_array(f"{name}[{i}]", part) for i, part in enumerate(x)]
 
 
 def merge_results(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
-    parts, logs = arrays_of("outs", outs), arrays_of("lses", lses)
+    outs = sequence_of("outs", outs)
+    parts, logs = arrays_of("outs", outs), arrays_of("lses", sequence_of("lses", lses))
     check_parts(parts, logs)
     dtype = parts[0].dtype
     accumulator = np.result_type(np.float32, *(log.dtype for log in logs), *[dtype] * (dtype == np.float64))
@@ -69,4 +73,5 @@ def merge_results(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple
             out += np.where((log == -np.inf)[..., None], 0, weight[..., None] * part.astype(accumulator))
         lse = shift + np.log(total)
         out /= np.where(total == 0, 1, total)[..., None]
-    return out.astype(dtype), lse.astype(np.result_type(*(log.dtype for log in logs)))
+    merged = out.astype(dtype), lse.astype(np.result_type(*(log.dtype for log in logs)))
+    return in_kind_of(outs[0], merged[0]), in_kind_of(outs[0], merged[1])

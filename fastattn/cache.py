@@ -859,11 +859,13 @@ class KVCache:
         if array.ndim != 3 or array.shape[-1] != self.head_dim:
             raise ValueError(f"query has shape {array.shape}; accepted for one sequence is (heads, tokens, "
                              f"{self.head_dim})")  # fmt: skip
-        if not isinstance(out, np.ndarray):
-            return array[None], out
+        batch_query: Any = array[None] if not _core.is_tensor(query) else query[None]  # type: ignore[call-overload, index]
+        if not (isinstance(out, np.ndarray) or _core.is_tensor(out)):
+            return batch_query, out
         refuse_masked("out", out)
-        check_shape("out", out, (*array.shape[:-1], self.head_dim_v))
-        return array[None], out[None]
+        check_shape("out", as_array("out", out), (*array.shape[:-1], self.head_dim_v))
+        batch_out: Array = out[None]  # type: ignore[index]
+        return batch_query, batch_out
 
     def _fields(self) -> dict[str, Any]:
         """Return all but the pages, as arrays; the caller has the lock."""

@@ -21,7 +21,9 @@ from fastattn._checks import (
     checked_integer,
     checked_out,
     how_to_convert,
+    in_kind_of,
 )
+from fastattn._core import is_tensor
 from fastattn._keywords import DENSE, LAYER, AttentionKeywords, CausalKeywords, LayerScores, VarlenKeywords, takes
 from fastattn.api import attention, attention_backward, attention_varlen, attention_varlen_backward
 from fastattn.cache import KVCache
@@ -141,6 +143,11 @@ def positions_in_sequences(cu_seqlens: ArrayLike, total: int) -> Array:
 def check_result(out: Array | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if out is not None and not checked_out(out, shape, dtype).flags.c_contiguous:
         raise ValueError(f"out must be C-contiguous, but has strides {out.strides}")
+
+
+def untensored(name: str, x: Any) -> Any:
+    """Return a tensor as an array, and all else as it is."""
+    return as_array(name, x) if is_tensor(x) else x
 
 
 def check_kept(inputs: Mapping[str, Array], out: Array | None, cache: KVCache | None) -> None:
@@ -653,6 +660,9 @@ class MultiHeadAttention:
         """
         if others or not scores.keys() <= LAYER:
             raise misfit(MultiHeadAttention.__call__, others, scores)
+        # Tensors go to attention beside arrays that are the layer's own.
+        scores = cast(LayerScores, {name: untensored(name, x) for name, x in scores.items()})
+        cu_seqlens, positions = untensored("cu_seqlens", cu_seqlens), untensored("positions", positions)
         key, value = self._sources(query, key, value)
         dense = {"key": key, "value": value} | {name: x for name, x in scores.items() if name in DENSE}
         check_together(dense, cu_seqlens, cache, sequences)
@@ -671,9 +681,10 @@ class MultiHeadAttention:
         inputs, parts = self._projected(rows, key, value, positions)
         # Heads are written side by side, as the output projection reads them.
         joined = np.empty((*broadcast_batches(parts), rows.shape[-2], self.num_heads, self.head_dim_v), self.dtype)
-        check_result(out, (*joined.shape[:-2], self.out_features), self.dtype)
+        target = untensored("out", out)
+        check_result(target, (*joined.shape[:-2], self.out_features), self.dtype)
         if return_saved:
-            check_kept(inputs, out, cache)
+            check_kept(inputs, target, cache)
         heads = joined.swapaxes(-3, -2)
         lse: Any = None
         weights: Any = None
@@ -693,8 +704,9 @@ class MultiHeadAttention:
             of_dense = cast(AttentionKeywords, {**kept, "out": heads})
             results = attention(*parts, **of_dense, return_lse=return_saved, return_weights=return_weights)
             lse, weights = (results[1] if return_saved else None), (results[-1] if return_weights else None)
-        result = self.output(heads, out=out)
-        extras: list[Any] = [weights] * return_weights
+        result = self.output(heads, out=target)
+        result = in_kind_of(query, result) if out is None else out
+        extras: list[Any] = [in_kind_of(query, weights)] if return_weights else []
         if return_saved:
             extras.append(Saved(self, inputs, parts, joined, lse, positions, cu_seqlens, kept))
         return (result, *extras) if extras else result

@@ -257,9 +257,8 @@ def test_a_bfloat16_tensor_says_how(call):
 def test_both_ways_from_a_bfloat16_tensor():
     torch = pytest.importorskip("torch")
     tensor = torch.ones((2, 4, 5, 8), dtype=torch.bfloat16, requires_grad=True)
-    assert_refused("attention", "query", tensor, ["tensor.detach().float()"])
-    assert_refused("attention", "query", tensor.float(), ["tensor.detach()"])
+    assert_refused("attention", "query", tensor, ["query.detach()"], RuntimeError)
     half = tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     assert fastattn.attention(half, half, half).dtype == BF16
     whole = tensor.detach().float()
-    assert fastattn.attention(whole, whole, whole).dtype == F32
+    assert fastattn.attention(whole, whole, whole).dtype == torch.float32

@@ -325,3 +325,54 @@ def test_inputs_of_backward_unchanged(case):
     fastattn.attention_backward(*first, grad_lse=grad_lse, **keywords, **asked)
     for name, x in arrays.items():
         assert x.tobytes() == before[name], name
+
+
+# --- the layout of results ------------------------------------------------------------------------
+
+ORDERS = [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 3, 0, 2), (3, 2, 1, 0)]
+
+
+@each_dtype
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_the_result_lies_in_memory_as_the_query_does(dtypes, order):
+    query, key, value = qkv(make_rng(), SHAPE, dtypes, head_dim_v=11)
+    result = fastattn.attention(in_memory(query, order), key, value)
+    assert result.transpose(order).flags.c_contiguous
+    assert_same_bits(result, fastattn.attention(query, key, value))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_result_has_the_order_that_numpy_gives(layout):
+    query, key, value = qkv(make_rng(), SHAPE)
+    query = LAYOUTS[layout](query)
+    expected = np.add(query, query)
+    assert fastattn.attention(query, key, value).strides == expected.strides
+
+
+def test_axes_of_one_element_or_broadcast_do_not_count():
+    query, key, value = qkv(make_rng(), SHAPE)
+    same = np.broadcast_to(query[:1], query.shape)
+    assert fastattn.attention(same, key, value).flags.c_contiguous
+    one = np.ascontiguousarray(query[:, :, :1].swapaxes(1, 2)).swapaxes(1, 2)
+    assert fastattn.attention(one, key, value).flags.c_contiguous
+
+
+def test_the_batch_of_keys_alone_comes_first():
+    query, key, value = qkv(make_rng(), SHAPE)
+    one = in_memory(query, (0, 2, 1, 3))[0]
+    assert fastattn.attention(one, key, value).swapaxes(1, 2).flags.c_contiguous
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_gradients_lie_in_memory_as_their_arrays_do(order):
+    query, key, value = (in_memory(x, order) for x in qkv(make_rng(), SHAPE))
+    out, lse = fastattn.attention(query, key, value, return_lse=True)
+    for grad in fastattn.attention_backward(out, query, key, value, out, lse):
+        assert grad.transpose(order).flags.c_contiguous
+
+
+def test_packed_results_lie_in_memory_as_the_query_does():
+    query, key, value = make_rng().standard_normal((3, 10, 4, 8), np.float32)
+    heads_first = in_memory(query, (1, 0, 2))
+    result = fastattn.attention_varlen(heads_first, key, value, [0, 4, 10], [0, 4, 10])
+    assert result.swapaxes(0, 1).flags.c_contiguous
