@@ -51,6 +51,66 @@ cdef extern from "dlpack.h" nogil:
         int (*describe_borrowed)(void *, DLTensor *) except -1 with gil
 
 
+cdef extern from "xla_ffi.h" nogil:
+    enum:
+        XLA_FFI_Extension_Metadata
+        XLA_FFI_MAJOR, XLA_FFI_MINOR
+        XLA_FFI_INVALID_ARGUMENT, XLA_FFI_RESOURCE_EXHAUSTED
+        XLA_FFI_AttrType_STRING
+
+    ctypedef struct XLA_FFI_Extension_Base:
+        size_t struct_size
+        int type
+
+    ctypedef struct XLA_FFI_Api_Version:
+        int major_version, minor_version
+
+    ctypedef struct XLA_FFI_Metadata:
+        XLA_FFI_Api_Version api_version
+        unsigned int traits
+
+    ctypedef struct XLA_FFI_Metadata_Extension:
+        XLA_FFI_Metadata *metadata
+
+    ctypedef struct XLA_FFI_Error:
+        pass
+
+    ctypedef struct XLA_FFI_Error_Create_Args:
+        size_t struct_size
+        XLA_FFI_Extension_Base *extension_start
+        const char *message
+        int errc
+
+    ctypedef struct XLA_FFI_Api:
+        XLA_FFI_Error *(*Error_Create)(XLA_FFI_Error_Create_Args *args) noexcept
+
+    ctypedef struct XLA_FFI_Buffer:
+        int dtype
+        void *data
+        int64_t rank
+        int64_t *dims
+
+    ctypedef struct XLA_FFI_ByteSpan:
+        const char *ptr
+        size_t len
+
+    ctypedef struct XLA_FFI_Buffers:
+        int64_t size
+        void **buffers
+
+    ctypedef struct XLA_FFI_Attrs:
+        int64_t size
+        int *types
+        void **attrs
+
+    ctypedef struct XLA_FFI_CallFrame:
+        size_t struct_size
+        XLA_FFI_Extension_Base *extension_start
+        const XLA_FFI_Api *api
+        XLA_FFI_Buffers args, rets
+        XLA_FFI_Attrs attrs
+
+
 cdef extern from "fastattn.h" nogil:
     enum:
         FA_MAX_BATCH_DIMS

@@ -11,7 +11,7 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyTypeObject
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport uintptr_t
@@ -1573,6 +1573,80 @@ def plan(query, key, value, dict scores not None, dropout, seed, bint return_wei
             call.mask,
         ),
     }
+
+
+# --- XLA ------------------------------------------------------------------------------------------
+
+
+# NumPy's dtypes by XLA's numbers.
+cdef dict xla_dtypes = {number: np.dtype(name) for number, name in [
+    (1, "?"), (2, "i1"), (3, "i2"), (4, "i4"), (5, "i8"), (6, "u1"), (7, "u2"), (8, "u4"), (9, "u8"),
+    (10, "f2"), (11, "f4"), (12, "f8"),
+]}
+cdef enum:
+    XLA_BF16 = 16
+
+
+cdef cnp.ndarray view_of_buffer(const XLA_FFI_Buffer *buffer, bint writeable):
+    """A buffer of XLA's as an array, for the time of a call."""
+    cdef cnp.npy_intp dims[MAX_AXES]
+    cdef int axis
+    cdef cnp.dtype dtype = _tensors.bfloat16() if buffer.dtype == XLA_BF16 else xla_dtypes[buffer.dtype]
+    if buffer.rank > MAX_AXES:
+        raise ValueError(f"an array has {buffer.rank} axes; at most {MAX_AXES} are accepted")
+    for axis in range(buffer.rank):
+        dims[axis] = buffer.dims[axis]
+    Py_INCREF(dtype)  # the new array takes it over
+    return PyArray_NewFromDescr(
+        <PyTypeObject *>cnp.ndarray, dtype, <int>buffer.rank, dims, NULL, buffer.data,
+        cnp.NPY_ARRAY_CARRAY if writeable else cnp.NPY_ARRAY_CARRAY_RO, NULL,
+    )
+
+
+cdef list views_of_buffers(const XLA_FFI_Buffers *of, bint writeable):
+    return [view_of_buffer(<const XLA_FFI_Buffer *>of.buffers[i], writeable) for i in range(of.size)]
+
+
+cdef XLA_FFI_Error *xla_error(const XLA_FFI_CallFrame *frame, object failure) noexcept:
+    cdef XLA_FFI_Error_Create_Args args
+    cdef bytes message = f"{type(failure).__name__}: {failure}".encode()
+    memset(&args, 0, sizeof(args))
+    args.struct_size = sizeof(args)
+    args.message = message
+    args.errc = XLA_FFI_RESOURCE_EXHAUSTED if isinstance(failure, MemoryError) else XLA_FFI_INVALID_ARGUMENT
+    return frame.api.Error_Create(&args)
+
+
+cdef XLA_FFI_Error *handle_xla_call(XLA_FFI_CallFrame *frame) noexcept with gil:
+    """Called by XLA: with a request for the version that this was written for, or with arrays and one attribute, which
+    tells fastattn.jax what to compute."""
+    cdef XLA_FFI_Metadata *metadata
+    cdef const XLA_FFI_ByteSpan *attribute
+    if frame.extension_start != NULL and frame.extension_start.type == XLA_FFI_Extension_Metadata:
+        metadata = (<XLA_FFI_Metadata_Extension *>frame.extension_start).metadata
+        metadata.api_version.major_version = XLA_FFI_MAJOR
+        metadata.api_version.minor_version = XLA_FFI_MINOR
+        metadata.traits = 0
+        return NULL
+    try:
+        if frame.attrs.size != 1 or frame.attrs.types[0] != XLA_FFI_AttrType_STRING:
+            raise ValueError("the call has no attribute that says what to compute")
+        attribute = <const XLA_FFI_ByteSpan *>frame.attrs.attrs[0]
+        xla_compute(attribute.ptr[:attribute.len], views_of_buffers(&frame.args, False),
+                    views_of_buffers(&frame.rets, True))
+    except BaseException as failure:
+        return xla_error(frame, failure)
+    return NULL
+
+
+cdef object xla_compute = None
+
+
+def xla_target(compute):
+    """A capsule of the function to register with XLA, which calls ``compute(attribute, arguments, results)``."""
+    global xla_compute
+    xla_compute = compute
+    return PyCapsule_New(<void *>handle_xla_call, "xla._CUSTOM_CALL_TARGET", NULL)
 
 
 # --- the process ----------------------------------------------------------------------------------
