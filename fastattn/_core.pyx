@@ -1187,6 +1187,14 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     KeyboardInterrupt
         After Ctrl-C, within a fraction of a second; `out` is then partly written.
 
+    See Also
+    --------
+    attention_varlen : Packed sequences of different lengths.
+    attention_backward : Its gradients.
+    KVCache.attention : To keys and values in a cache.
+    plan : What a call would do.
+    reference.attention : The definition, in plain NumPy.
+
     Notes
     -----
     Arrays may all be tensors of PyTorch (2.13 or later) in the CPU's memory, or of another library that has DLPack's
@@ -1713,6 +1721,11 @@ def measure_peak(dtype, num_threads=None):
     TypeError, ValueError
         A dtype that `attention` does not take, or not a number of threads.
 
+    See Also
+    --------
+    measure_bandwidth : How fast the machine reads.
+    plan : The FLOPs of a call.
+
     Examples
     --------
     >>> import fastattn
@@ -1764,6 +1777,10 @@ def measure_bandwidth(Py_ssize_t nbytes, num_threads=None):
     ------
     TypeError, ValueError
         Not a number of bytes or of threads.
+
+    See Also
+    --------
+    measure_peak : How fast the machine multiplies and adds.
 
     Examples
     --------

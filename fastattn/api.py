@@ -119,6 +119,12 @@ def attention_varlen(
     TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `attention`, and ValueError for cumulative lengths that do not fit. Nothing has then been written.
 
+    See Also
+    --------
+    attention : One length for the whole batch, or padding by ``key_lengths``.
+    attention_varlen_backward : Its gradients.
+    KVCache : Sequences that grow.
+
     Examples
     --------
     >>> import numpy as np
@@ -260,6 +266,12 @@ def attention_backward(
         As `attention`, and for gradients or results of another shape or dtype. Nothing has then been written.
     KeyboardInterrupt
         After Ctrl-C, within a fraction of a second; `grads` are then partly written.
+
+    See Also
+    --------
+    attention : The forward pass.
+    attention_varlen_backward : Of packed sequences.
+    MultiHeadAttention.backward : Of a whole layer.
 
     Notes
     -----
@@ -404,6 +416,11 @@ def attention_varlen_backward(
     TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `attention_backward`, and ValueError for cumulative lengths that do not fit.
 
+    See Also
+    --------
+    attention_varlen : The forward pass.
+    attention_backward : Of one length for the whole batch.
+
     Examples
     --------
     >>> import numpy as np
@@ -507,6 +524,11 @@ def top_keys(
     TypeError, ValueError, MemoryError, KeyboardInterrupt
         As `attention`, and for a `k` that is not accepted.
 
+    See Also
+    --------
+    attention : All weights, with ``return_weights=True``.
+    AttentionView.from_top_keys : To look at them.
+
     Examples
     --------
     >>> import numpy as np
@@ -551,6 +573,10 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
         Dtypes that differ or are not accepted.
     ValueError
         No sets, not as many lses as outs, shapes that do not match or broadcast, or an lse of +inf.
+
+    See Also
+    --------
+    attention : With ``return_lse=True``, what is merged.
 
     Notes
     -----
@@ -639,6 +665,10 @@ class Plan:
     flops : int
         Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
         leave; backward, 2 (3 D + 2 Dv).
+
+    See Also
+    --------
+    plan : Makes one.
     """
 
     query: Axes
@@ -710,6 +740,12 @@ def plan(
     TypeError, ValueError
         As `attention` would.
 
+    See Also
+    --------
+    attention : The call.
+    show_config : What the machine can.
+    measure_peak : The rate to hold FLOPs against.
+
     Examples
     --------
     >>> import numpy as np
@@ -739,6 +775,10 @@ def get_num_threads() -> int:
     -------
     int
 
+    See Also
+    --------
+    set_num_threads : Sets it.
+
     Examples
     --------
     >>> import fastattn
@@ -761,6 +801,10 @@ def set_num_threads(num_threads: int) -> None:
     ------
     TypeError, ValueError
         Not an int, or less than 1.
+
+    See Also
+    --------
+    get_num_threads : What it is now.
 
     Examples
     --------
@@ -809,6 +853,11 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     ------
     ValueError
         Another mode.
+
+    See Also
+    --------
+    plan : What a call would do.
+    get_num_threads : The number of threads.
 
     Examples
     --------

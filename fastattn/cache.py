@@ -139,6 +139,11 @@ class KVCache:
     MemoryError
         No memory for `num_pages`.
 
+    See Also
+    --------
+    attention : Of arrays.
+    MultiHeadAttention : The layer, which appends to a cache and attends to it.
+
     Notes
     -----
     A page holds keys, values and, for int8, the scales of keys and values, packed in this order, each in

@@ -103,7 +103,9 @@ def block_gelu(x: NDArray[Any], size: NDArray[Any], t: NDArray[Any], tail: NDArr
 
 
 class Encoder:
-    """A BERT [1]_ whose token vectors are averaged to the embedding of a sentence [2]_.
+    """A BERT whose token vectors are averaged to the embedding of a sentence.
+
+    The model is that of [1]_, and the average that of [2]_.
 
     Parameters
     ----------

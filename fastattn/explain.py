@@ -49,7 +49,7 @@ def view_sentence(sentence: str) -> AttentionView:
     Raises
     ------
     ImportError
-        Without the packages that `INSTALL` installs.
+        Without the packages that ``INSTALL`` installs.
 
     Examples
     --------

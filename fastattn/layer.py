@@ -284,9 +284,9 @@ class LayerGradients(NamedTuple):
 
 
 class MultiHeadAttention:
-    """Multi-head attention with its projections: the attention layer of a transformer [1]_.
+    """Multi-head attention with its projections: the attention layer of a transformer.
 
-    ``out = concatenated heads @ out_weight.T + out_bias``, where the heads are `attention` of what the other
+    ``out = concatenated heads @ out_weight.T + out_bias`` [1]_, where the heads are `attention` of what the other
     weights make of the inputs. Query, key and value of self-attention are one matrix product; the heads are
     views of its result, and are attended in place.
 
@@ -321,6 +321,13 @@ class MultiHeadAttention:
     ------
     TypeError, ValueError
         A dtype, a shape or a value that is not accepted.
+
+    See Also
+    --------
+    attention : Without projections.
+    KVCache : Keys and values of earlier tokens.
+    rotary : Positions by rotation.
+    AttentionView : To look at its weights.
 
     References
     ----------

@@ -170,6 +170,10 @@ def attention(
         In query's dtype, rounded once. With ``return_lse`` or ``return_weights`` a tuple
         ``(out[, lse][, weights])``.
 
+    See Also
+    --------
+    fastattn.attention : The same, fast.
+
     References
     ----------
     .. [1] Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
@@ -368,6 +372,10 @@ def attention_varlen(
     -------
     out : ndarray, shape (total_q, H, Dv)
         With ``return_lse`` the tuple ``(out, lse)``.
+
+    See Also
+    --------
+    fastattn.attention_varlen : The same, fast.
 
     Examples
     --------
@@ -602,6 +610,10 @@ def attention_backward(
     ValueError
         ``return_grad_bias`` without `bias`, or ``return_grad_sinks`` without `sinks`.
 
+    See Also
+    --------
+    fastattn.attention_backward : The same, fast.
+
     References
     ----------
     .. [1] Dao, Fu, Ermon, Rudra and Ré, "FlashAttention: Fast and Memory-Efficient Exact Attention with
@@ -692,6 +704,10 @@ def attention_varlen_backward(
     ValueError
         ``return_grad_sinks`` without `sinks`.
 
+    See Also
+    --------
+    fastattn.attention_varlen_backward : The same, fast.
+
     Examples
     --------
     >>> import numpy as np
@@ -746,6 +762,10 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     out : ndarray, shape (..., H, Sq, Dv)
     lse : ndarray, shape (..., H, Sq)
 
+    See Also
+    --------
+    fastattn.merge : The same, fast.
+
     Examples
     --------
     >>> from fastattn import reference
@@ -794,6 +814,10 @@ def top_keys(
     -------
     indices, weights : ndarray, shape (..., H, Sq, k)
         With ``return_totals`` also the totals (..., H, Sk).
+
+    See Also
+    --------
+    fastattn.top_keys : The same, fast.
 
     Examples
     --------

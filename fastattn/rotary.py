@@ -80,6 +80,10 @@ def rotary(
         A shape or a value that is not accepted, or `out` that overlaps x without being x.
         In each of these cases nothing has been written.
 
+    See Also
+    --------
+    MultiHeadAttention : The layer, which does so with its keyword ``rotary``.
+
     References
     ----------
     .. [1] Su, Lu, Pan, Murtadha, Wen and Liu, "RoFormer: Enhanced Transformer with Rotary Position

@@ -232,7 +232,7 @@ class AttentionView:
     key_tokens : sequence of str, of length Sk, optional
         The words of the keys, where they are other ones (cross attention). Default `tokens`.
     special_tokens : sequence of str
-        Tokens that are no words, such as "[CLS]", "</s>" or "<|endoftext|>". No head is called certain of them.
+        Tokens that are no words, such as "[CLS]", "</s>" or ``<|endoftext|>``. No head is called certain of them.
 
     Raises
     ------
@@ -240,6 +240,12 @@ class AttentionView:
         Tokens that are not str, or weights of another dtype.
     ValueError
         Shapes that do not match, or a row that is not a distribution.
+
+    See Also
+    --------
+    attention : Weights, with ``return_weights=True``.
+    top_keys : The largest weights of long sequences.
+    explain.view_sentence : A sentence in a trained model.
 
     Examples
     --------
