@@ -14,10 +14,10 @@ PACKAGE ?= .
 # Tests that run side by side.
 JOBS ?= auto
 VENV = .venv
-test lint sanitize wheels: VENV = .venv-check
+test lint sanitize wheels docs: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo dev quick test check check-c check-aarch64 compile-commands lint sanitize wheels clean
+.PHONY: demo dev quick test check check-c check-aarch64 compile-commands lint sanitize wheels docs clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -115,5 +115,12 @@ wheels:
 	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang abi3audit auditwheel lief twine
 	$(BIN)/python tools/wheels.py $(PLATFORMS)
 
+# The guide, and a page for every public object: build/docs/index.html. A link that leads nowhere is an error.
+docs:
+	$(fresh) '.[docs]'
+	rm -rf docs/reference/generated
+	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
+
 clean:
-	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c compile_commands.json
+	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c docs/reference/generated \
+	    compile_commands.json

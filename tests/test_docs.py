@@ -2,6 +2,8 @@
 
 import doctest
 import inspect
+import os
+import pkgutil
 import re
 from pathlib import Path
 
@@ -12,7 +14,11 @@ from fastattn import reference
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 README = Path(__file__).parent.parent / "README.md"
-TUTORIAL = README.parent / "docs" / "self-attention.md"
+DOCS = README.parent / "docs"
+TUTORIAL = DOCS / "self-attention.md"
+GUIDE = DOCS / "guide"
+SEMANTICS, SPEED = GUIDE / "semantics.md", GUIDE / "speed.md"
+PAGES = [page for page in (DOCS / "index.md", *sorted(GUIDE.glob("*.md"))) if page.exists()]
 
 PUBLIC = {name: getattr(fastattn, name) for name in fastattn.__all__}
 PUBLIC |= {f"reference.{name}": getattr(reference, name) for name in reference.__all__}
@@ -66,6 +72,16 @@ def assert_described(documented, parameters):
         assert re.search(rf"^(\w+, )*\**{parameter}\b", described, re.MULTILINE), f"{parameter} is not described"
 
 
+@pytest.mark.parametrize("name", ["Plan", *FUNCTIONS, *(of.__name__ for of in CLASSES)])
+def test_see_also_names_what_there_is(name):
+    section = re.search(r"^See Also\n-+\n(.*?)(\n\n|\Z)", inspect.getdoc(PUBLIC[name]), re.MULTILINE | re.DOTALL)
+    assert section, f"{name} has no See Also"
+    others = re.findall(r"^([\w.]+) : .+", section[1], re.MULTILINE)
+    assert others
+    for other in others:
+        pkgutil.resolve_name(f"fastattn.{other.removeprefix('fastattn.')}")
+
+
 def test_attention_says_what_it_raises_and_where_it_comes_from():
     documented = inspect.getdoc(fastattn.attention)
     for section in ("Parameters", "Returns", "Raises", "References", "Examples"):
@@ -98,6 +114,33 @@ def test_python_in_the_readme(tmp_path, monkeypatch):
     run_python_of(README)
 
 
+def needs_of(page):
+    """Packages that its examples use beside NumPy."""
+    return ["threadpoolctl"] if page.name == "threads.md" else []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
+)
+def test_python_in_the_guide(page, tmp_path, monkeypatch):
+    for package in needs_of(page):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    run_python_of(page)
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+def test_links_of_the_readme_lead_to_files():
+    """They are absolute, for PyPI; Sphinx sees to those of the guide."""
+    source, text = Path(os.environ.get("FASTATTN_SOURCE", README.parent)), README.read_text()
+    assert re.findall(r"\]\((?!https://|#)", text) == []
+    files = re.findall(
+        r"https://(?:github|raw\.githubusercontent)\.com/fastattn/fastattn/(?:blob/)?main/([^\s)]+)", text
+    )
+    assert files
+    assert [file for file in files if not (source / file).is_file()] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
 def test_python_in_the_tutorial(tmp_path, monkeypatch):
@@ -119,17 +162,17 @@ def test_attention_says_the_order_of_its_axes_first():
     assert "``x.swapaxes(1, 2)``" in first
 
 
-@pytest.mark.parametrize("where", ["docstring", "README"])
+@pytest.mark.parametrize("where", ["docstring", "guide"])
 def test_what_the_same_to_the_last_bit_means_is_said(where):
-    if where == "README" and not README.exists():
-        pytest.skip("the README is not beside the tests")
-    words = " ".join((inspect.getdoc(fastattn.attention) if where == "docstring" else README.read_text()).split())
+    if where == "guide" and not SEMANTICS.exists():
+        pytest.skip("the guide is not beside the tests")
+    words = " ".join((inspect.getdoc(fastattn.attention) if where == "docstring" else SEMANTICS.read_text()).split())
     assert "the same to the last bit for any number of threads, whatever else is in the batch" in words
     assert "It need not be for another number of query rows" in words
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not beside the tests")
+@pytest.mark.skipif(not SPEED.exists(), reason="the guide is not beside the tests")
 def test_the_legend_quotes_a_figure_of_a_table():
-    text = README.read_text()
+    text = SPEED.read_text()
     (quoted,) = re.findall(r'^"(\d+% / [\d.]+ / [\d.]+)"', text, re.MULTILINE)
     assert re.search(rf"^\|.*\| {re.escape(quoted)} \|", text, re.MULTILINE)
