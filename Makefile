@@ -110,9 +110,9 @@ sanitize:
 	$(MAKE) check-c SANITIZE=$(FASTATTN_SANITIZE) PROGRAMS=plan_test
 	TSAN_OPTIONS=halt_on_error=1:die_after_fork=0 $(MAKE) check-c SANITIZE=thread PROGRAMS='pool_test schedule_test'
 
-# A wheel for each platform of [tool.fastattn] in pyproject.toml, cross-compiled by zig, and looked at: into dist/.
+# A wheel for each platform of [tool.cibuildwheel] in pyproject.toml, cross-compiled by zig, and looked at: into dist/.
 wheels:
-	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang abi3audit auditwheel lief twine
+	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang abi3audit auditwheel lief twine 'readme_renderer[md]'
 	$(BIN)/python tools/wheels.py $(PLATFORMS)
 
 # The guide, and a page for every public object: build/docs/index.html. A link that leads nowhere is an error.

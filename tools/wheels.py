@@ -4,7 +4,7 @@
     python tools/wheels.py win_amd64   # those whose names end so
 
 Needs what the build needs, and ziglang. Each wheel is looked at afterwards: its size, its ABI, the system's libraries
-that it asks for. To do that, abi3audit, auditwheel, lief and twine are needed.
+that it asks for. To do that, abi3audit, auditwheel, lief, twine and readme_renderer[md] are needed.
 """
 
 import os
@@ -23,6 +23,7 @@ import lief
 import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
 MAX_BYTES = 2_000_000
 ZIG = [sys.executable, "-m", "ziglang"]
 # What every installation of a platform has.
@@ -39,6 +40,25 @@ def run(*command: str | Path, **environment: str) -> str:
         [*map(str, command)], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True
     )
     return done.stdout
+
+
+# --- what is built ----------------------------------------------------------------------------------------
+
+
+def tag_of(identifier: str) -> str:
+    """Return the tag of the wheel that cibuildwheel calls so: the oldest system is that of the image, or a variable."""
+    system, _, machine = identifier.removeprefix("cp311-").partition("_")
+    if system == "win":
+        return f"win_{machine}"
+    if system != "macosx":
+        image = CONFIGURATION[f"{system}-{machine}-image"]
+        return f"{image.replace('manylinux2014', 'manylinux_2_17')}_{machine}"
+    (oldest,) = (
+        override["environment"]["MACOSX_DEPLOYMENT_TARGET"]
+        for override in CONFIGURATION["overrides"]
+        if override["select"] == f"*-macosx_{machine}"
+    )
+    return f"macosx_{oldest.replace('.', '_')}_{machine}"
 
 
 # --- what a platform's wheel is built with --------------------------------------------------------------
@@ -92,10 +112,12 @@ def make_import_library(folder: Path, compiler: list[str]) -> None:
 
 
 def build_environment(tag: str, folder: Path) -> dict[str, str]:
-    # As GCC at -O2: kernels have vectors of their own, and to make some of all other loops takes a fifth of a wheel.
-    compiler = [*ZIG, "cc", "-target", zig_target(tag), "-fno-vectorize", "-finline-hint-functions"]
+    compiler = [*ZIG, "cc", "-target", zig_target(tag)]
     linker = [*compiler, "-shared", "-s"]
-    environment = {"_PYTHON_HOST_PLATFORM": host_platform(tag), "AR": shlex.join([*ZIG, "ar"])}
+    environment = CONFIGURATION["environment"] | {
+        "_PYTHON_HOST_PLATFORM": host_platform(tag),
+        "AR": shlex.join([*ZIG, "ar"]),
+    }
     if tag.startswith("macosx"):
         environment["MACOSX_DEPLOYMENT_TARGET"] = ".".join(tag.split("_")[1:3])
         linker += ["-undefined", "dynamic_lookup", "-Wl,-install_name,@rpath/_core.abi3.so"]
@@ -148,14 +170,8 @@ def check(tag: str, wheel: Path) -> None:
     print(f"{wheel.name}: {size} bytes, asks for {', '.join(names)}")
 
 
-def platforms() -> list[str]:
-    """Return the platforms' tags."""
-    with open(ROOT / "pyproject.toml", "rb") as file:
-        return tomllib.load(file)["tool"]["fastattn"]["wheels"]
-
-
 if __name__ == "__main__":
     wanted = tuple(sys.argv[1:]) or ("",)
-    for tag in platforms():
+    for tag in map(tag_of, CONFIGURATION["build"]):
         if tag.endswith(wanted):
             check(tag, build(tag))
