@@ -9,7 +9,7 @@ PYTHON ?= python3
 # Some tests compare with it. On the public index this is the build for GPUs, of gigabytes: there give
 # TORCH='torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu', or TORCH= to skip these tests.
 TORCH ?= torch==2.13.0
-# What lint checks the types of: these sources, or a wheel that was built from them.
+# What lint and docs look at: these sources, or a wheel that was built from them.
 PACKAGE ?= .
 # Tests that run side by side.
 JOBS ?= auto
@@ -118,7 +118,7 @@ wheels:
 
 # The guide, and a page for every public object: build/docs/index.html. A link that leads nowhere is an error.
 docs:
-	$(fresh) '.[docs]'
+	$(fresh) '$(PACKAGE)[docs]'
 	rm -rf docs/reference/generated
 	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
 
