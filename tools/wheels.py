@@ -116,9 +116,10 @@ def make_import_library(folder: Path, compiler: list[str]) -> None:
 def build_environment(tag: str, folder: Path) -> dict[str, str]:
     compiler = [*ZIG, "cc", "-target", zig_target(tag)]
     linker = [*compiler, "-shared", "-s"]
-    environment = CONFIGURATION["environment"] | {
+    environment = {
         "_PYTHON_HOST_PLATFORM": host_platform(tag),
         "AR": shlex.join([*ZIG, "ar"]),
+        "CFLAGS": overrides("*-manylinux_*")["CFLAGS"],
     }
     if tag.startswith("macosx"):
         environment["MACOSX_DEPLOYMENT_TARGET"] = ".".join(tag.split("_")[1:3])
@@ -147,7 +148,7 @@ def build(tag: str) -> Path:
         command = [sys.executable, "setup.py", "-q", "build", "--build-base", base]
         run(*command, **environment)
         if tag.startswith("musllinux"):
-            (module,) = base.glob("lib*/fastattn/_core.*")
+            (module,) = base.glob("lib*/fastattn/_core.*.so")
             name_musl(module, tag)
         run(*command, "bdist_wheel", "--plat-name", tag, "--bdist-dir", base / "bdist", "--dist-dir", "dist",
             **environment)  # fmt: skip
