@@ -585,7 +585,8 @@ cdef cnp.ndarray view_of(const DLTensor *tensor, object owner, str name, bint wr
             strides[axis] = tensor.strides[axis] * dtype.itemsize
     if tensor.data == NULL:
         if not is_empty:
-            raise TypeError(f"{name} holds no data: it stands for a tensor, as while a function is traced or transformed")
+            raise TypeError(f"{name} holds no data: it stands for a tensor, as while a function is traced or "
+                            "transformed")
         data = <char *>strides  # never read
     Py_INCREF(dtype)  # the new array takes it over
     array = PyArray_NewFromDescr(
@@ -1200,8 +1201,8 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     Notes
     -----
     Arrays may all be tensors of PyTorch (2.13 or later) in the CPU's memory, or of another library that has DLPack's
-    exchange table: these are read in place, and so are masks and lengths, and results are such tensors, too; bfloat16 then
-    needs no ml_dtypes. A tensor that requires a gradient is refused: `fastattn.torch` has functions with one. Of
+    exchange table: these are read in place, and so are masks and lengths, and results are such tensors, too; bfloat16
+    then needs no ml_dtypes. A tensor that requires a gradient is refused: `fastattn.torch` has functions with one. Of
     objects that have ``__dlpack__`` alone the results are arrays.
 
     The method is the online softmax [1]_ over blocks of keys, fused with both products as in [2]_, with
