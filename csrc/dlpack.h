@@ -1,5 +1,6 @@
-/* DLPack 1.x as far as arrays come and go by it: how a tensor is described, and the table of functions by which a
- * library describes and makes its own (dmlc.github.io/dlpack). Layouts and names are the standard's. */
+/* DLPack 1.x as far as arrays come and go by it: how a tensor is described, and the table of functions by
+ * which a library describes and makes its own (dmlc.github.io/dlpack). Layouts and names are the standard's.
+ */
 #ifndef FA_DLPACK_H
 #define FA_DLPACK_H
 

@@ -1,5 +1,6 @@
-/* What XLA's foreign function interface, version 0 (openxla.org/xla/custom_call), hands to a function that it calls, as
- * far as it is read here. Layouts and names are XLA's. Sizes are checked where a structure is read. */
+/* What XLA's foreign function interface, version 0 (openxla.org/xla/custom_call), hands to a function that it
+ * calls, as far as it is read here. Layouts and names are XLA's. Sizes are checked where a structure is read.
+ */
 #ifndef FA_XLA_FFI_H
 #define FA_XLA_FFI_H
 
