@@ -19,15 +19,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from onnx.reference.op_run import OpRun
-except ImportError as _failure:
-    raise ImportError("fastattn.onnx needs the package onnx: pip install 'fastattn[onnx]'") from _failure
+if TYPE_CHECKING:  # onnx tells no types
+
+    class OpRun:
+        onnx_node: Any
+
+else:
+    try:
+        from onnx.reference.op_run import OpRun
+    except ImportError as _failure:
+        raise ImportError("fastattn.onnx needs the package onnx: pip install 'fastattn[onnx]'") from _failure
 
 import fastattn
 

@@ -38,21 +38,21 @@ torch_attention: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_
 
 # --- operators ------------------------------------------------------------------------------------
 
-library = torch.library.Library("fastattn", "DEF")
-library.define(
+_library: Any = torch.library.Library("fastattn", "DEF")
+_library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, float dropout_p, "
     "bool is_causal, float? scale) -> (Tensor, Tensor)"
 )
-library.define(
+_library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor? attn_mask, Tensor? seed, float dropout_p, bool is_causal, float? scale, bool of_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
-library.define(
+_library.define(
     "varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool is_causal, "
     "float? scale, int? left, int? right) -> (Tensor, Tensor)"
 )
-library.define(
+_library.define(
     "varlen_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool is_causal, float? scale, int? left, int? right) "
     "-> (Tensor, Tensor, Tensor)"
@@ -157,10 +157,10 @@ def varlen_backward_on_cpu(
     return results
 
 
-library.impl("attention", attention_on_cpu, "CPU")
-library.impl("attention_backward", attention_backward_on_cpu, "CPU")
-library.impl("varlen", varlen_on_cpu, "CPU")
-library.impl("varlen_backward", varlen_backward_on_cpu, "CPU")
+_library.impl("attention", attention_on_cpu, "CPU")
+_library.impl("attention_backward", attention_backward_on_cpu, "CPU")
+_library.impl("varlen", varlen_on_cpu, "CPU")
+_library.impl("varlen_backward", varlen_backward_on_cpu, "CPU")
 
 
 # --- what they give, for those who trace ------------------------------------------------------------
@@ -192,10 +192,10 @@ def fake_varlen_gradients(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-torch.library.register_fake("fastattn::attention", fake_results, lib=library)
-torch.library.register_fake("fastattn::varlen", fake_results, lib=library)
-torch.library.register_fake("fastattn::attention_backward", fake_gradients, lib=library)
-torch.library.register_fake("fastattn::varlen_backward", fake_varlen_gradients, lib=library)
+torch.library.register_fake("fastattn::attention", fake_results, lib=_library)
+torch.library.register_fake("fastattn::varlen", fake_results, lib=_library)
+torch.library.register_fake("fastattn::attention_backward", fake_gradients, lib=_library)
+torch.library.register_fake("fastattn::varlen_backward", fake_varlen_gradients, lib=_library)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def differentiate_attention(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor 
     query, key, value, out, lse, attn_mask, seed = ctx.saved_tensors
     of_mask = attn_mask is not None and ctx.needs_input_grad[3]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    backward = AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
+    backward = _AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
     *grads, grad_mask = backward(
         grad_out, grad_lse, query, key, value, out, lse, attn_mask, seed, *ctx.options, of_mask
     )
@@ -242,11 +242,11 @@ def refuse_second_derivatives(ctx: Any, *grads: Any) -> Any:
 
 
 torch.library.register_autograd(
-    "fastattn::attention", differentiate_attention, setup_context=save_attention, lib=library
+    "fastattn::attention", differentiate_attention, setup_context=save_attention, lib=_library
 )
-torch.library.register_autograd("fastattn::varlen", differentiate_varlen, setup_context=save_varlen, lib=library)
-torch.library.register_autograd("fastattn::attention_backward", refuse_second_derivatives, lib=library)
-torch.library.register_autograd("fastattn::varlen_backward", refuse_second_derivatives, lib=library)
+torch.library.register_autograd("fastattn::varlen", differentiate_varlen, setup_context=save_varlen, lib=_library)
+torch.library.register_autograd("fastattn::attention_backward", refuse_second_derivatives, lib=_library)
+torch.library.register_autograd("fastattn::varlen_backward", refuse_second_derivatives, lib=_library)
 
 
 # --- vmap -----------------------------------------------------------------------------------------
@@ -297,10 +297,10 @@ def refuse_vmap(*_: Any) -> Any:
     raise RuntimeError("packed sequences of fastattn cannot be mapped over by vmap: pack them into one call")
 
 
-torch.library.register_vmap("fastattn::attention", map_attention, lib=library)
-torch.library.register_vmap("fastattn::attention_backward", map_backward, lib=library)
-torch.library.register_vmap("fastattn::varlen", refuse_vmap, lib=library)
-torch.library.register_vmap("fastattn::varlen_backward", refuse_vmap, lib=library)
+torch.library.register_vmap("fastattn::attention", map_attention, lib=_library)
+torch.library.register_vmap("fastattn::attention_backward", map_backward, lib=_library)
+torch.library.register_vmap("fastattn::varlen", refuse_vmap, lib=_library)
+torch.library.register_vmap("fastattn::varlen_backward", refuse_vmap, lib=_library)
 
 
 # --- under the transformations of torch.func ---------------------------------------------------------
@@ -311,7 +311,7 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class Attention(torch.autograd.Function):  # type: ignore[misc]
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(*args: Any) -> Any:
         return torch.ops.fastattn.attention(*args)
@@ -321,7 +321,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
     vmap = staticmethod(map_attention)
 
 
-class AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
+class _AttentionBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(*args: Any) -> Any:
         return torch.ops.fastattn.attention_backward(*args)
@@ -481,7 +481,7 @@ def attention_in_general(
         keywords = score_keywords(attn_mask, seed, dropout_p, is_causal, scale)
         out: Any = fastattn.attention(*detached(query, key, value), **keywords)
         return out
-    apply = Attention.apply if is_transformed() else torch.ops.fastattn.attention
+    apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
     out = apply(query, key, value, attn_mask, seed, dropout_p, is_causal, scale)[0]
     return out
 

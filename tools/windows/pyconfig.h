@@ -1,5 +1,5 @@
-/* What Python's headers need to know of Windows, in place of the pyconfig.h of the Python that builds: for cross
- * builds of a module that keeps to the Limited API. */
+/* What Python's headers need to know of Windows, in place of the pyconfig.h of the Python that builds: for
+ * cross builds of a module that keeps to the Limited API. */
 #ifndef Py_PYCONFIG_H
 #define Py_PYCONFIG_H
 
