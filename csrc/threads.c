@@ -193,6 +193,9 @@ void fa_parallel(int num_threads, void (*task)(void *argument, int thread_index)
 
 /* --- scratch ------------------------------------------------------------------------------------ */
 
+/* A backward pass over long keys takes more, which is not to be kept from others until the thread ends. */
+#define MAX_KEPT_SCRATCH_BYTES ((size_t)16 << 20)
+
 static _Thread_local struct {
     void *data;
     size_t bytes;
@@ -218,10 +221,15 @@ void *fa_take_scratch(size_t bytes)
 
 void fa_give_back_scratch(void *data)
 {
-    if (data == scratch.data)
+    if (data == scratch.data) {
         scratch.taken = false;
-    else
-        fa_free(data);
+        if (scratch.bytes <= MAX_KEPT_SCRATCH_BYTES)
+            return;
+        fa_free_with_thread(NULL);
+        scratch.data = NULL;
+        scratch.bytes = 0;
+    }
+    fa_free(data);
 }
 
 /* --- how many ----------------------------------------------------------------------------------- */

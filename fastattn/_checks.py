@@ -182,7 +182,8 @@ def as_grads(grads: object) -> list[Array | None]:
     """Return the three arrays, or Nones, that gradients are to be stored in."""
     if not isinstance(grads, (tuple, list)) or len(grads) != 3:
         raise TypeError(
-            f"grads must be a tuple of three arrays or None, for the gradients of query, key and value, not {grads!r}"
+            "grads must be a tuple of three arrays or None, for the gradients of query, key and value, not "
+            + (f"of {len(grads)}" if isinstance(grads, (tuple, list)) else kind_of(type(grads)))
         )
     return list(grads)
 

@@ -1404,10 +1404,13 @@ cdef class Gradients:
         cdef cnp.ndarray array = self.call.taken(x, name)
         shape = self.result_shape(columns)
         if shape_of(array) != shape:
-            raise ValueError(f"{name} has shape {shape_of(array)}; accepted is that of "
-                             f"{'out' if columns else 'lse'}, {shape}")
+            raise ValueError(f"{name} has shape {shape_of(array)}; accepted is {shape}, that of what attention returns "
+                             f"as {'out' if columns else 'lse'}")
         if columns and array.dtype != self.call.query.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}; accepted is that of query, {self.call.query.dtype}")
+        if not columns and array.dtype.type not in (np.float32, np.float64):
+            raise TypeError(f"{name} has dtype {array.dtype}; accepted are float32 and float64: lse as attention "
+                            "returned it, and its gradient, which fewer bits would make wrong")
         return array
 
     cdef int describe_result(self, fa_array *view, cnp.ndarray array, str name, int core_ndim) except -1:

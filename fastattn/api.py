@@ -658,8 +658,8 @@ class Plan:
     threads : int
         Threads that would take part.
     scratch_bytes : int
-        Memory that each of them uses, and keeps for its next call. Backward, some of it is for sums that become the
-        gradients of a head's keys and values, in the precision of sums.
+        Memory that each of them uses, and keeps for its next call if it is at most 16 MiB. Backward, some of it is for
+        sums that become the gradients of a head's keys and values, in the precision of sums.
     shared_bytes : int
         Memory, for the time of the call, of results of splits that wait to be merged.
     flops : int

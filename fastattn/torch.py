@@ -21,8 +21,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+try:
+    import torch
+    from torch import Tensor
+except ImportError as _failure:
+    raise ImportError("fastattn.torch needs the package torch: pip install 'fastattn[torch]'") from _failure
 
 import fastattn
 

@@ -13,15 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-)
+try:
+    import torch
+    from torch import Tensor
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+    )
+except ImportError as _failure:
+    raise ImportError(
+        "fastattn.transformers needs the packages torch and transformers: pip install 'fastattn[transformers]'"
+    ) from _failure
 
 import fastattn
 import fastattn.torch as adapter
