@@ -158,7 +158,7 @@ def test_gradients_for_each_mapped_item_also_of_what_they_share():
     [
         (lambda a: a | {"key": a["key"][..., :5]}, "query and key must have the same head_dim"),
         (lambda a: a | {"key": a["key"][:, :1]}, "key and value must have the same number of heads"),
-        (lambda a: a | {"query": a["query"].astype(int)}, "query has dtype int32"),
+        (lambda a: a | {"query": a["query"].astype("int8")}, "query has dtype int8"),
         (lambda a: a | {"mask": jnp.ones((3, 9, 13), bool)}, "mask has shape"),
         (lambda a: a | {"mask": jnp.ones((1, 1, 1, 9, 13), bool)}, "mask has shape"),
         (lambda a: a | {"softcap": -1.0}, "softcap must be finite and greater than 0"),
