@@ -613,9 +613,7 @@ cdef cnp.ndarray view_of_tensor(object x, const DLPackExchangeTable *table, str 
         table.describe_borrowed(<void *>x, &tensor)
     except Exception as failure:
         raise TypeError(f"{name} cannot be read by DLPack: {_checks.first_line(failure)}") from failure
-    # Imaginary parts of a conjugated view, which lie between the real ones: rows without gaps need not be asked.
-    if tensor.ndim > 0 and tensor.strides != NULL and tensor.strides[tensor.ndim - 1] != 1:
-        refuse_negated(x, name)
+    refuse_negated(x, name)
     return view_of(&tensor, x, name, True)
 
 
@@ -1623,7 +1621,11 @@ cdef list views_of_buffers(const XLA_FFI_Buffers *of, bint writeable):
 
 cdef XLA_FFI_Error *xla_error(const XLA_FFI_CallFrame *frame, object failure) noexcept:
     cdef XLA_FFI_Error_Create_Args args
-    cdef bytes message = f"{type(failure).__name__}: {failure}".encode()
+    cdef bytes message = b"the call failed, and so did saying why"  # NULL for an error would be success
+    try:
+        message = f"{type(failure).__name__}: {failure}".encode(errors="backslashreplace")
+    except Exception:
+        pass
     memset(&args, 0, sizeof(args))
     args.struct_size = sizeof(args)
     args.message = message

@@ -131,7 +131,7 @@ def attention(
     (4, 10, 16)
     """
     given = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks, "key_lengths": key_lengths}
-    keywords = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
+    keywords: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap}
     if query_offset is None or isinstance(query_offset, int):
         keywords["query_offset"] = query_offset
     else:
@@ -140,11 +140,18 @@ def attention(
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
     single_head = arrays["query"].ndim == 2
     arrays = with_all_axes(arrays)
-    constants = json.dumps({name: x for name, x in keywords.items() if x is not None})
+    constants = json.dumps({name: x for name, x in keywords.items() if x is not None}, default=as_number)
     results = attend((constants, tuple(arrays), return_lse), tuple(arrays.values()))
     if single_head:
         results = [x[0] for x in results]
     return tuple(results) if return_lse else results[0]
+
+
+def as_number(x: Any) -> Any:
+    """Make of NumPy's scalars what JSON has."""
+    if isinstance(x, np.generic):
+        return x.item()
+    raise TypeError(f"constants must be numbers, not {type(x).__name__}; traced ones are not accepted")
 
 
 def with_all_axes(arrays: Arrays) -> Arrays:

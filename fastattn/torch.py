@@ -273,7 +273,8 @@ def map_attention(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple
     # One more axis before the heads: two axes get heads first.
     each = [batched(x, axis, info.batch_size, max(ndim, 3)) for x, axis in zip(args[:3], in_dims[:3], strict=True)]
     mask = batched(attn_mask, in_dims[3], info.batch_size, max(ndim, 3))
-    out, lse = torch.ops.fastattn.attention(*each, mask, seed, *options)
+    apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
+    out, lse = apply(*each, mask, seed, *options)
     return (out, lse) if ndim > 2 else (out.squeeze(1), lse.squeeze(1)), (0, 0)
 
 
@@ -289,7 +290,8 @@ def map_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[
         batched(x, axis, info.batch_size, max(ndim, 3) - (i in short))
         for i, (x, axis) in enumerate(zip(args[:8], in_dims[:8], strict=True))
     ]
-    *grads, grad_mask = torch.ops.fastattn.attention_backward(*each, *args[8:])
+    apply = _AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
+    *grads, grad_mask = apply(*each, *args[8:])
     if ndim <= 2:
         grads = [x.squeeze(1) for x in grads]
         grad_mask = grad_mask.squeeze(1) if of_mask else grad_mask
@@ -376,6 +378,15 @@ def is_mask_here(attn_mask: Tensor, query: Tensor, key: Tensor) -> bool:
     return all(size in (1, full) for size, full in sizes)
 
 
+def is_for_pytorch_alone(*tensors: Tensor | None) -> bool:
+    """Return whether tangents go forward, TorchScript is recorded, or numbers are negated as they are read."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return True
+    return any(x is not None and x.is_neg() for x in tensors)
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Return whether a call is nothing but computation: nobody differentiates, maps, traces or counts it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
@@ -446,13 +457,15 @@ def scaled_dot_product_attention(
         attn_mask is None
         and not dropout_p
         and type(query) is type(key) is type(value) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()  # which records what is asked of shapes
         and query.shape == key.shape == value.shape
         and query.dtype is key.dtype
         and not query.requires_grad
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     ):
         try:
             return fastattn.attention(query, key, value, scale=scale, causal=is_causal)
@@ -477,9 +490,10 @@ def attention_in_general(
         not are_computed_here(query, key, value, enable_gqa)
         or (attn_mask is not None and (is_causal or not is_mask_here(attn_mask, query, key)))
         or not 0.0 <= dropout_p < 1.0
+        or is_for_pytorch_alone(query, key, value, attn_mask)
     ):
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    seed = torch.randint(2**62, ()) if dropout_p else None
+    seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
     if is_plain(query, key, value, attn_mask):
         keywords = score_keywords(attn_mask, seed, dropout_p, is_causal, scale)
         out: Any = fastattn.attention(*detached(query, key, value), **keywords)

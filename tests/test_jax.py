@@ -171,6 +171,12 @@ def test_bad_input_names_the_argument(change, message):
     assert isinstance(caught.value, (ValueError, jax.errors.JaxRuntimeError))
 
 
+def test_scalars_of_numpy():
+    q, k, v = jax.random.normal(jax.random.key(1), (3, 20, 8))
+    result = fastattn.jax.attention(q, k, v, scale=np.float32(0.5), window=(np.int64(3), 0))
+    assert np.array_equal(result, fastattn.jax.attention(q, k, v, scale=0.5, window=(3, 0)))
+
+
 def test_a_second_derivative_is_refused():
     q, k, v = jax.random.normal(jax.random.key(1), (3, 20, 8))
     with pytest.raises(ValueError, match="cannot be differentiated"):

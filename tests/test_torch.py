@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("expecttest")  # which the sample inputs of PyTorch import
 
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
 import fastattn  # noqa: E402
 import fastattn.torch as adapter  # noqa: E402
 
@@ -414,3 +416,71 @@ def test_examples(name):
     assert sum(len(test.examples) for test in examples) > 0
     for test in examples:
         assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")  # PyTorch's own formulas use it
+def test_tangents_go_forward_by_pytorch():
+    query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64)
+    for mask in (None, torch.ones(9, 9, dtype=torch.bool)):
+        with torch.autograd.forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            dual = torch.autograd.forward_ad.make_dual(query, torch.ones_like(query))
+            results = [
+                torch.autograd.forward_ad.unpack_dual(attend(dual, key, value, attn_mask=mask)).tangent
+                for attend in (adapter.scaled_dot_product_attention, adapter.torch_attention)
+            ]
+        assert results[0] is not None
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("negated", ["whole", "imaginary"])
+def test_negated_views(negated):
+    if negated == "whole":
+        x = torch._neg_view(torch.randn(2, 4, 9, 8))
+    else:
+        x = torch.randn(2, 4, 9, 8, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    want = adapter.torch_attention(x, x, x)
+    torch.testing.assert_close(adapter.scaled_dot_product_attention(x, x, x), want)
+    with pytest.raises(TypeError, match="query is a view whose numbers are negated"):
+        fastattn.attention(x, x, x)
+
+
+def test_a_gradient_over_vmap():
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    masks = torch.randn(2, 9, 9)
+
+    def loss(attend):
+        def of_one(a, b, c, m):
+            return attend(a, b, c, attn_mask=m.expand(4, 9, 9)).sin().sum()
+
+        return lambda b, m: torch.vmap(of_one, (0, None, 0, 0))(query, b, value, m).sum()
+
+    ours, its = (
+        torch.func.grad(loss(attend), (0, 1))(key[0], masks)
+        for attend in (adapter.scaled_dot_product_attention, formula_of_sdpa)
+    )
+    for mine, want in zip(ours, its, strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+def formula_of_sdpa(query, key, value, attn_mask):
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + attn_mask
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # conditions on shapes, which hold for these
+def test_torchscript_records_the_call():
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    traced = torch.jit.trace(
+        lambda q, k, v: q + adapter.scaled_dot_product_attention(q, k, v), (query, key, value), check_trace=False
+    )
+    others = torch.randn(3, 2, 4, 9, 8)
+    torch.testing.assert_close(traced(*others), others[0] + adapter.torch_attention(*others))
+
+
+def test_dropout_under_another_default_device():
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    with torch.device("meta"):
+        out = adapter.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+    assert out.device.type == "cpu"
