@@ -76,10 +76,17 @@ static fa_status attend(const fa_problem *problem,
     char *shared = NULL;
     void *base = part.shared_bytes > 0 ? allocate_zeros(part.shared_bytes, &shared) : NULL;
     const attention_pass pass = {problem, &part, shared};
+    const fa_job job = {
+        .num_threads = part.num_threads,
+        .num_items = part.num_items,
+        .scratch_bytes = part.scratch_bytes,
+        .flushes_subnormals = fa_kernel_for_dtype(problem->query.dtype)->flushes_subnormals,
+        .interrupted = problem->interrupted,
+    };
     if (part.shared_bytes > 0 && !base)
         status = FA_NO_MEMORY;
     else if (part.num_items > 0)
-        status = fa_run(problem, part.num_threads, part.num_items, part.scratch_bytes, compute, &pass);
+        status = fa_run(&job, compute, &pass);
     free(base);
     fa_free_partition(&part);
     return status;

@@ -125,6 +125,12 @@ fa_status fa_bias_gradient(const fa_problem *p)
         if (p->batch_shape[axis] == 0)
             return FA_OK;
     const int64_t threads = p->num_threads < num_items ? p->num_threads : num_items;
-    return fa_run(p, fa_runnable_threads((int)threads), num_items,
-                  pass.kernel->bias_scratch_bytes(p, pass.keys_per_item), compute_bias_gradient, &pass);
+    const fa_job job = {
+        .num_threads = fa_runnable_threads((int)threads),
+        .num_items = num_items,
+        .scratch_bytes = pass.kernel->bias_scratch_bytes(p, pass.keys_per_item),
+        .flushes_subnormals = pass.kernel->flushes_subnormals,
+        .interrupted = p->interrupted,
+    };
+    return fa_run(&job, compute_bias_gradient, &pass);
 }

@@ -106,6 +106,20 @@ fa_status fa_forward(const fa_problem *problem);
 fa_status fa_backward(const fa_problem *problem);
 fa_status fa_bias_gradient(const fa_problem *problem);
 
+/* Results over disjoint sets of keys, and the one over all of them. */
+typedef struct {
+    int batch_ndim;
+    int64_t batch_shape[FA_MAX_BATCH_DIMS];
+    int64_t num_heads, seqlen, columns;
+    int64_t num_sets;            /* at least 1 */
+    const fa_array *outs, *lses; /* of one dtype; float32 or float64, without columns */
+    fa_array out, lse;           /* out may be one of the outs */
+    int num_threads;
+    bool (*interrupted)(void); /* as in a problem */
+} fa_merge_problem;
+
+fa_status fa_merge(const fa_merge_problem *problem);
+
 /* An instruction set that there are kernels for, what it needs, and whether CPU and operating system have it.
  */
 typedef struct {

@@ -79,7 +79,8 @@ RUNS_ON = {"amxemulated": "avx512bf16", "bf16emulated": "baseline"}
 SANITIZED = ["avx2", "avx512bf16", "amxemulated"]
 
 PLATFORM = f"platform_{target_system()}"
-FRAMEWORK = ["attend", "bias_gradient", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu", PLATFORM]
+FRAMEWORK = ["attend", "bias_gradient", "merge", "run", "measure", "plan", "dispatch", "schedule", "threads", "cpu"]
+FRAMEWORK += [PLATFORM]
 
 
 def kernels() -> Iterator[tuple[str, str, list[str]]]:

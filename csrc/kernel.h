@@ -54,6 +54,13 @@ typedef struct {
     fa_interval keys;
 } fa_bias_item;
 
+/* A row of results to be merged. */
+typedef struct {
+    const char *data;
+    ptrdiff_t col;
+    double weight;
+} fa_weighted_row;
+
 typedef struct {
     const char *isa;
     const char *name;
@@ -89,6 +96,9 @@ typedef struct {
     void (*add_bias_gradient)(const fa_problem *problem, const fa_bias_item *item, void *scratch,
                               fa_stop *stop);
     void (*store_bias_gradient)(const fa_problem *problem, const fa_bias_item *item, void *scratch);
+
+    /* Stores the weighted sum of `count` rows; in kernels for float32 and float64 alone. */
+    void (*mix_rows)(const fa_merge_problem *problem, const fa_weighted_row *rows, int64_t count, char *out);
 
     /* Run so many rounds, in registers, of the multiply-adds of wide tiles or of decode tiles, and return
      * FLOPs of attention done; or of the softmax, and return scores done. */

@@ -169,6 +169,19 @@ cdef extern from "fastattn.h" nogil:
     fa_status fa_forward(const fa_problem *problem)
     fa_status fa_backward(const fa_problem *problem)
     fa_status fa_bias_gradient(const fa_problem *problem)
+
+    ctypedef struct fa_merge_problem:
+        int batch_ndim
+        int64_t batch_shape[16]
+        int64_t num_heads, seqlen, columns, num_sets
+        const fa_array *outs
+        const fa_array *lses
+        fa_array out, lse
+        int num_threads
+        c_bool (*interrupted)() noexcept nogil
+
+    fa_status fa_merge(const fa_merge_problem *problem)
+
     ctypedef struct fa_isa:
         const char *name
         const char *needs

@@ -25,6 +25,7 @@ def attention_varlen(
     dropout: float,
     seed: int | None,
     out: NDArray[Any] | None,
+    unrounded: bool,
     return_lse: bool,
 ) -> Any: ...
 def attention_backward(
@@ -40,6 +41,7 @@ def attention_backward(
     dropout: float,
     seed: int | None,
     grad_lse: ArrayLike | None,
+    unrounded: bool,
     return_grad_bias: bool,
     return_grad_sinks: bool,
     grads: Grads | None,
@@ -55,9 +57,20 @@ def attention_paged(
     lengths: NDArray[Any],
     scores: tuple[Any, ...],
     out: NDArray[Any] | None,
+    unrounded: bool,
     return_lse: bool,
     return_weights: bool,
 ) -> Any: ...
+def check_merged_out(
+    out: NDArray[Any], shape: tuple[int, ...], outs: list[NDArray[Any]], lses: list[NDArray[Any]]
+) -> None: ...
+def merge(
+    outs: list[NDArray[Any]],
+    lses: list[NDArray[Any]],
+    out: NDArray[Any],
+    lse: NDArray[Any],
+    num_threads: int | None,
+) -> None: ...
 def plan(
     query: ArrayLike,
     key: ArrayLike,

@@ -56,6 +56,8 @@ cdef int64_t FARTHEST = <int64_t>1 << 60
 
 cdef int bfloat16_type_num = -1  # ml_dtypes gives its type a number when it is imported
 
+cdef cnp.dtype float32 = np.dtype(np.float32)
+
 # A tensor's bfloat16 where there is no ml_dtypes: told from other bytes by being this very object.
 cdef cnp.dtype bfloat16_bits = np.dtype((np.void, 2), metadata={"dtype": "bfloat16"})
 
@@ -490,10 +492,33 @@ cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
     return x.end <= y.begin or y.end <= x.begin
 
 
-cdef int check_out(cnp.ndarray out, str name, tuple shape, cnp.ndarray like, str like_name, dict inputs) except -1:
-    """Whether results can be stored in `out`: of that shape, and the dtype of `like`."""
-    if out.descr is not like.descr and not PyArray_EquivTypes(out.descr, like.descr):
-        raise TypeError(f"{name} has dtype {out.dtype}; accepted is that of {like_name}, {like.dtype}")
+cdef bint is_half(cnp.ndarray array):
+    return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16 or is_bfloat16(array)
+
+
+cdef bint is_float32(cnp.ndarray array):
+    return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT and cnp.PyArray_ISNOTSWAPPED(array)
+
+
+cdef bint same_dtype(cnp.ndarray a, cnp.ndarray b):
+    return a.descr is b.descr or PyArray_EquivTypes(a.descr, b.descr)
+
+
+cdef int check_out_dtype(cnp.ndarray out, str name, cnp.ndarray like, str like_name, bint unrounded) except -1:
+    """That of `like`, or, where this is half, that of sums."""
+    cdef bint in_float32 = is_half(like) and is_float32(out)
+    if in_float32 or (same_dtype(out, like) and not (unrounded and is_half(like))):
+        return 0
+    accepted = f"that of {like_name}, {like.dtype}"
+    if unrounded and is_half(like):
+        accepted = "float32, with unrounded"
+    elif is_half(like):
+        accepted += ", or float32"
+    raise TypeError(f"{name} has dtype {out.dtype}; accepted is {accepted}")
+
+
+cdef int check_out(cnp.ndarray out, str name, tuple shape, dict inputs) except -1:
+    """Whether results of that shape can be stored in `out`."""
     if shape_of(out) != shape:
         raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {shape}")
     if not cnp.PyArray_ISWRITEABLE(out):
@@ -752,6 +777,7 @@ cdef class Call:
     cdef fa_problem problem
     cdef bint single_head
     cdef bint packed  # queries are (total, heads, head_dim)
+    cdef bint unrounded  # results for half queries stay in float32
     cdef cnp.ndarray query, key, value, mask, bias
     cdef cnp.ndarray alibi_slopes, sinks, key_lengths, query_offset, cu_seqlens_q, cu_seqlens_k  # copies
     cdef cnp.ndarray page_table, key_scales, value_scales
@@ -998,23 +1024,27 @@ cdef class Call:
         Py_INCREF(dtype)
         return PyArray_NewFromDescr(<PyTypeObject *>cnp.ndarray, dtype, ndim, dims, strides, NULL, 0, NULL)
 
+    cdef cnp.dtype result_dtype(self, cnp.ndarray like):
+        return float32 if self.unrounded and is_half(like) else like.descr
+
     cdef cnp.ndarray set_out(self, object out):
         cdef fa_problem *p = &self.problem
         cdef cnp.ndarray array
         if out is None:
-            array = self.new_array(self.query.descr, p.head_dim_v, self.query)
+            array = self.new_array(self.result_dtype(self.query), p.head_dim_v, self.query)
         else:
             if self.packed:
                 rows = (self.query.shape[0], p.num_heads)
             else:
                 *rows, _ = score_shape(p, self.single_head)
             array = self.target(out, "out")
-            check_out(array, "out", (*rows, p.head_dim_v), self.query, "query", self.inputs)
+            check_out_dtype(array, "out", self.query, "query", self.unrounded)
+            check_out(array, "out", (*rows, p.head_dim_v), self.inputs)
         if self.packed:
             describe_packed(&p.out, array)
         else:
             describe(&p.out, p, array, 3)
-        p.out.dtype = p.query.dtype
+        p.out.dtype = FA_FLOAT32 if is_float32(array) else p.query.dtype
         return array
 
     cdef cnp.ndarray set_lse(self):
@@ -1073,17 +1103,21 @@ cdef int raise_pending() except -1:
 ctypedef fa_status (*fa_pass)(const fa_problem *problem) noexcept nogil
 
 
+cdef int raise_for(fa_status status) except -1:
+    if status == FA_NO_MEMORY:
+        raise MemoryError("no memory for the scratch of a thread")
+    if status == FA_INTERRUPTED:
+        raise_pending()
+    return 0
+
+
 cdef int run(Call call, fa_pass compute) except -1:
     cdef fa_status status
     if in_main_thread():
         call.problem.interrupted = interrupted
     with nogil:
         status = compute(&call.problem)
-    if status == FA_NO_MEMORY:
-        raise MemoryError("no memory for the scratch of a thread")
-    if status == FA_INTERRUPTED:
-        raise_pending()
-    return 0
+    return raise_for(status)
 
 
 cdef object compute(Call call, object out, bint return_lse, bint return_weights):
@@ -1099,7 +1133,7 @@ cdef object compute(Call call, object out, bint return_lse, bint return_weights)
 
 def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
               alibi_slopes=None, softcap=None, sinks=None, key_lengths=None, dropout=0.0, seed=None, out=None,
-              bint return_lse=False, bint return_weights=False, num_threads=None):
+              bint unrounded=False, bint return_lse=False, bint return_weights=False, num_threads=None):
     """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
 
     The order of the axes is (batch, heads, seqlen, head_dim). Arrays in the order (batch, seqlen, heads, head_dim)
@@ -1154,7 +1188,11 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
         From 0 to 2**64 - 1, and needed with `dropout`: which weights are dropped. It depends on the seed, the batch
         item, the head, the query's position and the key alone, by Philox4x32-10 [4]_; give another for each call.
     out : ndarray, shape (..., H, Sq, Dv), optional
-        Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
+        Where to store the result: in query's dtype, or float32 where that is half, of any strides, apart from the
+        inputs in memory.
+    unrounded : bool
+        Whether the result for a float16 or bfloat16 query stays in float32, in which it is accumulated: as one of
+        several results for `merge`, after which it is rounded once.
     return_lse, return_weights : bool
         Whether to return the log-sum-exp of each row's scores, and the attention weights, too. Weights
         take memory and a second pass.
@@ -1166,7 +1204,7 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     -------
     out : ndarray, shape (..., H, Sq, Dv)
         In query's dtype. 0 for a query that sees no key. float16 and bfloat16 are accumulated in
-        float32, and rounded at the end; bfloat16 probabilities are rounded before they meet the values
+        float32, and rounded at the end, if at all; bfloat16 probabilities are rounded before they meet the values
         where the CPU multiplies bfloat16 by itself. Its axes lie in memory in the order of query's, as ``order="K"``
         of NumPy has them: of ``x.swapaxes(1, 2)``, where x is (batch, seq, heads, dim) in C order, comes a result
         that is in C order when it is swapped back.
@@ -1237,6 +1275,7 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     call.set_scores(scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
                     num_threads)
     call.set_dropout(dropout, seed)
+    call.unrounded = unrounded
     return compute(call, out, return_lse, return_weights)
 
 
@@ -1350,19 +1389,21 @@ cdef int64_t top_count(object k) except -1:
 
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, dict scores not None, dropout, seed, out,
-                     bint return_lse):
+                     bint unrounded, bint return_lse):
     cdef Call call = Call.__new__(Call)
     if out is not None:
         call.inputs = {}
     call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
     call.read_scores(scores)
     call.set_dropout(dropout, seed)
+    call.unrounded = unrounded
     return compute(call, out, return_lse, False)
 
 
 def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.ndarray value_pages not None,
                     cnp.ndarray key_scales, cnp.ndarray value_scales, cnp.ndarray page_table not None,
-                    cnp.ndarray lengths not None, tuple scores not None, out, bint return_lse, bint return_weights):
+                    cnp.ndarray lengths not None, tuple scores not None, out, bint unrounded, bint return_lse,
+                    bint return_weights):
     if return_weights and cu_seqlens_q is not None:
         raise ValueError("return_weights and cu_seqlens_q cannot be given together: the rows see different keys")
     cdef Call call = Call.__new__(Call)
@@ -1373,7 +1414,63 @@ def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.nda
     call.set_paged_arrays(query, cu_seqlens_q, key_pages, value_pages, key_scales, value_scales, page_table, lengths)
     scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads = scores
     call.set_scores(scale, causal, query_offset, window, None, None, alibi_slopes, softcap, sinks, None, num_threads)
+    call.unrounded = unrounded
     return compute(call, out, return_lse, return_weights)
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+cdef void describe_result_rows(fa_array *view, const fa_problem *axes, cnp.ndarray array, int core_ndim):
+    describe(view, axes, array, core_ndim)
+    view.dtype = <fa_dtype>float_dtype(array, "a result")
+
+
+def check_merged_out(out, tuple shape, list outs, list lses):
+    """Whether the merge of `outs` can be stored in `out`, which may be one of them."""
+    cdef cnp.ndarray array = out, first = outs[0]
+    if not (is_half(array) and is_float32(first)):
+        check_out_dtype(array, "out", first, "outs[0]", False)
+    inputs = {f"lses[{i}]": lse for i, lse in enumerate(lses)}
+    inputs |= {f"outs[{i}]": x for i, x in enumerate(outs) if not is_same_view(array, x)}
+    check_out(array, "out", shape, inputs)
+
+
+cdef bint is_same_view(cnp.ndarray a, cnp.ndarray b):
+    """Whether each element has the same place in memory in both."""
+    return (cnp.PyArray_DATA(a) == cnp.PyArray_DATA(b) and same_dtype(a, b) and shape_of(a) == shape_of(b)
+            and (<object>a).strides == (<object>b).strides)
+
+
+def merge(list outs, list lses, cnp.ndarray out not None, cnp.ndarray lse not None, num_threads):
+    """Stores in `out` and `lse` the merge of what has been checked, and broadcasts to them."""
+    cdef fa_merge_problem m
+    cdef fa_problem axes  # of which `describe` asks the number of batch axes
+    cdef Py_ssize_t n = len(outs), i
+    cdef int ndim = cnp.PyArray_NDIM(lse), axis
+    cdef bytearray memory = bytearray(2 * n * sizeof(fa_array))
+    cdef fa_array *views = <fa_array *><char *>memory
+    cdef fa_status status
+    memset(&m, 0, sizeof(m))
+    memset(&axes, 0, sizeof(axes))
+    m.batch_ndim = axes.batch_ndim = max(ndim - 2, 0)
+    for axis in range(m.batch_ndim):
+        m.batch_shape[axis] = cnp.PyArray_DIM(lse, axis)
+    m.num_heads = cnp.PyArray_DIM(lse, ndim - 2) if ndim > 1 else 1
+    m.seqlen = cnp.PyArray_DIM(lse, ndim - 1) if ndim > 0 else 1
+    m.columns = cnp.PyArray_DIM(out, ndim)
+    for i in range(n):
+        describe_result_rows(&views[i], &axes, outs[i], 3)
+        describe_result_rows(&views[n + i], &axes, lses[i], 2)
+    describe_result_rows(&m.out, &axes, out, 3)
+    describe_result_rows(&m.lse, &axes, lse, 2)
+    m.num_sets, m.outs, m.lses = n, views, views + n
+    m.num_threads = fa_get_num_threads() if num_threads is None else thread_count(num_threads)
+    if in_main_thread():
+        m.interrupted = interrupted
+    with nogil:
+        status = fa_merge(&m)
+    raise_for(status)
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -1404,7 +1501,9 @@ cdef class Gradients:
         if shape_of(array) != shape:
             raise ValueError(f"{name} has shape {shape_of(array)}; accepted is {shape}, that of what attention returns "
                              f"as {'out' if columns else 'lse'}")
-        if columns and array.dtype != self.call.query.dtype:
+        if name == "out":
+            check_out_dtype(array, "out", self.call.query, "query", False)
+        elif columns and array.dtype != self.call.query.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}; accepted is that of query, {self.call.query.dtype}")
         if not columns and array.dtype.type not in (np.float32, np.float64):
             raise TypeError(f"{name} has dtype {array.dtype}; accepted are float32 and float64: lse as attention "
@@ -1447,7 +1546,7 @@ cdef class Gradients:
         elif given is not None:
             array = given
         else:
-            array = self.call.empty(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), like.descr, like)
+            array = self.call.empty(cnp.PyArray_NDIM(like), cnp.PyArray_DIMS(like), self.call.result_dtype(like), like)
         self.describe_result(view, array, name, 3)
         return array
 
@@ -1456,7 +1555,8 @@ cdef class Gradients:
         cdef dict arrays = {"query": call.query, "key": call.key, "value": call.value}
         for (name, like), array in zip(arrays.items(), given, strict=True):
             if array is not None:
-                check_out(array, f"grads' {name}", like.shape, like, name, call.inputs)
+                check_out_dtype(array, f"grads' {name}", like, name, call.unrounded)
+                check_out(array, f"grads' {name}", like.shape, call.inputs)
                 call.inputs[f"grads' {name}"] = array
         return 0
 
@@ -1511,13 +1611,14 @@ cdef class Gradients:
     cdef list summed(self):
         """The results, in which the batch axes along which an array was broadcast are summed."""
         cdef list arrays = [self.call.query, self.call.key, self.call.value]
-        return [_checks.sum_to(result, array.shape, array.dtype, out)
+        return [_checks.sum_to(result, array.shape, self.call.result_dtype(array) if out is None else out.dtype, out)
                 for result, array, out in zip(self.results, arrays, self.targets, strict=True)]
 
 
 def attention_backward(grad_out, query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, dict scores not None,
-                       dropout, seed, grad_lse, bint return_grad_bias, bint return_grad_sinks, grads):
+                       dropout, seed, grad_lse, bint unrounded, bint return_grad_bias, bint return_grad_sinks, grads):
     cdef Call call = Call.__new__(Call)
+    call.unrounded = unrounded
     cdef Gradients gradients = Gradients.__new__(Gradients)
     call.inputs = {}
     gradients.call = call

@@ -74,18 +74,21 @@ class GradientKeywords(DropoutKeywords, total=False):
 
     grad_lse: ArrayLike | None
     grads: Grads | None
+    unrounded: bool
 
 
 class AttentionKeywords(ScoreKeywords, DropoutKeywords, total=False):
     """Keywords of `attention` that do not change what it returns."""
 
     out: Array | None
+    unrounded: bool
 
 
 class VarlenKeywords(PackedKeywords, DropoutKeywords, total=False):
     """Keywords of `attention_varlen` that do not change what it returns."""
 
     out: Array | None
+    unrounded: bool
 
 
 class BackwardKeywords(ScoreKeywords, GradientKeywords, total=False):
@@ -101,6 +104,7 @@ class CacheKeywords(PackedKeywords, total=False):
 
     cu_seqlens_q: ArrayLike | None
     out: Array | None
+    unrounded: bool
 
 
 class AttentionFunction(Protocol):
@@ -170,6 +174,7 @@ class AttentionFunction(Protocol):
         dropout: float = 0.0,
         seed: int | None = None,
         out: Array | None = None,
+        unrounded: bool = False,
         return_lse: bool = False,
         return_weights: bool = False,
         num_threads: int | None = None,

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fastattn import _core
 from fastattn._checks import Array, as_array, check_dtype, in_kind_of
+
+MAX_AXES = 18  # of lses: heads and positions, and what the C library has of batch axes
 
 
 def refuse_plus_infinity(lses: Sequence[Array]) -> None:
@@ -48,30 +51,40 @@ def arrays_of(name: str, x: list[ArrayLike]) -> list[Array]:
     return [as_array(f"{name}[{i}]", part) for i, part in enumerate(x)]
 
 
-def merge_results(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+def merged_shape(lses: list[Array]) -> tuple[int, ...]:
+    try:
+        shape = np.broadcast_shapes(*(lse.shape for lse in lses))
+    except ValueError:
+        raise ValueError(f"lses do not broadcast: their shapes are {[lse.shape for lse in lses]}") from None
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"lses broadcast to {len(shape)} axes; at most {MAX_AXES} are accepted")
+    return shape
+
+
+def in_native_order(array: Array) -> Array:
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def merge_results(
+    outs: Sequence[ArrayLike], lses: Sequence[ArrayLike], out: Array | None, num_threads: int | None
+) -> tuple[Array, Array]:
     outs = sequence_of("outs", outs)
     parts, logs = arrays_of("outs", outs), arrays_of("lses", sequence_of("lses", lses))
     check_parts(parts, logs)
-    dtype = parts[0].dtype
-    accumulator = np.result_type(np.float32, *(log.dtype for log in logs), *[dtype] * (dtype == np.float64))
-    try:
-        shape = np.broadcast_shapes(*(log.shape for log in logs))
-    except ValueError:
-        raise ValueError(f"lses do not broadcast: their shapes are {[log.shape for log in logs]}") from None
+    parts, logs = [in_native_order(part) for part in parts], [in_native_order(log) for log in logs]
+    shape = merged_shape(logs)
+    columns = parts[0].shape[-1]
+    if out is None:
+        target = np.empty((*shape, columns), parts[0].dtype)
+    else:
+        target = as_target("out", out)
+        _core.check_merged_out(target, (*shape, columns), parts, logs)
+    lse = np.empty(shape, np.result_type(*(log.dtype for log in logs)))
+    _core.merge(parts, logs, target, lse, num_threads)
+    return in_kind_of(outs[0], target) if out is None else out, in_kind_of(outs[0], lse)
 
-    highest = np.full(shape, -np.inf, accumulator)
-    for log in logs:
-        np.maximum(highest, log, out=highest)
-    shift = np.where(highest == -np.inf, 0, highest)
-    total = np.zeros(shape, accumulator)
-    out = np.zeros((*shape, parts[0].shape[-1]), accumulator)
-    with np.errstate(all="ignore"):
-        for part, log in zip(parts, logs, strict=True):
-            weight = np.exp(log - shift)
-            total += weight
-            # A set without keys adds nothing, whatever its result holds.
-            out += np.where((log == -np.inf)[..., None], 0, weight[..., None] * part.astype(accumulator))
-        lse = shift + np.log(total)
-        out /= np.where(total == 0, 1, total)[..., None]
-    merged = out.astype(dtype), lse.astype(np.result_type(*(log.dtype for log in logs)))
-    return in_kind_of(outs[0], merged[0]), in_kind_of(outs[0], merged[1])
+
+def as_target(name: str, out: object) -> Array:
+    if not isinstance(out, np.ndarray) and not _core.is_tensor(out):
+        raise TypeError(f"{name} must be an ndarray or a tensor, not {type(out).__name__}")
+    return as_array(name, out)

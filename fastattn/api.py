@@ -81,6 +81,7 @@ def attention_varlen(
     dropout: float = 0.0,
     seed: int | None = None,
     out: Array | None = None,
+    unrounded: bool = False,
     return_lse: bool = False,
     **scores: Unpack[PackedKeywords],
 ) -> Any:
@@ -103,7 +104,10 @@ def attention_varlen(
     **scores
         As for `attention`; `alibi_slopes` may be (B, H).
     out : ndarray, shape (total_q, H, Dv), optional
-        Where to store the result: in query's dtype, of any strides, apart from the inputs in memory.
+        Where to store the result: in query's dtype, or float32 where that is half, of any strides, apart from the
+        inputs in memory.
+    unrounded : bool
+        Whether the result for a float16 or bfloat16 query stays in float32.
     return_lse : bool
         Whether to return the log-sum-exp of each row's scores, too.
 
@@ -138,7 +142,9 @@ def attention_varlen(
     """
     if others or not scores.keys() <= PACKED:
         raise misfit(attention_varlen, others, scores)
-    return _core.attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, return_lse)
+    return _core.attention_varlen(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, unrounded, return_lse
+    )
 
 
 @overload
@@ -218,6 +224,7 @@ def attention_backward(
     dropout: float = 0.0,
     seed: int | None = None,
     grad_lse: ArrayLike | None = None,
+    unrounded: bool = False,
     return_grad_bias: bool = False,
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
@@ -243,11 +250,14 @@ def attention_backward(
         As for `attention`. ``alibi_slopes`` are constants, without a gradient.
     grad_lse : array_like, shape (..., H, Sq), optional
         The gradient with respect to `lse`, where the scalar depends on it; default 0.
+    unrounded : bool
+        Whether gradients of float16 and bfloat16 arrays stay in float32, in which they are accumulated: as these keys'
+        or these queries' share of a sum.
     return_grad_bias, return_grad_sinks : bool
         Whether to return the gradients of ``bias`` and ``sinks``, too.
     grads : (ndarray, ndarray, ndarray), optional
-        Where to store the gradients of query, key and value: of their shapes and dtypes, of any strides, apart from
-        the inputs and each other in memory. Each may be None.
+        Where to store the gradients of query, key and value: of their shapes and dtypes, or float32 where that is
+        half, of any strides, apart from the inputs and each other in memory. Each may be None.
 
     Returns
     -------
@@ -316,6 +326,7 @@ def attention_backward(
         dropout,
         seed,
         grad_lse,
+        unrounded,
         return_grad_bias,
         return_grad_sinks,
         grads,
@@ -378,6 +389,7 @@ def attention_varlen_backward(
     dropout: float = 0.0,
     seed: int | None = None,
     grad_lse: ArrayLike | None = None,
+    unrounded: bool = False,
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[PackedKeywords],
@@ -399,6 +411,8 @@ def attention_varlen_backward(
         As for `attention_varlen`.
     grad_lse : array_like, shape (total_q, H), optional
         The gradient with respect to `lse`; default 0.
+    unrounded : bool
+        Whether gradients of float16 and bfloat16 arrays stay in float32.
     return_grad_sinks : bool
         Whether to return the gradient of ``sinks``, too.
     grads : (ndarray, ndarray, ndarray), optional
@@ -449,6 +463,7 @@ def attention_varlen_backward(
         dropout,
         seed,
         grad_lse,
+        unrounded,
         False,
         return_grad_sinks,
         grads,
@@ -545,11 +560,18 @@ def top_keys(
     return _core.top_keys(query, key, k, scores, return_totals)
 
 
-def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
+def merge(
+    outs: Sequence[ArrayLike],
+    lses: Sequence[ArrayLike],
+    *,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Array]:
     """Combine results of `attention` over disjoint sets of keys into that over their union.
 
     For a prefix that many sequences share, or keys that do not fit in memory: attend each set with
-    ``return_lse=True``, and merge. A sink must take part in one of the sets only.
+    ``return_lse=True``, and merge. A sink must take part in one of the sets only. Under half queries each set is best
+    attended with ``unrounded=True``: merged sets are then as accurate as one call.
 
     Parameters
     ----------
@@ -558,6 +580,11 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     lses : sequence of array_like, shape (..., H, Sq)
         One for each of `outs`. Where it is -inf the set has no key for the query, and adds nothing. +inf, by which
         FlashAttention says that, is refused.
+    out : ndarray, shape (..., H, Sq, Dv), optional
+        Where to store the result: in the dtype of `outs`, or float32 where that is half, or half where that is float32;
+        of any strides. It may be one of `outs`, and is else apart from them in memory.
+    num_threads : int, optional
+        At most this many; default `get_num_threads`. Results are the same to the last bit for any.
 
     Returns
     -------
@@ -572,7 +599,8 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     TypeError
         Dtypes that differ or are not accepted.
     ValueError
-        No sets, not as many lses as outs, shapes that do not match or broadcast, or an lse of +inf.
+        No sets, not as many lses as outs, shapes that do not match or broadcast, an lse of +inf, or `out` that
+        overlaps an input otherwise. In each of these cases nothing has been written.
 
     See Also
     --------
@@ -620,7 +648,7 @@ def merge(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, 
     >>> all(np.allclose(one, other, atol=1e-5) for one, other in zip(share, through))
     True
     """
-    return merge_results(outs, lses)
+    return merge_results(outs, lses, out, num_threads)
 
 
 class Axes(NamedTuple):

@@ -539,6 +539,7 @@ class KVCache:
         softcap: float | None = None,
         sinks: ArrayLike | None = None,
         out: Array | None = None,
+        unrounded: bool = False,
         return_lse: bool = False,
         return_weights: bool = False,
         num_threads: int | None = None,
@@ -566,7 +567,10 @@ class KVCache:
         **scores
             As for `fastattn.attention`.
         out : ndarray, optional
-            Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype.
+            Where to store the result: in query's shape, but for `head_dim_v` columns, and in its dtype, or float32
+            where that is half.
+        unrounded : bool
+            Whether the result for a float16 or bfloat16 query stays in float32.
         return_lse : bool
             Whether to return the log-sum-exp of each row's scores, too.
         return_weights : bool
@@ -597,7 +601,7 @@ class KVCache:
         scores = (scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads)
         results = _core.attention_paged(
             batch_query, cu_seqlens_q, self.key_pages, self.value_pages, self.key_scales, self.value_scales,
-            page_table, lengths, scores, batch_out, return_lse, return_weights,
+            page_table, lengths, scores, batch_out, unrounded, return_lse, return_weights,
         )  # fmt: skip
         if not single:
             return results

@@ -35,6 +35,7 @@ True
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Never, Unpack, cast
@@ -43,7 +44,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn._arguments import misfit, typed_like
-from fastattn._checks import as_array, as_grads, refuse_masked
+from fastattn._checks import HALF, as_array, as_grads, refuse_masked
 from fastattn._keywords import PACKED, SCORES, Array, Grads, PackedKeywords, ScoreKeywords, Window, takes
 from fastattn._merge import refuse_plus_infinity
 from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
@@ -133,6 +134,7 @@ def attention(
     value: ArrayLike,
     *others: Never,
     out: Array | None = None,
+    unrounded: bool = False,
     return_lse: bool = False,
     return_weights: bool = False,
     dropout: float = 0.0,
@@ -152,6 +154,8 @@ def attention(
         As in `fastattn.attention`.
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result.
+    unrounded : bool
+        Whether the result for a float16 or bfloat16 query is float32.
     return_lse, return_weights : bool
         Whether to return the log-sum-exp of each row, and the attention weights: with `dropout` those that are left.
     dropout : float
@@ -192,13 +196,21 @@ def attention(
     if others or not scores.keys() <= SCORES:
         raise misfit(attention, others, scores)
     kept = checked_dropout(dropout, seed)
-    result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept)
+    refuse_masked("out", out)
+    dtype = dtype_of_result(as_array("query", query), out, unrounded)
+    result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept, dtype=dtype)
     if out is not None:
-        refuse_masked("out", out)
         np.copyto(out, result)
         result = out
     extras = [lse] * return_lse + [weights] * return_weights
     return (result, *extras) if extras else result
+
+
+def dtype_of_result(like: Array, out: Array | None, unrounded: bool) -> np.dtype[Any]:
+    """Return that of `out`, if it is given, else that of the array, or for half arrays float32 if not rounded."""
+    if out is not None:
+        return out.dtype
+    return np.dtype(np.float32) if unrounded and like.dtype.name in HALF else like.dtype
 
 
 def attention_steps(
@@ -209,15 +221,18 @@ def attention_steps(
     keep: bool = False,
     dropout: Dropout = NO_DROPOUT,
     item: int = 0,
+    dtype: np.dtype[Any] | None = None,
 ) -> tuple[Array, Array, Any, Any]:
     """Return the result, lse and, if they are kept, weights and scores; the score of a hidden key is -inf.
 
-    `item` is the index of the first batch item, by which dropout tells it from others.
+    `dtype` is that of the result; default: query's. `item` is the index of the first batch item, by which dropout tells
+    it from others.
     """
     heads = Heads(query, key, value, keywords, dropout, item)
-    result = np.zeros((*heads.shape, heads.seqlen_q, heads.value.shape[-1]), heads.query.dtype)
-    lse = np.zeros(result.shape[:-1], np.float64 if result.dtype == np.float64 else np.float32)
-    kept: Any = np.zeros((2, *lse.shape, heads.seqlen_k), result.dtype) if keep else (None, None)
+    own = heads.query.dtype
+    result = np.zeros((*heads.shape, heads.seqlen_q, heads.value.shape[-1]), dtype or own)
+    lse = np.zeros(result.shape[:-1], np.float64 if own == np.float64 else np.float32)
+    kept: Any = np.zeros((2, *lse.shape, heads.seqlen_k), own) if keep else (None, None)
     with np.errstate(all="ignore"):
         for index in np.ndindex(*heads.shape):
             head = heads[index]
@@ -344,6 +359,7 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *others: Never,
     out: Array | None = None,
+    unrounded: bool = False,
     return_lse: bool = False,
     dropout: float = 0.0,
     seed: int | None = None,
@@ -363,7 +379,7 @@ def attention_varlen(
     alibi_slopes : array_like, shape (H,) or (B, H), optional
     **scores
         As in `fastattn.attention`.
-    out, return_lse
+    out, unrounded, return_lse
         As in `fastattn.attention_varlen`.
     dropout, seed
         As in `reference.attention`, where sequence ``b`` is batch item ``b``.
@@ -391,7 +407,8 @@ def attention_varlen(
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
     kept = checked_dropout(dropout, seed)
-    result = np.zeros((*query.shape[:2], value.shape[-1]), query.dtype) if out is None else out
+    dtype = dtype_of_result(query, out, unrounded)
+    result = np.zeros((*query.shape[:2], value.shape[-1]), dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
     sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, query.shape[1], scores)
     for b, (of_queries, of_keys, own) in enumerate(sequences):
@@ -404,6 +421,7 @@ def attention_varlen(
                 cast(ScoreKeywords, own),
                 dropout=kept,
                 item=b,
+                dtype=dtype,
             )[:2]
         )
     return (result, lse) if return_lse else result
@@ -535,20 +553,25 @@ def returned_gradients(
     return_grad_bias: bool,
     return_grad_sinks: bool,
     into: Grads | None,
+    unrounded: bool,
 ) -> tuple[Array, ...]:
     """Return the gradients that are asked for, each in the dtype of its array; in the arrays of `into` if given."""
+    targets = [None] * 3 if into is None else as_grads(into)
     names = ["query", "key", "value", *["bias"] * return_grad_bias, *["sinks"] * return_grad_sinks]
     for name in names:
         if name not in grads:
             raise ValueError(f"return_grad_{name} is given, but {name} is not")
-    with np.errstate(over="ignore"):
-        rounded = [grads[name].astype(as_array(name, inputs[name]).dtype) for name in names]
-    for i, given in enumerate(() if into is None else as_grads(into)):
-        if given is not None:
-            refuse_masked(f"grads' {names[i]}", given)
-            np.copyto(given, rounded[i])
-            rounded[i] = given
-    return tuple(rounded)
+    results = []
+    for name, target in itertools.zip_longest(names, targets):
+        refuse_masked(f"grads' {name}", target)
+        of_query_key_value = name in names[:3]
+        dtype = dtype_of_result(as_array(name, inputs[name]), target, unrounded and of_query_key_value)
+        with np.errstate(over="ignore"):
+            grad = grads[name].astype(dtype)
+        if target is not None:
+            np.copyto(target, grad)
+        results.append(grad if target is None else target)
+    return tuple(results)
 
 
 @typed_like(fast_backward)
@@ -564,6 +587,7 @@ def attention_backward(
     dropout: float = 0.0,
     seed: int | None = None,
     grad_lse: ArrayLike | None = None,
+    unrounded: bool = False,
     return_grad_bias: bool = False,
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
@@ -587,6 +611,8 @@ def attention_backward(
         As they were for `fastattn.attention`. There is no gradient of `alibi_slopes`, which are not trained.
     grad_lse : array_like, shape (..., H, Sq), optional
         The gradient of the loss in respect to `lse`. Default: 0, for a loss that does not depend on it.
+    unrounded : bool
+        Whether gradients of float16 and bfloat16 arrays are float32.
     return_grad_bias, return_grad_sinks : bool
         Whether to return the gradient of `bias` and of `sinks`, which then must be given.
     dropout, seed
@@ -641,7 +667,7 @@ def attention_backward(
     arrays = {"query": as_array("query", query), "key": as_array("key", key), "value": as_array("value", value)}
     results = results_by_name(grad_out, out, lse, grad_lse)
     found = gradient_steps(arrays, results, scores, checked_dropout(dropout, seed))
-    return returned_gradients(found, {**arrays, **scores}, return_grad_bias, return_grad_sinks, grads)
+    return returned_gradients(found, {**arrays, **scores}, return_grad_bias, return_grad_sinks, grads, unrounded)
 
 
 @typed_like(fast_varlen_backward)
@@ -659,6 +685,7 @@ def attention_varlen_backward(
     dropout: float = 0.0,
     seed: int | None = None,
     grad_lse: ArrayLike | None = None,
+    unrounded: bool = False,
     return_grad_sinks: bool = False,
     grads: Grads | None = None,
     **scores: Unpack[PackedKeywords],
@@ -683,6 +710,8 @@ def attention_varlen_backward(
         As they were for `fastattn.attention_varlen`.
     grad_lse : array_like, shape (total_q, H), optional
         The gradient of the loss in respect to `lse`. Default: 0.
+    unrounded : bool
+        Whether gradients of float16 and bfloat16 arrays are float32.
     return_grad_sinks : bool
         Whether to return the gradient of `sinks`, which then must be given.
     dropout, seed
@@ -743,11 +772,11 @@ def attention_varlen_backward(
             found[name][part] = each[name].swapaxes(0, 1)
         if "sinks" in found:
             found["sinks"] += each["sinks"]
-    return returned_gradients(found, inputs, False, return_grad_sinks, grads)
+    return returned_gradients(found, inputs, False, return_grad_sinks, grads, unrounded)
 
 
 @typed_like(fast_merge)
-def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
+def merge(outs: Any, lses: Any, *, out: Array | None = None, num_threads: int | None = None) -> tuple[Array, Array]:
     """Combine results over disjoint sets of keys: ``Σ out_i e^lse_i / Σ e^lse_i``, in float64.
 
     The parameters and results are those of `fastattn.merge`.
@@ -756,6 +785,10 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     ----------
     outs : sequence of array_like, shape (..., H, Sq, Dv)
     lses : sequence of array_like, shape (..., H, Sq)
+    out : ndarray, shape (..., H, Sq, Dv), optional
+        Where to store the result.
+    num_threads : int, optional
+        Ignored.
 
     Returns
     -------
@@ -773,7 +806,7 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
     >>> out, lse.round(4)
     (array([[2.]]), array([0.6931]))
     """
-    outs = [as_array(f"outs[{i}]", out) for i, out in enumerate(outs)]
+    outs = [as_array(f"outs[{i}]", part) for i, part in enumerate(outs)]
     lses = [as_array(f"lses[{i}]", lse) for i, lse in enumerate(lses)]
     refuse_plus_infinity(lses)
     dtypes = outs[0].dtype, np.result_type(*lses)
@@ -783,7 +816,13 @@ def merge(outs: Any, lses: Any) -> tuple[Array, Array]:
         weights, lse = softmax(logs.reshape(len(logs), -1).T, -np.inf)
         # A set without keys adds nothing, whatever its result holds.
         terms = np.where(logs[..., None] == -np.inf, 0.0, weights.T.reshape(logs.shape)[..., None] * parts)
-    return terms.sum(axis=0).astype(dtypes[0]), lse.reshape(logs.shape[1:]).astype(dtypes[1])
+    merged = terms.sum(axis=0)
+    if out is None:
+        out = merged.astype(dtypes[0])
+    else:
+        refuse_masked("out", out)
+        out[...] = merged
+    return out, lse.reshape(logs.shape[1:]).astype(dtypes[1])
 
 
 @typed_like(fast_top_keys)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DTYPE_IDS, DTYPES, F16, F32, F64, UNIT, assert_close, exact, make_rng, qkv, tolerances
+from oracle import BF16, DTYPE_IDS, DTYPES, F16, F32, F64, UNIT, assert_close, exact, make_rng, qkv, tolerances
 
 import fastattn
 from fastattn import reference
@@ -140,3 +140,139 @@ def test_a_set_without_keys_as_flash_attention_marks_it_is_refused(merge, other)
 def test_bad_input(outs, lses, error, words):
     with pytest.raises(error, match=words):
         fastattn.merge(outs, lses)
+
+
+# --- where the result goes -------------------------------------------------------------------------
+
+
+def random_sets(dtype, count=3, shape=(2, 3, 7, 20)):
+    rng = make_rng()
+    outs = [rng.standard_normal(shape).astype(dtype) for _ in range(count)]
+    lses = [(rng.standard_normal(shape[:-1]) * 3).astype(F32) for _ in range(count)]
+    lses[0][rng.random(shape[:-1]) < 0.3] = -np.inf
+    return outs, lses
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("layout", ["C", "heads last", "reversed", "every other column"])
+def test_out(dtype, layout):
+    outs, lses = random_sets(dtype)
+    expected, expected_lse = fastattn.merge(outs, lses)
+    whole = np.zeros((2, 3, 7, 40), dtype)
+    out = {
+        "C": whole[..., :20],
+        "heads last": np.zeros((2, 7, 20, 3), dtype).transpose(0, 3, 1, 2),
+        "reversed": whole[::-1, :, ::-1, 19::-1],
+        "every other column": whole[..., ::2],
+    }[layout]
+    merged, lse = fastattn.merge(outs, lses, out=out)
+    assert merged is out
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(lse, expected_lse)
+    if layout == "every other column":
+        np.testing.assert_array_equal(whole[..., 1::2], 0)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+@pytest.mark.parametrize("layout", ["heads last", "reversed", "gaps"])
+def test_sets_of_any_strides(dtype, layout):
+    outs, lses = random_sets(dtype)
+    expected = fastattn.merge(outs, lses)
+    strided = {
+        "heads last": lambda x: np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2),
+        "reversed": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+        "gaps": lambda x: np.repeat(x, 3, axis=-1)[..., 1::3],
+    }[layout]
+    outs[1], lses[1] = strided(outs[1]), strided(lses[1])
+    for mine, want in zip(fastattn.merge(outs, lses), expected, strict=True):
+        np.testing.assert_array_equal(mine, want)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_out_may_be_one_of_the_sets(which):
+    outs, lses = random_sets(F32)
+    expected, _ = fastattn.merge(outs, lses)
+    fastattn.merge(outs, lses, out=outs[which])
+    np.testing.assert_array_equal(outs[which], expected)
+
+
+@pytest.mark.parametrize("half", [F16, BF16], ids=str)
+def test_out_of_another_precision(half):
+    outs, lses = random_sets(F32)
+    expected, _ = fastattn.merge(outs, lses)
+    rounded, _ = fastattn.merge(outs, lses, out=np.zeros(outs[0].shape, half))
+    np.testing.assert_array_equal(rounded, expected.astype(half))
+    halves = [out.astype(half) for out in outs]
+    unrounded, _ = fastattn.merge(halves, lses, out=np.zeros(outs[0].shape, F32))
+    np.testing.assert_array_equal(unrounded.astype(half), fastattn.merge(halves, lses)[0])
+    assert not np.array_equal(unrounded, unrounded.astype(half).astype(F32))
+
+
+def test_an_out_that_does_not_fit_is_left_alone():
+    outs, lses = random_sets(F32)
+    memory = np.full(2 * outs[0].size, 7, F32)
+    outs[1] = memory[: outs[0].size].reshape(outs[0].shape)
+    read_only = np.full(outs[0].shape, 7, F32)
+    read_only.flags.writeable = False
+    for out, error, words in [
+        ("a", TypeError, "out must be an ndarray or a tensor, not str"),
+        (np.full(outs[0].shape, 7, F64), TypeError, r"out has dtype float64; accepted is that of outs\[0\], float32"),
+        (np.full((3, 7, 20), 7, F32), ValueError, r"out has shape \(3, 7, 20\); accepted is \(2, 3, 7, 20\)"),
+        (read_only, ValueError, "out is read-only"),
+        (memory[20 : outs[0].size + 20].reshape(outs[0].shape), ValueError, r"out overlaps outs\[1\] in memory"),
+        (np.broadcast_to(np.ones(20, F32), outs[0].shape), ValueError, "out is read-only"),
+    ]:
+        with pytest.raises(error, match=words):
+            fastattn.merge(outs, lses, out=out)
+    np.testing.assert_array_equal(memory, 7)
+    np.testing.assert_array_equal(read_only, 7)
+
+
+def test_many_axes_and_many_sets():
+    shape = (1, 2) * 8 + (1, 2)
+    rng = make_rng()
+    outs = rng.standard_normal((40, *shape, 3)).astype(F32)
+    lses = rng.standard_normal((40, *shape)).astype(F32)
+    out, lse = fastattn.merge(outs, lses)
+    flat = reference.merge(outs.reshape(40, -1, 3), lses.reshape(40, -1))
+    np.testing.assert_allclose(out.reshape(-1, 3), flat[0], atol=1e-6)
+    np.testing.assert_allclose(lse.reshape(-1), flat[1], rtol=1e-6)
+    with pytest.raises(ValueError, match="lses broadcast to 19 axes; at most 18 are accepted"):
+        fastattn.merge(outs[:, None], lses[:, None])
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
+def test_threads_do_not_change_a_bit(dtype):
+    outs, lses = random_sets(dtype, 3, (2, 3, 700, 33))
+    one, two = (fastattn.merge(outs, lses, num_threads=threads) for threads in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_results_near_the_largest_number_do_not_overflow():
+    outs = np.full((4, 2, 3), 3e38, F32)
+    out, _ = fastattn.merge(outs, np.zeros((4, 2), F32))
+    np.testing.assert_allclose(out, 3e38, rtol=1e-6)
+
+
+# --- half queries ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [F16, BF16], ids=str)
+def test_unrounded_sets_are_as_accurate_as_one_call(half):
+    query, key, value = qkv(make_rng(), (1, 4, 4, 64, 1024, 64), (half, half))
+    expected = exact(query, key, value)
+
+    def rms(out):
+        return np.sqrt(np.mean((out.astype(F64) - expected) ** 2))
+
+    def merged(**keywords):
+        cuts = np.split(np.arange(1024), 16)
+        parts = [fastattn.attention(query, key[..., n, :], value[..., n, :], return_lse=True, **keywords) for n in cuts]
+        return fastattn.merge(*zip(*parts, strict=True))[0]
+
+    one = rms(fastattn.attention(query, key, value))
+    # Their own rounding, to 2^-8 or 2^-11 of their size, is larger than the error of one call, which rounds a mean of
+    # many values; and it is not there without.
+    assert rms(merged(unrounded=True).astype(half)) < 1.05 * one
+    assert rms(merged()) > 1.05 * one

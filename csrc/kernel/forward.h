@@ -21,6 +21,11 @@
 #include "bias_gradient.h"
 #endif
 
+#define MERGES (!PRODUCTS_IN_BFLOAT16 && MAX_PARTS == 1)
+#if MERGES
+#include "merge.h"
+#endif
+
 /* Scores of the panel -> weights. */
 FA_INLINE void normalise(const fa_problem *p, const tile *t, int rows, int vectors, vec *scores)
 {
@@ -343,6 +348,9 @@ const fa_kernel FA_KERNEL = {
     .begin_bias_gradient = begin_bias_gradient,
     .add_bias_gradient = add_bias_gradient,
     .store_bias_gradient = store_bias_gradient,
+#endif
+#if MERGES
+    .mix_rows = mix_rows,
 #endif
     .peak = measure_peak_rounds,
     .decode_peak = measure_decode_rounds,

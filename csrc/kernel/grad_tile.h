@@ -77,26 +77,26 @@ static vec zeros_of_row(const char *row, ptrdiff_t col, fa_dtype dtype, int64_t 
 }
 
 /* Σ_e a[e] b[e]; 0 where b is 0: the out of a row that sees no key, whatever its gradient holds. */
-FA_INLINE vec dot_elements(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
-                           int64_t columns)
+FA_INLINE vec dot_elements(const char *a, ptrdiff_t a_col, fa_dtype a_dtype, const char *b, ptrdiff_t b_col,
+                           fa_dtype b_dtype, int64_t columns)
 {
     vec sums = {0};
     for (int64_t e = 0; e < columns; e += LANES) {
         const int count = (int)min_i64(LANES, columns - e);
-        const vec x = load_elements(a + e * a_col, a_col, count, dtype);
-        const vec y = load_elements(b + e * b_col, b_col, count, dtype);
+        const vec x = load_elements(a + e * a_col, a_col, count, a_dtype);
+        const vec y = load_elements(b + e * b_col, b_col, count, b_dtype);
         sums += vec_select(vec_equal(y, vec_splat(0)), y, x * y);
     }
     return sums;
 }
 
-static double dot_rows(const char *a, ptrdiff_t a_col, const char *b, ptrdiff_t b_col, fa_dtype dtype,
+static double dot_rows(const char *a, const fa_array *of_a, const char *b, const fa_array *of_b,
                        int64_t columns)
 {
     const ptrdiff_t size = element_size(USUAL_DTYPE);
-    const vec sums = is_usual(a_col, dtype) && is_usual(b_col, dtype)
-                         ? dot_elements(a, size, b, size, USUAL_DTYPE, columns)
-                         : dot_elements(a, a_col, b, b_col, dtype, columns);
+    const vec sums = is_usual(of_a->col, of_a->dtype) && is_usual(of_b->col, of_b->dtype)
+                         ? dot_elements(a, size, USUAL_DTYPE, b, size, USUAL_DTYPE, columns)
+                         : dot_elements(a, of_a->col, of_a->dtype, b, of_b->col, of_b->dtype, columns);
     double sum = 0;
     for (int i = 0; i < LANES; i++)
         sum += sums[i];
@@ -123,8 +123,7 @@ static void load_row_terms(const fa_problem *p, const item_arrays *a, const grad
     const fa_gradients *gradients = p->gradients;
     const char *lse_at = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
     double lse = load_element(lse_at, p->lse.dtype);
-    double delta = dot_rows(g->grad_out_row[j], gradients->grad_out.col, t->out_row[j], p->out.col,
-                            p->out.dtype, p->head_dim_v);
+    double delta = dot_rows(g->grad_out_row[j], &gradients->grad_out, t->out_row[j], &p->out, p->head_dim_v);
     if (ga->grad_lse)
         delta -= load_element(ga->grad_lse + t->head[j] * gradients->grad_lse.head +
                                   t->row[j] * gradients->grad_lse.row,
