@@ -62,7 +62,7 @@ def attention_paged(
     return_weights: bool,
 ) -> Any: ...
 def check_merged_out(
-    out: NDArray[Any], shape: tuple[int, ...], outs: list[NDArray[Any]], lses: list[NDArray[Any]]
+    array: NDArray[Any], shape: tuple[int, ...], outs: list[NDArray[Any]], lses: list[NDArray[Any]]
 ) -> None: ...
 def merge(
     outs: list[NDArray[Any]],

@@ -517,10 +517,20 @@ cdef int check_out_dtype(cnp.ndarray out, str name, cnp.ndarray like, str like_n
     raise TypeError(f"{name} has dtype {out.dtype}; accepted is {accepted}")
 
 
-cdef int check_out(cnp.ndarray out, str name, tuple shape, dict inputs) except -1:
+cdef bint has_shape(cnp.ndarray array, int ndim, const cnp.npy_intp *dims) noexcept:
+    cdef int axis
+    if cnp.PyArray_NDIM(array) != ndim:
+        return False
+    for axis in range(ndim):
+        if cnp.PyArray_DIM(array, axis) != dims[axis]:
+            return False
+    return True
+
+
+cdef int check_out(cnp.ndarray out, str name, int ndim, const cnp.npy_intp *dims, dict inputs) except -1:
     """Whether results of that shape can be stored in `out`."""
-    if shape_of(out) != shape:
-        raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {shape}")
+    if not has_shape(out, ndim, dims):
+        raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {tuple([dims[axis] for axis in range(ndim)])}")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError(f"{name} is read-only")
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
@@ -979,10 +989,9 @@ cdef class Call:
             scores.get("sinks"), scores.get("key_lengths"), scores.get("num_threads"),
         )
 
-    cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, cnp.ndarray like=None):
-        """(..., H, Sq, columns), or (total, H, columns); without the last axis if columns is -1."""
+    cdef int result_dims(self, int64_t columns, cnp.npy_intp *dims) noexcept:
+        """(..., H, Sq, columns), or (total, H, columns), without the last axis if columns is -1; how many they are."""
         cdef const fa_problem *p = &self.problem
-        cdef cnp.npy_intp dims[MAX_AXES]
         cdef int ndim = 0, axis
         if self.packed:
             dims[0] = self.query.shape[0]
@@ -1000,6 +1009,11 @@ cdef class Call:
         if columns >= 0:
             dims[ndim] = columns
             ndim += 1
+        return ndim
+
+    cdef cnp.ndarray new_array(self, cnp.dtype dtype, int64_t columns, cnp.ndarray like=None):
+        cdef cnp.npy_intp dims[MAX_AXES]
+        cdef int ndim = self.result_dims(columns, dims)
         return self.empty(ndim, dims, dtype, like)
 
     cdef cnp.ndarray empty(self, int ndim, cnp.npy_intp *dims, cnp.dtype dtype, cnp.ndarray like):
@@ -1030,16 +1044,13 @@ cdef class Call:
     cdef cnp.ndarray set_out(self, object out):
         cdef fa_problem *p = &self.problem
         cdef cnp.ndarray array
+        cdef cnp.npy_intp dims[MAX_AXES]
         if out is None:
             array = self.new_array(self.result_dtype(self.query), p.head_dim_v, self.query)
         else:
-            if self.packed:
-                rows = (self.query.shape[0], p.num_heads)
-            else:
-                *rows, _ = score_shape(p, self.single_head)
             array = self.target(out, "out")
             check_out_dtype(array, "out", self.query, "query", self.unrounded)
-            check_out(array, "out", (*rows, p.head_dim_v), self.inputs)
+            check_out(array, "out", self.result_dims(p.head_dim_v, dims), dims, self.inputs)
         if self.packed:
             describe_packed(&p.out, array)
         else:
@@ -1426,14 +1437,17 @@ cdef void describe_result_rows(fa_array *view, const fa_problem *axes, cnp.ndarr
     view.dtype = <fa_dtype>float_dtype(array, "a result")
 
 
-def check_merged_out(out, tuple shape, list outs, list lses):
-    """Whether the merge of `outs` can be stored in `out`, which may be one of them."""
-    cdef cnp.ndarray array = out, first = outs[0]
+def check_merged_out(cnp.ndarray array not None, tuple shape, list outs, list lses):
+    """Whether the merge of `outs` can be stored in the array, which may be one of them."""
+    cdef cnp.ndarray first = outs[0]
+    cdef cnp.npy_intp dims[MAX_AXES]
+    for axis, size in enumerate(shape):
+        dims[axis] = size
     if not (is_half(array) and is_float32(first)):
         check_out_dtype(array, "out", first, "outs[0]", False)
     inputs = {f"lses[{i}]": lse for i, lse in enumerate(lses)}
     inputs |= {f"outs[{i}]": x for i, x in enumerate(outs) if not is_same_view(array, x)}
-    check_out(array, "out", shape, inputs)
+    check_out(array, "out", len(shape), dims, inputs)
 
 
 cdef bint is_same_view(cnp.ndarray a, cnp.ndarray b):
@@ -1486,19 +1500,13 @@ cdef class Gradients:
     cdef list targets  # where each is to go, or None
     cdef cnp.ndarray delta
 
-    cdef tuple result_shape(self, bint columns):
-        cdef const fa_problem *p = &self.call.problem
-        if self.call.packed:
-            rows = [self.call.query.shape[0], p.num_heads]
-        else:
-            *rows, _ = score_shape(p, self.call.single_head)
-        return (*rows, p.head_dim_v) if columns else tuple(rows)
-
     cdef cnp.ndarray checked(self, object x, str name, bint columns):
         """An argument that has the shape of `out`, or of `lse`."""
         cdef cnp.ndarray array = self.call.taken(x, name)
-        shape = self.result_shape(columns)
-        if shape_of(array) != shape:
+        cdef cnp.npy_intp dims[MAX_AXES]
+        cdef int ndim = self.call.result_dims(self.call.problem.head_dim_v if columns else -1, dims), axis
+        if not has_shape(array, ndim, dims):
+            shape = tuple([dims[axis] for axis in range(ndim)])
             raise ValueError(f"{name} has shape {shape_of(array)}; accepted is {shape}, that of what attention returns "
                              f"as {'out' if columns else 'lse'}")
         if name == "out":
@@ -1553,10 +1561,12 @@ cdef class Gradients:
     cdef int check_grads(self, list given) except -1:
         cdef Call call = self.call
         cdef dict arrays = {"query": call.query, "key": call.key, "value": call.value}
+        cdef cnp.ndarray of
         for (name, like), array in zip(arrays.items(), given, strict=True):
             if array is not None:
-                check_out_dtype(array, f"grads' {name}", like, name, call.unrounded)
-                check_out(array, f"grads' {name}", like.shape, call.inputs)
+                of = like
+                check_out_dtype(array, f"grads' {name}", of, name, call.unrounded)
+                check_out(array, f"grads' {name}", cnp.PyArray_NDIM(of), cnp.PyArray_DIMS(of), call.inputs)
                 call.inputs[f"grads' {name}"] = array
         return 0
 
