@@ -1673,6 +1673,9 @@ def plan(query, key, value, dict scores not None, dropout, seed, bint return_wei
     cdef int64_t multiply_adds = 3 * p.head_dim + 2 * p.head_dim_v if backward else p.head_dim + p.head_dim_v
     if backward:
         p.gradients = &gradients.gradients
+    elif return_weights:
+        p.weights.data = <char *>p  # there are some
+        multiply_adds += p.head_dim  # the scores once more
     if fa_plan_problem(p, &chosen) == FA_NO_MEMORY:
         raise MemoryError("no memory for the plan")
     return {

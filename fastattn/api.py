@@ -692,7 +692,7 @@ class Plan:
         Memory, for the time of the call, of results of splits that wait to be merged.
     flops : int
         Floating-point operations: 2 (D + Dv) for every score that mask, causal, window and key_lengths
-        leave; backward, 2 (3 D + 2 Dv).
+        leave; with weights, which take the scores once more, 2 (2 D + Dv); backward, 2 (3 D + 2 Dv).
 
     See Also
     --------
@@ -851,6 +851,8 @@ def unused_isas() -> dict[str, str]:
     import platform  # here alone: importing it takes longer than all else that this function does
 
     known, selected = _core.known_isas(), _core.selected_isa()
+    if selected not in {name for name, _, _ in known}:
+        return {}  # one that is for tests
     faster = list(itertools.takewhile(lambda isa: isa[0] != selected, known))
     if [name for name, _, _ in known] == ["baseline"]:
         return {"any": f"fastattn has none for {platform.machine()}"}
@@ -871,7 +873,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     ----------
     mode : {"stdout", "dicts"}
         Whether to print, or to return a dict. `isas` are the instruction sets that this CPU has, best first;
-        `unused` tells of each that is faster than the one in use why it is not used.
+        `unused` tells of each that is faster than the one in use why it is not used. `split` is whether float32 and
+        float16 are computed in parts on a unit that multiplies bfloat16, where that is faster; the environment variable
+        FASTATTN_SPLIT says otherwise by 0.
 
     Returns
     -------

@@ -64,6 +64,12 @@ def test_it_is_told_why_a_faster_isa_is_not_used():
     assert CONFIG["isas"][0] not in fastattn.show_config(mode="dicts")["unused"] or CONFIG["isa"] != CONFIG["isas"][0]
 
 
+@pytest.mark.skipif(not EMULATED, reason="needs AVX512-BF16")
+def test_one_that_is_for_tests_has_none_that_is_faster():
+    source = "import fastattn; print(fastattn.show_config(mode='dicts')['unused'])"
+    assert run_script(source, FASTATTN_ISA=EMULATED[0]).strip() == "{}"
+
+
 @pytest.mark.parametrize(
     "isa",
     # Unknown ones, and that of another architecture.

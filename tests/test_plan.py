@@ -169,3 +169,10 @@ def test_few_rows_of_bfloat16_beside_the_tile_unit():
     tiles = ["float32-decode", "bf16tile-decode", "bf16tile-decode", "bf16tile"]
     assert run_script(source, FASTATTN_ISA="amx-emulated").split() == tiles
     assert run_script(source, FASTATTN_ISA="avx512bf16").split() == [*["bf16dot-decode"] * 2, *["bf16dot"] * 2]
+
+
+def test_weights_take_the_scores_once_more():
+    arrays = qkv(make_rng(), (3, 2, 2, 50, 70, 16), head_dim_v=4)
+    scores = 3 * 2 * 50 * 70
+    assert fastattn.plan(*arrays).flops == 2 * (16 + 4) * scores
+    assert fastattn.plan(*arrays, return_weights=True).flops == 2 * (2 * 16 + 4) * scores
