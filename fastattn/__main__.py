@@ -10,12 +10,13 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
 import fastattn
-from fastattn import bench, explain
+from fastattn import AttentionView, bench, explain
 from fastattn._files import atomic_write
 
 
@@ -60,21 +61,65 @@ def write(path: str, content: bytes) -> None:
 
 def print_explanation(arguments: argparse.Namespace) -> None:
     """Print what a word of a sentence attends to, and write the page."""
-    if not arguments.sentence.strip():
-        refuse("SENTENCE is empty")
-    try:
-        view = explain.view_sentence(arguments.sentence)
-    except ImportError as missing:
-        refuse(f"explain needs the package {missing.name}; install all that it needs by\n    {explain.INSTALL}")
+    sentence = read_sentence(arguments)
+    views = [look_at(text) for text in (sentence, arguments.compare) if text]
     asked = {"word": arguments.word, "layer": arguments.layer, "head": arguments.head}
     chosen = {name: value for name, value in asked.items() if value is not None}
+    shown = {"all_heads": arguments.all_heads, "rollout": arguments.rollout}
     try:
-        print(view.table(**chosen))
+        if arguments.json:
+            text = json.dumps(explain.as_dict(views[0], **shown, **chosen), indent=1)
+        else:
+            text = explain.report(views[0], other=views[1] if arguments.compare else None, **shown, **chosen)
         if arguments.html is not None:
-            view.save(arguments.html, title=arguments.sentence, **chosen)
-            print(f"\nwrote {arguments.html}")
+            views[0].save(arguments.html, title=sentence, **chosen)
     except (ValueError, OSError) as complaint:
         refuse(str(complaint))
+    print(text)
+    if arguments.html is not None:
+        print(f"\nwrote {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def look_at(sentence: str) -> AttentionView:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            view = explain.view_sentence(sentence, progress=layer_progress())
+        except ImportError as missing:
+            refuse(f"explain needs the package {missing.name}; install all that it needs by\n    {explain.INSTALL}")
+    for warning in told:
+        print(warning.message, file=sys.stderr)
+    return view
+
+
+def read_sentence(arguments: argparse.Namespace) -> str:
+    """Return the sentence, from the command line, a file or standard input, on one line."""
+    if arguments.sentence is not None and arguments.file is not None:
+        refuse("SENTENCE and --file cannot be given together")
+    if arguments.sentence is None and arguments.file is None:
+        refuse("SENTENCE is missing; it can also be read from a file, by --file")
+    text = arguments.sentence
+    if arguments.file is not None:
+        try:
+            raw = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+        except OSError as complaint:
+            refuse(str(complaint))
+        text = raw.decode("utf-8", "replace")
+    sentence = " ".join(text.split())
+    if not sentence:
+        refuse("SENTENCE is empty" if arguments.file is None else f"--file {arguments.file} is empty")
+    return sentence
+
+
+def layer_progress() -> explain.Progress | None:
+    """Return what tells of each layer, if somebody looks."""
+    if not sys.stderr.isatty():
+        return None
+
+    def tell(done: int, layers: int) -> None:
+        print(f"\rlayer {done} of {layers}", end="\r\033[K" if done == layers else "", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def refuse(message: str) -> NoReturn:
@@ -198,12 +243,19 @@ def make_parser() -> argparse.ArgumentParser:
         f"The model: {explain.INSTALL}",
     )
     looking.set_defaults(call=print_explanation)
-    looking.add_argument("sentence", metavar="SENTENCE", help="in English, for the model knows no other")
+    looking.add_argument("sentence", nargs="?", metavar="SENTENCE", help="in English, for the model knows no other")
+    looking.add_argument("--file", metavar="FILE", help="read the sentence from a file; - is standard input")
     looking.add_argument("--word", metavar="WORD", help="default: the word of which a head is most certain")
     looking.add_argument("--layer", type=int, metavar="N", help="from 0; default: any")
     looking.add_argument(
         "--head", type=head_word, metavar="N", help="from 0, with --layer; or mean; default: the most certain"
     )
+    looking.add_argument(
+        "--all-heads", action="store_true", help="list the words that any head gives the word, with the heads that do"
+    )
+    looking.add_argument("--rollout", action="store_true", help="follow attention through all layers, too")
+    looking.add_argument("--compare", metavar="SENTENCE", help="show the same head in another sentence, too")
+    looking.add_argument("--json", action="store_true", help="print JSON instead of text")
     looking.add_argument("--html", metavar="FILE", help="write all heads to a page that a browser opens")
 
     for command in (info, timing):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastattn import _tensors
 from fastattn._checks import EPSILON, Array, as_array, check_dtype, checked_integer
 from fastattn._files import File, atomic_write
 
@@ -163,8 +164,69 @@ def shown(token: str) -> str:
     return token if token.isprintable() and token.strip() else repr(token)
 
 
+# Of so much weight or more: so many stars. Less gets none.
+STARS = ((0.5, 5), (0.1, 3), (0.02, 1))
+LEGEND = ", ".join(f"{'*' * count} from {least:g}" for least, count in STARS)
+
+
 def stars(weight: float) -> str:
-    return "*" * min(5, int(5 * weight) + 1)
+    return next(("*" * count for least, count in STARS if weight >= least), "")
+
+
+def is_word(token: str) -> bool:
+    """Return whether a token is more than punctuation and blanks."""
+    return any(character.isalnum() for character in token)
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def text_of_bytes() -> dict[str, int]:
+    """Return the bytes that the characters of GPT's tokenizers stand for: those that print stand for themselves."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def joined_words(tokens: Sequence[str], special: frozenset[str]) -> tuple[list[int], list[str]]:
+    """Return where the words of tokens begin, and the words."""
+    blank = next((mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in tokens)), None)
+    starts: list[int] = []
+    for i, token in enumerate(tokens):
+        before = tokens[i - 1] if i > 0 else ""
+        continues = token.startswith("##") if blank is None else not token.startswith(blank)
+        # Punctuation is a word of its own.
+        alone = token in special or before in special or not is_word(token) or not is_word(before)
+        if not continues or alone:
+            starts.append(i)
+    pieces = [tokens[begin:end] for begin, end in itertools.pairwise([*starts, len(tokens)])]
+    return starts, [word_of(piece, blank, special) for piece in pieces]
+
+
+def word_of(pieces: Sequence[str], blank: str | None, special: frozenset[str]) -> str:
+    if pieces[0] in special:
+        return pieces[0]
+    if blank is None:
+        return pieces[0] + "".join(piece.removeprefix("##") for piece in pieces[1:])
+    text = "".join(pieces).removeprefix(blank)
+    if blank == "▁":
+        return text.replace(blank, " ") or " "
+    known = text_of_bytes()
+    if not all(character in known for character in text):
+        return text
+    return bytes(known[character] for character in text).decode("utf-8", "replace") or " "
+
+
+def layer_of_transformers(index: int, layer: Any, item: int) -> Array:
+    """Return the weights (heads, Sq, Sk) of an item of the batch."""
+    name = f"attentions[{index}]"
+    if layer is None:
+        raise ValueError(f'{name} is None: the model gave no weights, as only attn_implementation="eager" does')
+    array = as_array(name, layer.detach() if hasattr(layer, "detach") else layer)
+    if array.ndim != 4:
+        raise ValueError(f"{name} has shape {array.shape}; accepted is (batch, heads, Sq, Sk)")
+    checked_integer("item", item, 0, len(array) - 1)
+    return _tensors.converted(array[item], np.dtype(np.float32)) if _tensors.is_bits(array.dtype) else array[item]
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -233,6 +295,10 @@ class AttentionView:
         The words of the keys, where they are other ones (cross attention). Default `tokens`.
     special_tokens : sequence of str
         Tokens that are no words, such as "[CLS]", "</s>" or ``<|endoftext|>``. No head is called certain of them.
+    merge_subwords : bool
+        Whether tokens that are parts of words are joined: those that begin with ``##``, or, where some tokens begin
+        with ``Ġ`` or ``▁``, those that do not. Weights are then summed over the keys of a word, and averaged over its
+        queries. Bytes of GPT's tokenizers become the text that they stand for.
 
     Raises
     ------
@@ -256,11 +322,13 @@ class AttentionView:
     >>> print(view)
     Head 0: "it" attends to
       tiger  0.800  *****
-      [CLS]  0.100  *
-      it     0.100  *
+      [CLS]  0.100  ***
+      it     0.100  ***
     >>> view.most_certain("it").weight
     0.8
     """
+
+    _caption: str | None = None  # what the weights are, where they are those of no head
 
     def __init__(
         self,
@@ -269,6 +337,7 @@ class AttentionView:
         *,
         key_tokens: Sequence[str] | None = None,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        merge_subwords: bool = False,
     ) -> None:
         array = checked_floats(weights)
         self._name(tokens, key_tokens, special_tokens)
@@ -277,6 +346,9 @@ class AttentionView:
             raise ValueError(f"weights has shape {array.shape}, so Sk is {array.shape[-1]}, but {named} are "
                              f"{self._num_keys}")  # fmt: skip
         check_distributions(array, self._num_keys, complete=True)
+        self._check_queries(array)
+        if merge_subwords:
+            array = self._merge_subwords(array)
         self._hold(np.broadcast_to(np.arange(self._num_keys, dtype=np.int32), array.shape), array)
         self._complete = True
 
@@ -331,9 +403,72 @@ class AttentionView:
         # A row that has room for more keys lists all that it sees.
         listed = (keys == -1).any(axis=-1) | (keys.shape[-1] == view._num_keys)
         check_distributions(array, view._num_keys, complete=listed)
+        view._check_queries(array)
         view._hold(keys.astype(np.int32), array)
         view._complete = False
         return view
+
+    @classmethod
+    def from_transformers(
+        cls,
+        attentions: Sequence[Any],
+        tokens: Sequence[str],
+        *,
+        item: int = 0,
+        key_tokens: Sequence[str] | None = None,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        merge_subwords: bool = False,
+    ) -> AttentionView:
+        """Make a view of what a model of Hugging Face's transformers returns with ``output_attentions=True``.
+
+        Parameters
+        ----------
+        attentions : sequence of array_like, shape (B, heads, Sq, Sk)
+            One for each layer, as ``outputs.attentions``, ``outputs.decoder_attentions`` or
+            ``outputs.cross_attentions``: tensors of PyTorch or arrays. The model must have been loaded with
+            ``attn_implementation="eager"``, for others return no weights.
+        tokens : sequence of str, of length Sq
+            As ``tokenizer.convert_ids_to_tokens(inputs.input_ids[item])`` gives them.
+        item : int
+            Of the batch.
+        key_tokens, special_tokens, merge_subwords
+            As for the class.
+
+        Returns
+        -------
+        AttentionView
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the class, and for layers without weights, or of different shapes.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> layer = np.full((1, 2, 3, 3), 1 / 3)  # one sentence, two heads, three tokens
+        >>> tokens = ["The", "Ġti", "ger"]
+        >>> view = fastattn.AttentionView.from_transformers([layer, layer], tokens, merge_subwords=True)
+        >>> print(view.table("tiger", layer=1, head=0))
+        Layer 1, head 0: "tiger" attends to
+          tiger  0.667  *****
+          The    0.333  ***
+        """
+        layers = [layer_of_transformers(i, layer, item) for i, layer in enumerate(attentions)]
+        if not layers:
+            raise ValueError("attentions is empty; at least one layer is needed")
+        for i, layer in enumerate(layers):
+            if layer.shape != layers[0].shape:
+                raise ValueError(f"attentions[{i}] has shape {layer.shape} without its batch axis, but attentions[0] "
+                                 f"{layers[0].shape}: give layers of one shape")  # fmt: skip
+        return cls(
+            np.stack(layers),
+            tokens,
+            key_tokens=key_tokens,
+            special_tokens=special_tokens,
+            merge_subwords=merge_subwords,
+        )
 
     def _name(self, tokens: Sequence[str], key_tokens: Sequence[str] | None, special_tokens: Sequence[str]) -> None:
         self._tokens = checked_tokens("tokens", tokens)
@@ -342,11 +477,27 @@ class AttentionView:
         self._num_keys = len(self._key_tokens)
         self._special = frozenset(checked_tokens("special_tokens", special_tokens))
 
-    def _hold(self, keys: Integers, weights: Array) -> None:
-        """Keep the weights, and the key that each belongs to: (layers, heads, Sq, keys listed)."""
+    def _check_queries(self, weights: Array) -> None:
         if weights.shape[-2] != len(self._tokens):
             raise ValueError(f"weights has shape {weights.shape}, so Sq is {weights.shape[-2]}, but tokens are "
                              f"{len(self._tokens)}")  # fmt: skip
+
+    def _merge_subwords(self, weights: Array) -> Array:
+        """Join tokens to words, and their weights, (..., queries, keys): summed over keys, averaged over queries."""
+        query_starts, self._tokens = joined_words(self._tokens, self._special)
+        key_starts = query_starts
+        if self._crossed:
+            key_starts, self._key_tokens = joined_words(self._key_tokens, self._special)
+        else:
+            self._key_tokens = self._tokens
+        counts = np.diff([*query_starts, weights.shape[-2]])[:, None]
+        self._num_keys = len(self._key_tokens)
+        wide = weights.astype(np.float64 if weights.dtype == np.float64 else np.float32)
+        sums: Array = np.add.reduceat(np.add.reduceat(wide, key_starts, axis=-1), query_starts, axis=-2)
+        return sums / counts
+
+    def _hold(self, keys: Integers, weights: Array) -> None:
+        """Keep the weights, and the key that each belongs to: (layers, heads, Sq, keys listed)."""
         missing = (None,) * (4 - weights.ndim)
         self._keys = keys[missing]
         self._weights = np.array(weights, np.float64 if weights.dtype == np.float64 else np.float32)[missing]
@@ -357,6 +508,16 @@ class AttentionView:
 
     def __str__(self) -> str:
         return self.table()
+
+    @property
+    def tokens(self) -> list[str]:
+        """The words of the queries."""
+        return list(self._tokens)
+
+    @property
+    def key_tokens(self) -> list[str]:
+        """The words of the keys."""
+        return list(self._key_tokens)
 
     # --- choosing ---------------------------------------------------------------------------------
 
@@ -374,8 +535,29 @@ class AttentionView:
     def _layer(self, layer: int | None) -> int | None:
         return None if layer is None else checked_integer("layer", layer, 0, self._weights.shape[0] - 1)
 
-    def _choice(self, word: str | int | None, layer: int | None, head: int | str) -> tuple[int, int | None, int | None]:
-        """Return query, layer and head. None stands for all layers, and for the mean over heads."""
+    def choice(
+        self, word: str | int | None = None, layer: int | None = None, head: int | str = "certain"
+    ) -> tuple[int, int | None, int | None]:
+        """Return what `table` shows: the index of the query, layer and head.
+
+        Parameters
+        ----------
+        word, layer, head
+            As for `table`.
+
+        Returns
+        -------
+        query : int
+        layer : int or None
+            None for the mean over all layers.
+        head : int or None
+            None for the mean over heads.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word, layer or head that is not accepted.
+        """
         layers, heads = self._weights.shape[:2]
         if isinstance(head, str) and head not in ("mean", "certain"):
             raise ValueError(f'head must be an int, "mean" or "certain", not {head!r}')
@@ -393,24 +575,16 @@ class AttentionView:
         return self._query(word), layer, None if isinstance(head, str) else head
 
     def most_certain(self, word: str | int | None = None, *, layer: int | None = None) -> Certain:
-        """Find the head that gives another word the largest weight.
-
-        Another word is a key that is no special token and not the query itself. Passed over is what a head does by
-        position: where other words, too, give the key at that distance more than half of their weight on average,
-        the head says nothing about this one. Where nothing is left, any other word counts, and then any key.
+        """Find the head that gives another word the largest weight: the first of `certain_heads`.
 
         Parameters
         ----------
-        word : str or int, optional
-            As for `table`. Default: any that is no special token.
-        layer : int, optional
-            Default: any.
+        word, layer
+            As for `certain_heads`.
 
         Returns
         -------
         Certain
-            A tuple of layer, head, query (the word's index), key (that of the other word, or -1 if none is listed) and
-            weight.
 
         Raises
         ------
@@ -425,25 +599,114 @@ class AttentionView:
         >>> fastattn.AttentionView(weights, ["red", "tree"]).most_certain("red")
         Certain(layer=0, head=1, query=0, key=1, weight=0.8)
         """
-        ordinary_queries = [i for i, token in enumerate(self._tokens) if token not in self._special]
+        return self.certain_heads(word, layer=layer)[0]
+
+    def certain_heads(self, word: str | int | None = None, *, layer: int | None = None) -> list[Certain]:
+        """List the heads, the one that gives another word the largest weight first.
+
+        Another word is a key that is no special token, not punctuation and not the query itself. Heads that look by
+        position come last: where other words, too, give the key at that distance more than half of their weight on
+        average, the head says nothing about this one. So do, behind those, heads that give most to no word at all.
+
+        Parameters
+        ----------
+        word : str or int, optional
+            As for `table`. Default: for each head, the word of which it is most certain.
+        layer : int, optional
+            Default: all.
+
+        Returns
+        -------
+        list of Certain
+            One for each head: tuples of layer, head, query (the word's index), key (that of the other word, or -1 if
+            none is listed) and weight.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word or a layer that there is not.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = np.array([[[0.5, 0.5], [0.1, 0.9]], [[0.2, 0.8], [1.0, 0.0]]])  # two heads
+        >>> for head in fastattn.AttentionView(weights, ["red", "tree"]).certain_heads("red"):
+        ...     print(head.head, head.weight)
+        1 0.8
+        0 0.5
+        """
+        return [certain for _, certain in self._ranking(word, layer)]
+
+    def count_telling(self, word: str | int | None = None, *, layer: int | None = None) -> int:
+        """Return how many of `certain_heads`, the first ones, look at another word, and not by position.
+
+        Parameters
+        ----------
+        word, layer
+            As for `certain_heads`.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word or a layer that there is not.
+        """
+        return sum(kind == 0 for kind, _ in self._ranking(word, layer))
+
+    def row(self, word: str | int, layer: int | None = None, head: int | None = None) -> Array:
+        """Return the weights that a word gives the keys, without the share of keys that are not listed.
+
+        Parameters
+        ----------
+        word : str or int
+            As for `table`.
+        layer, head : int, optional
+            Default: the mean over all.
+
+        Returns
+        -------
+        ndarray, shape (Sk,)
+            float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word, layer or head that there is not.
+        """
+        query, layer = self._query(word), self._layer(layer)
+        head = None if head is None else checked_integer("head", head, 0, self._weights.shape[1] - 1)
+        rows = self._rows(layer, head, slice(query, query + 1))
+        return np.asarray(rows[..., :-1].mean(axis=(0, 1, 2), dtype=np.float64))
+
+    def _ranking(self, word: str | int | None, layer: int | None) -> list[tuple[int, Certain]]:
+        """Return, best first, what each head is most certain of, and the kind of that key.
+
+        Kinds: 0, another word; 1, another word, by position or next to nothing; 2, any key; 3, none that is listed.
+        """
+        ordinary_queries = [i for i, token in enumerate(self._tokens) if self._is_ordinary(token)]
         queries = np.array(ordinary_queries or range(len(self._tokens)) if word is None else [self._query(word)])
         # Key -1, which is no key, is the last of these.
-        ordinary = np.array([token not in self._special for token in self._key_tokens] + [False])
+        ordinary = np.array([self._is_ordinary(token) for token in self._key_tokens] + [False])
         number, heads = self._weights.shape[:2]
         layers = range(number) if layer is None else [checked_integer("layer", layer, 0, number - 1)]
-        best, highest = Certain(0, 0, 0, -1, 0.0), -np.inf
+        ranking = []
         for in_layer, head in itertools.product(layers, range(heads)):
             keys, weights = self._keys[in_layer, head, queries], self._weights[in_layer, head, queries]
             words = ordinary[keys] & (self._crossed | (keys != queries[:, None]))
             telling = words & (weights >= VISIBLE) & (self._habit(in_layer, head, queries) <= 0.5)
+            kinds = np.select([telling, words, keys >= 0], range(3), 3)
             # Any key of a better kind comes before all of the next.
-            scores = weights - np.select([telling, words, keys >= 0], [0.0, 2.0, 4.0], 6.0)
-            query, listed = np.unravel_index(np.argmax(scores), scores.shape)
-            if scores[query, listed] > highest:
-                highest = scores[query, listed]
-                key, weight = int(keys[query, listed]), float(weights[query, listed])
-                best = Certain(in_layer, head, int(queries[query]), key, weight)
-        return best
+            query, listed = np.unravel_index(np.argmax(weights - 2.0 * kinds), kinds.shape)
+            key, weight = int(keys[query, listed]), float(weights[query, listed])
+            ranking.append((int(kinds[query, listed]), Certain(in_layer, head, int(queries[query]), key, weight)))
+        return sorted(ranking, key=lambda ranked: (ranked[0], -ranked[1].weight))
+
+    def _is_ordinary(self, token: str) -> bool:
+        return token not in self._special and is_word(token)
 
     def _habit(self, layer: int, head: int, queries: Integers) -> Array:
         """Return the mean weight that the other queries give the key at the same distance, (queries, listed)."""
@@ -471,6 +734,8 @@ class AttentionView:
 
     def _title(self, layer: int | None, head: int | None) -> str:
         layers = self._weights.shape[0]
+        if self._caption is not None:
+            return self._caption
         if layer is None and layers > 1:
             return "Mean over all layers and heads"
         parts = [f"layer {layer}"] * (layers > 1) + ["mean over heads" if head is None else f"head {head}"]
@@ -486,10 +751,10 @@ class AttentionView:
         head: int | str = "certain",
         count: int = 8,
     ) -> str:
-        """Return a table of the words that a word attends to, with their weights and one to five stars.
+        """Return a table of the words that a word attends to, with their weights and five, three, one or no stars.
 
-        Stars are steps of a fifth: one below 0.2, two from there on, five from 0.8 on. Keys whose weight would
-        read 0.000 are left out.
+        Five are from a weight of a half on, three from 0.1, one from 0.02. Keys whose weight would read 0.000 are left
+        out.
 
         Parameters
         ----------
@@ -525,7 +790,7 @@ class AttentionView:
           tree  0.450  ***
         """
         checked_integer("count", count, 1)
-        query, layer, head_index = self._choice(word, layer, head)
+        query, layer, head_index = self.choice(word, layer, head)
         row = self._rows(layer, head_index, slice(query, query + 1)).mean(axis=(0, 1, 2), dtype=np.float64)
         listed = [int(key) for key in np.argsort(-row[:-1], kind="stable")[:count] if row[key] >= VISIBLE]
         others = float(row.sum() - row[listed].sum())
@@ -533,11 +798,103 @@ class AttentionView:
         rest = "other keys" if others >= VISIBLE else ""
         width = max(len(name) for name in [*names, rest])
         pairs = zip(names, row[listed], strict=True)
-        lines = [f"  {name:<{width}}  {weight:.3f}  {stars(weight)}" for name, weight in pairs]
+        lines = [f"  {name:<{width}}  {weight:.3f}  {stars(weight)}".rstrip() for name, weight in pairs]
         if rest:
             lines.append(f"  {rest:<{width}}  {others:.3f}")
         title = f'{self._title(layer, head_index)}: "{shown(self._tokens[query])}" attends to'
         return "\n".join([title, *(lines or ["  nothing"])])
+
+    def over_heads(self, word: str | int | None = None) -> list[Certain]:
+        """List the words that any head gives a word: for each key the head that gives it the largest weight.
+
+        One head is one way of looking: what all heads find is more, and less certain. Special tokens and punctuation
+        are left out, and so are heads that look by position (see `certain_heads`), and keys whose weight would read
+        0.000.
+
+        Parameters
+        ----------
+        word : str or int, optional
+            As for `table`.
+
+        Returns
+        -------
+        list of Certain
+            One for each key, the largest weight first.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A word that there is not.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> weights = np.array([[[0.5, 0.5], [0.1, 0.9]], [[0.2, 0.8], [1.0, 0.0]]])  # two heads
+        >>> fastattn.AttentionView(weights, ["red", "tree"]).over_heads("tree")
+        [Certain(layer=0, head=1, query=1, key=0, weight=1.0)]
+        """
+        query = self._query(word) if word is not None else self.most_certain().query
+        layers, heads = self._weights.shape[:2]
+        best: dict[int, Certain] = {}
+        for layer, head in itertools.product(range(layers), range(heads)):
+            keys, weights = self._keys[layer, head, query], self._weights[layer, head, query]
+            telling = (weights >= VISIBLE) & (self._habit(layer, head, np.array([query]))[0] <= 0.5)
+            for key, weight in zip(keys[telling].tolist(), weights[telling].tolist(), strict=True):
+                other = key != query or self._crossed
+                if (
+                    other
+                    and self._is_ordinary(self._key_tokens[key])
+                    and (key not in best or weight > best[key].weight)
+                ):
+                    best[key] = Certain(layer, head, query, key, weight)
+        return sorted(best.values(), key=lambda certain: -certain.weight)
+
+    def rollout(self) -> AttentionView:
+        """Follow attention through all layers: attention rollout [1]_.
+
+        A layer hands on half of what was there before, by its residual connection, and half of what its heads, on
+        average, attend to. The product of these matrices says how much of each input word has come to each place. It
+        knows neither values nor the other parts of a layer: another picture, not a truth about the model [2]_.
+
+        Returns
+        -------
+        AttentionView
+            Of one head.
+
+        Raises
+        ------
+        ValueError
+            Of cross attention, or a view `from_top_keys`.
+
+        References
+        ----------
+        .. [1] Abnar and Zuidema, "Quantifying Attention Flow in Transformers", 2020.
+        .. [2] Jain and Wallace, "Attention is not Explanation", 2019; Wiegreffe and Pinter, "Attention is not not
+           Explanation", 2019.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import fastattn
+        >>> layer = np.array([[[1.0, 0.0], [0.5, 0.5]]])  # one head
+        >>> view = fastattn.AttentionView([layer, layer], ["red", "tree"])
+        >>> print(view.rollout().table("tree"))
+        Rollout over 2 layers: "tree" attends to
+          tree  0.562  *****
+          red   0.438  ***
+        """
+        if self._crossed or not self._complete:
+            kind = "of cross attention" if self._crossed else "from_top_keys"
+            raise ValueError(f"rollout needs all weights of self-attention; this is a view {kind}")
+        count = len(self._tokens)
+        flow = np.eye(count)
+        for layer in self._weights:
+            mixed = (layer.mean(axis=0, dtype=np.float64) + np.eye(count)) / 2
+            flow = mixed / mixed.sum(axis=-1, keepdims=True) @ flow
+        view = AttentionView(flow, self._tokens, special_tokens=sorted(self._special))
+        view._caption = f"Rollout over {len(self._weights)} layers"
+        return view
 
     def heads(self) -> HeadSummaries:
         """Summarise how each head attends.
@@ -599,7 +956,7 @@ class AttentionView:
 
         if title is not None and not isinstance(title, str):
             raise TypeError(f"title must be a str, not {title!r}")
-        query, chosen_layer, chosen_head = self._choice(word, layer, head)
+        query, chosen_layer, chosen_head = self.choice(word, layer, head)
         if chosen_layer is None:
             chosen_layer = self.most_certain(query).layer
         layers, heads = self._weights.shape[:2]
@@ -728,7 +1085,7 @@ class AttentionView:
         >>> view = fastattn.AttentionView(np.eye(3), ["a", "red", "tree"])
         >>> axes = view.plot()  # doctest: +SKIP
         """
-        _, layer, head_index = self._choice(None, layer, head)
+        _, layer, head_index = self.choice(None, layer, head)
         self._check_drawable()
         if ax is None:
             try:

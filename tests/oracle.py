@@ -319,7 +319,7 @@ def assert_same_bits(actual, expected, what="out"):
 HANG_SECONDS = 3600
 
 
-def python(*arguments, **environment):
+def python(*arguments, standard_input=None, **environment):
     """Start Python on the same fastattn in a process of its own and return the finished process."""
     tests = str(Path(__file__).parent)
     path = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
@@ -327,6 +327,7 @@ def python(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-P", *arguments],
         env={**os.environ, "PYTHONPATH": path, **environment},
+        input=standard_input,
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,

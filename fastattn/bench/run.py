@@ -125,7 +125,7 @@ def run(
     Returns
     -------
     Run
-        Progress goes to stderr meanwhile.
+        Progress goes to stderr meanwhile, if that is a terminal.
     """
     notes = []
     known: dict[str, np.dtype[Any]] = {}
@@ -150,9 +150,9 @@ def run(
     notes += [f"{name} skipped: it needs a model; {command}" for name, command in missing.items() if command]
     rows = []
     for index, (case, dtype) in enumerate(work, 1):
-        print(f"[{index}/{len(work)}] {case.name} {case.shape} {dtype.name}", end="", file=sys.stderr, flush=True)
+        tell(f"[{index}/{len(work)}] {case.name} {case.shape} {dtype.name}")
         row = measure(case, dtype, us, them, seconds)
-        print(f": {summary(row)}", file=sys.stderr, flush=True)
+        tell(f": {summary(row)}\n")
         rows.append(row)
     elapsed, own, machine = (
         end - begin
@@ -167,6 +167,12 @@ def run(
         notes=notes,
         rows=rows,
     )
+
+
+def tell(progress: str) -> None:
+    """Show progress, if somebody looks."""
+    if sys.stderr.isatty():
+        print(progress, end="", file=sys.stderr, flush=True)
 
 
 def skipped(pairs: list[tuple[Case, np.dtype[Any]]]) -> list[str]:
