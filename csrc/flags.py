@@ -44,7 +44,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "x86_64": {
-        "baseline": [],
+        "baseline": ["-Os"],  # what CPUs of before 2013 run is small rather than fast: the wheel has a limit
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],

@@ -723,9 +723,10 @@ class KVCache:
             copied = self._to_copy(entries) if count else set()
             self._check_free(list(entries.values()), count, len(copied))
             try:
-                grown = {
-                    sequence: self._lengthened(entry, count, sequence in copied) for sequence, entry in entries.items()
-                }
+                grown: dict[int, Entry] = {}
+                # No comprehension: Python 3.13.0 lets what interrupts one pass by this handler.
+                for sequence, entry in entries.items():
+                    grown[sequence] = self._lengthened(entry, count, sequence in copied)
                 self._write(list(grown.values()), stored)
                 self._commit(grown)
             except BaseException:
