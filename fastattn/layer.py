@@ -264,7 +264,8 @@ class LayerGradients(NamedTuple):
     Attributes
     ----------
     query, key, value : ndarray or None
-        Of the inputs, in their shapes and the layer's dtype. None of `key` in self-attention, and of `value` where it
+        Of the inputs, in their shapes and the layer's dtype; tensors, as `bias` and `sinks` are then, if the gradient
+        that was given is one. None of `key` in self-attention, and of `value` where it
         was `key`: the gradient of an array that serves several times is the sum, and is the first one's.
     parameters : dict of str to ndarray
         By the names of `MultiHeadAttention.parameters`.
@@ -798,13 +799,17 @@ class MultiHeadAttention:
             for part in "qk":
                 rotary(of_parts[part], saved.positions, **self.rotary, inverse=True, out=of_parts[part])
         inputs = self._inputs_backward(saved.inputs, columns, parameters)
+
+        def given(array: Array | None) -> Any:
+            return None if array is None else in_kind_of(grad_out, array)
+
         return LayerGradients(
-            inputs["query"],
-            inputs.get("key"),
-            inputs.get("value"),
+            given(inputs["query"]),
+            given(inputs.get("key")),
+            given(inputs.get("value")),
             {name: parameters[name] for name in self.parameters},
-            extras.pop(0) if return_grad_bias else None,
-            extras.pop(0) if return_grad_sinks else None,
+            given(extras.pop(0) if return_grad_bias else None),
+            given(extras.pop(0) if return_grad_sinks else None),
         )
 
     def project(

@@ -220,6 +220,21 @@ def test_layer_and_view():
     assert view.table("a") == same.table("a")
 
 
+def test_gradients_of_a_layer():
+    layer = fastattn.MultiHeadAttention(*tensors(*[(16, 16)] * 4), num_heads=4)
+    (x,), (grad_out,) = tensors((2, 5, 16), seed=4), tensors((2, 5, 16), seed=5)
+    bias = torch.zeros(4, 5, 5)
+    _, saved = layer(x, bias=bias, return_saved=True)
+    grads = layer.backward(grad_out, saved, return_grad_bias=True)
+    same = layer.backward(grad_out.numpy(), saved, return_grad_bias=True)
+    for mine, want in ((grads.query, same.query), (grads.bias, same.bias)):
+        assert type(mine) is torch.Tensor
+        assert type(want) is np.ndarray
+        np.testing.assert_array_equal(mine.numpy(), want)
+    assert grads.key is grads.value is grads.sinks is None
+    assert {type(x) for x in grads.parameters.values()} == {np.ndarray}
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
