@@ -17,7 +17,7 @@ VENV = .venv
 test lint sanitize wheels docs: VENV = .venv-check
 BIN = $(CURDIR)/$(VENV)/bin
 
-.PHONY: demo dev quick test check check-c check-aarch64 compile-commands lint sanitize wheels docs clean
+.PHONY: demo dev quick test check check-c check-aarch64 compile-commands lint sanitize wheels docs pictures clean
 
 # Objects that an earlier build left have other flags, perhaps.
 pip_install = $(BIN)/pip install -q --disable-pip-version-check
@@ -121,6 +121,11 @@ docs:
 	$(fresh) '$(PACKAGE)[docs]'
 	rm -rf docs/reference/generated
 	$(BIN)/python -P -m sphinx -q -W --keep-going -b html docs build/docs
+
+# The pictures of the documentation, drawn anew by the library itself: needs chromium.
+pictures: dev
+	$(pip_install) matplotlib playwright
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv .venv-check build dist *.egg-info fastattn/*.so fastattn/_core.c docs/reference/generated \

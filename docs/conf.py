@@ -33,7 +33,7 @@ numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "attrs_inline"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "fastattn"

@@ -151,9 +151,15 @@ def test_python_in_the_tutorial(tmp_path, monkeypatch):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     run_python_of(TUTORIAL)
-    pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", TUTORIAL.read_text(), re.MULTILINE))
-    assert pictures == {picture.name for picture in TUTORIAL.parent.glob("*.png")}
     assert "head.png" in {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
+def test_the_pictures_of_the_tutorial_are_there_in_both_modes():
+    shown = re.findall(r"^!\[.*\]\(pictures/(.*)\)\{\.only-(light|dark)\}$", TUTORIAL.read_text(), re.MULTILINE)
+    assert {name for name, _ in shown} == {path.name for path in (DOCS / "pictures").iterdir()}
+    assert all(Path(name).stem.endswith(f"-{mode}") for name, mode in shown)
+    assert sorted({mode for _, mode in shown}) == ["dark", "light"]
 
 
 ADAPTERS = {"torch": ["torch"], "transformers": ["torch", "transformers"]}
