@@ -16,12 +16,16 @@ from typing import Any
 try:
     import torch
     from torch import Tensor
+    from torch.utils._pytree import tree_map_only
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import (
+        and_masks,
         bidirectional_mask_function,
         causal_mask_function,
         prepare_padding_mask,
         sdpa_mask,
+        sliding_window_bidirectional_overlay,
+        sliding_window_overlay,
     )
 except ImportError as _failure:
     raise ImportError(
@@ -48,6 +52,88 @@ def register() -> None:
     AttentionMaskInterface.register("fastattn", make_mask)
 
 
+# --- masks ----------------------------------------------------------------------------------------
+
+
+class CompactMask(Tensor):  # type: ignore[misc]
+    """A mask of bools, (batch, 1, q_length, kv_length), that holds keywords of `fastattn.attention` and no element.
+
+    Whatever else is done with it than attention is done with a dense mask, made for that.
+    """
+
+    reach: tuple[int | None, int | None]
+    query_offset: int
+    padding: Tensor | None
+    keywords: dict[str, Any]
+
+    @staticmethod
+    def __new__(
+        cls: type[CompactMask],
+        shape: tuple[int, int, int, int],
+        reach: tuple[int | None, int | None],
+        query_offset: int,
+        padding: Tensor | None,
+    ) -> CompactMask:
+        mask: CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
+        mask.reach, mask.query_offset, mask.padding = reach, query_offset, padding
+        left, right = reach
+        window = (left, None if right == 0 else right)
+        mask.keywords = {"causal": right == 0, "window": window, "query_offset": query_offset}
+        if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
+            mask.keywords["key_lengths"] = padding.sum(-1)  # so that what follows a sequence is not even read
+        elif padding is not None:
+            mask.keywords["mask"] = padding[:, None, None]
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs or {}))
+
+    def dense(self) -> Tensor:
+        """Return the same mask with all its elements."""
+        batch_size, _, q_length, kv_length = self.shape
+        left, right = self.reach
+        distance = torch.arange(kv_length) - torch.arange(q_length)[:, None] - self.query_offset
+        seen = torch.ones(q_length, kv_length, dtype=torch.bool)
+        if left is not None:
+            seen &= distance >= -left
+        if right is not None:
+            seen &= distance <= right
+        mask = seen if self.padding is None else seen & self.padding[:, None, None]
+        return mask.expand(batch_size, 1, q_length, kv_length)
+
+
+AND = and_masks().__code__
+WINDOW = sliding_window_overlay(1).__code__
+TWO_SIDED_WINDOW = sliding_window_bidirectional_overlay(1).__code__
+
+
+def reach_of(mask_function: Callable[..., Any]) -> tuple[int | None, int | None] | None:
+    """Return how many keys a query sees before and after its own, None for all; None for a function not known."""
+    if mask_function is causal_mask_function:
+        return None, 0
+    if mask_function is bidirectional_mask_function:
+        return None, None
+    code = getattr(mask_function, "__code__", None)
+    if code not in (AND, WINDOW, TWO_SIDED_WINDOW):
+        return None
+    (cell,) = mask_function.__closure__ or ()
+    if code is WINDOW:
+        return cell.cell_contents - 1, None
+    if code is TWO_SIDED_WINDOW:
+        return cell.cell_contents, cell.cell_contents
+    reaches = [reach_of(each) for each in cell.cell_contents]
+    known = [reach for reach in reaches if reach is not None]
+    if len(known) < len(reaches):
+        return None
+    left, right = (min((x for x in side if x is not None), default=None) for side in zip(*known, strict=True))
+    return left, right
+
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -56,48 +142,56 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """Return no mask where a keyword says it all, padding as one row for all queries, and else a mask of bools."""
+    """Return no mask where the layer knows it, one without elements where keywords say it, and else a dense one."""
+    reach = None if torch.compiler.is_compiling() else reach_of(mask_function)
+    if reach is None:
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **others,
+        )
+        return mask
+    query_offset = int(q_offset) - kv_offset
+    left, right = reach
+    if left is not None and left >= query_offset + q_length - 1:
+        left = None
+    if right is not None and right >= kv_length - 1 - query_offset:
+        right = None
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + kv_length]
-        padding = None if bool(padding.all()) else padding
-    # The last query is at the last key, as fastattn has it; a window as wide as all keys hides none.
-    ends_together = kv_offset == 0 and int(q_offset) + q_length == kv_length
-    is_causal = mask_function is causal_mask_function or (local_size is not None and kv_length < local_size)
-    if padding is None and allow_is_causal_skip and ends_together and is_causal:
-        return None
-    if mask_function is bidirectional_mask_function and local_size is None:
-        if padding is None and allow_is_bidirectional_skip:
+        padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        last = kv_length if right is None else min(query_offset + q_length + right, kv_length)
+        padding = None if bool(padding[:, :last].all()) else padding
+    if padding is None and left is None:
+        is_square = query_offset == 0 and q_length == kv_length
+        skips = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
+        if skips if right is None else (right == 0 and is_square and allow_is_causal_skip):
             return None
-        if padding is not None:
-            return padding[:, None, None, :].to(torch.bool).expand(batch_size, 1, q_length, kv_length)
-    mask: Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        **others,
-    )
-    return mask
+    return CompactMask((batch_size, 1, q_length, kv_length), (left, right), query_offset, padding)
 
 
-def added(attention_mask: Tensor | None, position_bias: Tensor | None) -> dict[str, Tensor]:
+# --- attention ------------------------------------------------------------------------------------
+
+
+def added(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
     """Return what hides keys, and what is added to the scores, as keywords of `fastattn.attention`."""
-    keywords = {}
+    keywords: dict[str, Any] = {"causal": causal}
     if position_bias is not None:
         keywords["bias"] = position_bias.detach()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
+    if isinstance(attention_mask, CompactMask):
+        keywords |= attention_mask.keywords
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
         keywords["mask"] = attention_mask
     elif attention_mask is not None:
         bias = attention_mask.detach()
@@ -129,14 +223,12 @@ def attention_forward(
         return out.transpose(1, 2).contiguous(), None
     if dropout:
         raise ValueError("dropout is given where there is no gradient: call model.eval()")
-    keywords = added(attention_mask, position_bias)
     out = fastattn.attention(
         *adapter.detached(query, key, value),
         scale=scaling,
-        causal=causal,
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.detach(),
-        **keywords,
+        **added(attention_mask, position_bias, causal),
     )
     return out.transpose(1, 2).contiguous(), None
 

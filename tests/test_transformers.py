@@ -117,13 +117,101 @@ def test_encoders(calls, name, padding):
     torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
 
 
-def test_padding_is_one_row_for_all_queries():
-    seen = padded_batch("right")[1].bool()
-    mask = adapter.make_mask(
-        2, 11, 11, mask_function=adapter.bidirectional_mask_function, attention_mask=seen, allow_is_causal_skip=False
-    )
-    assert mask.shape == (2, 1, 11, 11)
-    assert mask.stride(2) == 0
+# --- masks ----------------------------------------------------------------------------------------
+
+masking = transformers.masking_utils
+MASKS = {
+    "causal": masking.causal_mask_function,
+    "window": masking.sliding_window_causal_mask_function(3),
+    "bidirectional": masking.bidirectional_mask_function,
+    "both-sides": masking.sliding_window_bidirectional_mask_function(2),
+}
+OTHERS = {
+    "chunks": masking.chunked_causal_mask_function(3, torch.tensor([0, 2])),
+    "union": masking.or_masks(masking.causal_mask_function, masking.bidirectional_mask_function),
+    "and-union": masking.and_masks(masking.or_masks(masking.causal_mask_function), masking.causal_mask_function),
+    "user": lambda batch, head, q, kv: (q + kv) % 2 == 0,
+}
+# q_length, kv_length, q_offset, kv_offset: a prompt, more of it, a step; two static caches; two whose first keys are gone
+SIZES = [(7, 7, 0, 0), (3, 8, 5, 0), (1, 8, 7, 0), (7, 12, 0, 0), (2, 12, 5, 0), (3, 5, 8, 6), (1, 3, 9, 7)]
+PADDING = {None: None, "left": [[0, 0, 1, 1], [1, 1, 1, 1]], "right": [[1, 1, 0, 0], [1, 1, 1, 1]],
+           "none": [[1, 1, 1, 1]] * 2, "both": [[0, 1, 1, 0], [0, 0, 0, 0]]}  # fmt: skip
+
+
+def mask_arguments(sizes, padding, function):
+    q_length, kv_length, q_offset, kv_offset = sizes
+    seen = None
+    if PADDING[padding]:
+        ends = torch.tensor(PADDING[padding], dtype=torch.bool)
+        seen = torch.cat([ends[:, :2], torch.ones(2, q_offset + q_length - 4, dtype=torch.bool), ends[:, 2:]], 1)
+    return {"batch_size": 2, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
+            "kv_offset": kv_offset, "mask_function": function, "attention_mask": seen}  # fmt: skip
+
+
+def attended(mask, q_length, kv_length, is_causal):
+    torch.manual_seed(5)
+    module = torch.nn.Module()
+    module.is_causal = is_causal
+    xs = torch.randn(2, 4, q_length, 8), torch.randn(2, 2, kv_length, 8), torch.randn(2, 2, kv_length, 8)
+    with torch.no_grad():
+        return adapter.attention_forward(module, *xs, mask)[0]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("function", MASKS)
+def test_masks_that_are_keywords(monkeypatch, function, sizes, padding, skips):
+    arguments = mask_arguments(sizes, padding, MASKS[function])
+    expected = masking.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    is_causal = function in ("causal", "window")
+    skip = {"allow_is_causal_skip": skips and is_causal, "allow_is_bidirectional_skip": skips and not is_causal}
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "sdpa_mask", None)  # nobody asks for the dense mask
+        patch.setattr(adapter.CompactMask, "dense", None)
+        mask = adapter.make_mask(**arguments, **skip)
+        result = attended(mask, *sizes[:2], is_causal)
+    if mask is not None:
+        assert mask.shape == expected.shape
+        assert torch.equal(mask & True, expected)
+        with pytest.raises(RuntimeError, match="data pointer"):
+            mask.untyped_storage().data_ptr()  # it has none
+    torch.testing.assert_close(result, attended(expected, *sizes[:2], is_causal))
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("function", OTHERS)
+def test_masks_that_are_dense(function, padding):
+    arguments = mask_arguments((7, 7, 0, 0), padding, OTHERS[function])
+    mask = adapter.make_mask(**arguments)
+    assert type(mask) is torch.Tensor
+    assert torch.equal(mask, masking.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_no_model_makes_a_dense_mask(calls, monkeypatch, name, padding, cache):
+    monkeypatch.setattr(adapter, "sdpa_mask", None)
+    monkeypatch.setattr(adapter.CompactMask, "dense", None)
+    model = model_of(name, "ForCausalLM", DECODERS[name])
+    model.set_attn_implementation("fastattn")
+    ids, seen = padded_batch(padding)
+    options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    seen = seen if padding else torch.ones_like(ids)
+    model.generate(ids, attention_mask=seen, max_new_tokens=3, do_sample=False, **options)
+    assert len(calls) == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_function_takes_the_mask():
+    mask = adapter.make_mask(**mask_arguments((7, 7, 0, 0), "left", MASKS["window"]))
+    filled = torch.compile(lambda x, seen: x.masked_fill(seen, 0.0) + 1, backend="eager")
+    x = torch.randn(2, 1, 7, 7)
+    assert torch.equal(filled(x, mask), x.masked_fill(mask & True, 0.0) + 1)
+
+
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def test_gradients(calls):
