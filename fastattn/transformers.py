@@ -17,7 +17,8 @@ try:
     import torch
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import (
         and_masks,
         bidirectional_mask_function,
@@ -35,7 +36,7 @@ except ImportError as _failure:
 import fastattn
 import fastattn.torch as adapter
 
-__all__ = ["register"]
+__all__ = ["Cache", "register"]
 
 
 def register() -> None:
@@ -254,3 +255,140 @@ def differentiable(
     return adapter.scaled_dot_product_attention(
         query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True
     )
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def has_room(room: Tensor | None, states: Tensor, more: int) -> bool:
+    """Return whether states lie in a room that has space for more behind them, and may be written to."""
+    if room is None or (room.is_inference() and not torch.is_inference_mode_enabled()):
+        return False
+    if states.untyped_storage().data_ptr() != room.untyped_storage().data_ptr() or states.stride() != room.stride():
+        return False
+    fits = place_in(room, states) + states.shape[2] + more <= room.shape[2]
+    return bool(fits and states.shape[:2] == room.shape[:2])
+
+
+def place_in(room: Tensor, states: Tensor) -> int:
+    return int(states.storage_offset() - room.storage_offset()) // int(room.stride(2))
+
+
+def new_room(states: Tensor, batch_size: int, length: int) -> Tensor:
+    """Return space for half as many states again, so that each is moved a few times at most while they grow."""
+    return states.new_empty((batch_size, states.shape[1], length + max(length // 2, 64), states.shape[3]))
+
+
+def appended(states: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return states with new ones behind them, and the room in which they are if they are in one."""
+    if states.shape[2] == 0:
+        return new, None
+    differentiated = torch.is_grad_enabled() and (states.requires_grad or new.requires_grad)
+    if differentiated or states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
+        return torch.cat([states, new], 2), None
+    before, more = states.shape[2], new.shape[2]
+    if room is None or not has_room(room, states, more):
+        room = new_room(states, len(states), before + more)
+        room[:, :, :before] = states
+        start = 0
+    else:
+        start = place_in(room, states)
+    whole = room[:, :, start : start + before + more]
+    whole[:, :, before:] = new
+    return whole, room
+
+
+def reordered(states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences of these indices, and a room that they are in."""
+    room = new_room(states, len(indices), states.shape[2])
+    chosen = room[:, :, : states.shape[2]]
+    torch.index_select(states, 0, indices, out=chosen)
+    return chosen, room
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, in tensors with room for more."""
+
+    key_room: Tensor | None = None
+    value_room: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (key_states, value_states))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_room = appended(self.keys, self.key_room, key_states)
+        self.values, self.value_room = appended(self.values, self.value_room, value_states)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized and self.keys.shape[2] > 0:
+            self.keys, self.key_room = reordered(self.keys, beam_idx)
+            self.values, self.value_room = reordered(self.values, beam_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        self.key_room = self.value_room = None
+
+
+class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The last keys and values of a layer, as many as its window has."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        first = max(keys.shape[2] - self.sliding_window + 1, 0)
+        if not self.record_past:
+            self.keys, self.values = keys[:, :, first:], values[:, :, first:]
+        first = max(first - key_states.shape[2], 0)
+        return keys[:, :, first:], values[:, :, first:]
+
+
+class Cache(DynamicCache):  # type: ignore[misc]
+    """A cache for generation that does not copy all keys and values at every step.
+
+    They are in tensors with room for more, whose size grows by half when it is used up; a layer gets views of them,
+    which stay as they are until tokens are cropped. `transformers.DynamicCache`, whose subclass this is, makes new
+    tensors at every step, for which a long sequence takes as long as for attention. It serves any implementation of
+    attention.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig, optional
+        Of the model. Its layers with a window then keep no more than that window.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import transformers
+    >>> import fastattn.transformers
+    >>> config = transformers.LlamaConfig(
+    ...     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
+    >>> fastattn.transformers.register()
+    >>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
+    >>> cache = fastattn.transformers.Cache(config)
+    >>> prompt = torch.arange(3, 13)[None]
+    >>> model.generate(prompt, past_key_values=cache, max_length=15, min_length=15, pad_token_id=0).shape
+    torch.Size([1, 15])
+    >>> cache.get_seq_length()
+    14
+    """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        self.layers = [growing(layer) for layer in self.layers]
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = GrowingLayer
+
+
+def growing(layer: Any) -> Any:
+    """Return a layer's place in the cache with room for more, where it holds keys and values alone."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return GrowingWindowLayer(layer.sliding_window)
+    return GrowingLayer() if type(layer) is DynamicLayer else layer

@@ -1,5 +1,7 @@
 """fastattn.transformers: models of many architectures give what they give with eager attention."""
 
+import doctest
+
 import numpy as np
 import pytest
 
@@ -132,7 +134,7 @@ OTHERS = {
     "and-union": masking.and_masks(masking.or_masks(masking.causal_mask_function), masking.causal_mask_function),
     "user": lambda batch, head, q, kv: (q + kv) % 2 == 0,
 }
-# q_length, kv_length, q_offset, kv_offset: a prompt, more of it, a step; two static caches; two whose first keys are gone
+# q_length, kv_length, q_offset, kv_offset: a prompt, more, a step; two static caches; two whose first keys are gone
 SIZES = [(7, 7, 0, 0), (3, 8, 5, 0), (1, 8, 7, 0), (7, 12, 0, 0), (2, 12, 5, 0), (3, 5, 8, 6), (1, 3, 9, 7)]
 PADDING = {None: None, "left": [[0, 0, 1, 1], [1, 1, 1, 1]], "right": [[1, 1, 0, 0], [1, 1, 1, 1]],
            "none": [[1, 1, 1, 1]] * 2, "both": [[0, 1, 1, 0], [0, 0, 0, 0]]}  # fmt: skip
@@ -249,3 +251,15 @@ def test_a_trained_model(calls):
     expected, result = results(model, input_ids=ids, attention_mask=seen)
     assert len(calls) == model.config.num_hidden_layers
     torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *adapter.__all__])
+def test_examples(name):
+    thing = adapter if name is None else getattr(adapter, name)
+    examples = doctest.DocTestFinder(recurse=False).find(thing, name or "fastattn.transformers", globs={})
+    assert sum(len(test.examples) for test in examples) > 0
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0
