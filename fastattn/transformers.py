@@ -33,7 +33,6 @@ except ImportError as _failure:
         "fastattn.transformers needs the packages torch and transformers: pip install 'fastattn[transformers]'"
     ) from _failure
 
-import fastattn
 import fastattn.torch as adapter
 
 __all__ = ["Cache", "register"]
@@ -57,7 +56,7 @@ def register() -> None:
 
 
 class CompactMask(Tensor):  # type: ignore[misc]
-    """A mask of bools, (batch, 1, q_length, kv_length), that holds keywords of `fastattn.attention` and no element.
+    """A mask of bools, (batch, 1, q_length, kv_length), that says by arguments what hides keys, and has no elements.
 
     Whatever else is done with it than attention is done with a dense mask, made for that.
     """
@@ -65,7 +64,7 @@ class CompactMask(Tensor):  # type: ignore[misc]
     reach: tuple[int | None, int | None]
     query_offset: int
     padding: Tensor | None
-    keywords: dict[str, Any]
+    scores: dict[str, Any]
 
     @staticmethod
     def __new__(
@@ -78,12 +77,11 @@ class CompactMask(Tensor):  # type: ignore[misc]
         mask: CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
         mask.reach, mask.query_offset, mask.padding = reach, query_offset, padding
         left, right = reach
-        window = (left, None if right == 0 else right)
-        mask.keywords = {"causal": right == 0, "window": window, "query_offset": query_offset}
+        mask.scores = {"left": left, "right": right, "query_offset": query_offset}
         if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
-            mask.keywords["key_lengths"] = padding.sum(-1)  # so that what follows a sequence is not even read
+            mask.scores["key_lengths"] = padding.sum(-1)  # so that what follows a sequence is not even read
         elif padding is not None:
-            mask.keywords["mask"] = padding[:, None, None]
+            mask.scores["mask"] = padding[:, None, None]
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -185,19 +183,15 @@ def make_mask(
 # --- attention ------------------------------------------------------------------------------------
 
 
-def added(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
-    """Return what hides keys, and what is added to the scores, as keywords of `fastattn.attention`."""
-    keywords: dict[str, Any] = {"causal": causal}
-    if position_bias is not None:
-        keywords["bias"] = position_bias.detach()
+def score_keywords(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
+    """Return what hides keys, and what is added to the scores, as arguments of fastattn.torch's operator."""
+    if attention_mask is None:
+        return {"causal": causal, "bias": position_bias}
     if isinstance(attention_mask, CompactMask):
-        keywords |= attention_mask.keywords
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
-        keywords["mask"] = attention_mask
-    elif attention_mask is not None:
-        bias = attention_mask.detach()
-        keywords["bias"] = bias + keywords["bias"] if position_bias is not None else bias
-    return keywords
+        return attention_mask.scores | {"bias": position_bias}
+    if attention_mask.dtype == torch.bool:
+        return {"mask": attention_mask, "bias": position_bias}
+    return {"bias": attention_mask if position_bias is None else attention_mask + position_bias}
 
 
 def attention_forward(
@@ -217,44 +211,21 @@ def attention_forward(
     """Attention as transformers call it: (batch, heads, seqlen, head_dim) in, (batch, seqlen, heads, head_dim) out."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    learnt = [x for x in (query, key, value, s_aux, position_bias) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and learnt:
-        out = differentiable(query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, position_bias)
-        return out.transpose(1, 2).contiguous(), None
-    if dropout:
-        raise ValueError("dropout is given where there is no gradient: call model.eval()")
-    out = fastattn.attention(
-        *adapter.detached(query, key, value),
+    causal = bool(is_causal) and query.shape[2] > 1
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = adapter.cast_for_autocast(query, key, value)
+    if len(query) < len(key):
+        query = query.expand(len(key), -1, -1, -1)
+    scores = adapter.Scores(
+        **score_keywords(attention_mask, position_bias, causal),
+        sinks=s_aux,
+        seed=adapter.new_seed(dropout),
+        dropout=dropout,
         scale=scaling,
         softcap=softcap,
-        sinks=None if s_aux is None else s_aux.detach(),
-        **added(attention_mask, position_bias, causal),
     )
+    out = adapter.attention_with_scores(query, key, value, *scores)
     return out.transpose(1, 2).contiguous(), None
-
-
-def differentiable(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_bias: Tensor | None,
-) -> Tensor:
-    if softcap is not None or s_aux is not None or position_bias is not None:
-        raise NotImplementedError("attn_implementation='fastattn' has no gradients with softcap, sinks or a position "
-                                  "bias: run the model under torch.no_grad(), or train it with 'eager'")  # fmt: skip
-    if causal and query.shape[2] != key.shape[2]:
-        rows, cols = query.shape[2], key.shape[2]
-        attention_mask, causal = torch.ones(rows, cols, dtype=torch.bool).tril(cols - rows), False
-    return adapter.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True
-    )
 
 
 # --- cache ----------------------------------------------------------------------------------------

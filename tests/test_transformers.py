@@ -216,25 +216,118 @@ def test_a_compiled_function_takes_the_mask():
 # --- gradients ------------------------------------------------------------------------------------
 
 
-def test_gradients(calls):
-    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"])
-    ids = padded_batch("left")[0]
-    grads = []
-    for implementation in ("eager", "fastattn"):
+def losses_and_gradients(model, implementations=("eager", "fastattn"), **batch):
+    results = []
+    for implementation in implementations:
         model.set_attn_implementation(implementation)
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        grads.append([x.grad.clone() for x in model.parameters()])
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}))
+    return results
+
+
+def assert_same_gradients(results):
+    (loss, grads), (expected_loss, expected) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+TRAINED = ["Llama", "Mistral", "Gemma2", "GptOss", "GPT2"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients(calls, name):
+    model = model_of(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", DECODERS[name])
+    ids = padded_batch("left")[0]
+    results = losses_and_gradients(model, input_ids=ids, labels=ids)
+    assert_same_gradients(results)
     assert len(calls) == 2
-    for grad, expected in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+    if name == "GptOss":
+        assert results[1][1]["model.layers.0.self_attn.sinks"].abs().max() > 0
 
 
-def test_gradients_with_softcap_are_refused():
-    model = model_of("Gemma2", "ForCausalLM", DECODERS["Gemma2"])
+# The row of the padding before a sequence predicts its first token. It sees no key, for which eager attention gives the
+# mean of all values, of what is padding and of what follows, too; fastattn gives 0, as PyTorch's function does.
+@pytest.mark.parametrize("peer", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_gradients_of_padded_batches(name, padding, peer):
+    model = model_of(name, "ForCausalLM", DECODERS[name])
+    ids, seen = padded_batch(padding)
+    labels = ids.masked_fill(seen == 0, -100)
+    if peer == "eager" and padding == "left":
+        labels[1, 4] = -100
+    results = losses_and_gradients(model, (peer, "fastattn"), input_ids=ids, attention_mask=seen, labels=labels)
+    assert_same_gradients(results)
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99, "dropout_rate": 0.0,
+      "decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+
+
+def test_gradients_of_a_position_bias(calls):
+    model = model_of("T5", "ForConditionalGeneration", T5).train()
+    ids, seen = padded_batch("right")
+    results = losses_and_gradients(model, input_ids=ids, attention_mask=seen, labels=ids[:, :7].clone())
+    assert_same_gradients(results)
+    assert len(calls) == 6  # in each layer of the decoder two
+    name = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert results[1][1][name].abs().max() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_dropout_where_activations_are_computed_again(use_reentrant):
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"] | {"attention_dropout": 0.4}).train()
+    model.enable_input_require_grads()
+    ids, seen = padded_batch("left")
+    results = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(7)
+        results += losses_and_gradients(model, ["fastattn"], input_ids=ids, attention_mask=seen, labels=ids)
+    assert_same_gradients(results)
+
+
+def test_dropout_without_gradients():
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"] | {"attention_dropout": 0.4}).train()
     model.set_attn_implementation("fastattn")
-    with pytest.raises(NotImplementedError, match="no gradients with softcap"):
-        model(padded_batch("left")[0])
+    ids = padded_batch("left")[0]
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            results.append(model(ids).logits)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_autocast(calls):
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"])
+    ids, seen = padded_batch("left")
+    with torch.autocast("cpu"):
+        expected, result = results(model, input_ids=ids, attention_mask=seen)
+    assert len(calls) == 2
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_model(calls, grad):
+    model = model_of("Mistral", "ForCausalLM", DECODERS["Mistral"])
+    model.set_attn_implementation("fastattn")
+    ids, seen = padded_batch("left")
+    with torch.set_grad_enabled(grad):
+        expected = model(ids, attention_mask=seen, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        result = compiled(ids, attention_mask=seen, use_cache=False).logits
+    assert len(calls) == 4
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+# --- trained weights ------------------------------------------------------------------------------
 
 
 def test_a_trained_model(calls):
