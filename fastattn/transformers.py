@@ -342,7 +342,7 @@ class Cache(DynamicCache):  # type: ignore[misc]
     >>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
     >>> cache = fastattn.transformers.Cache(config)
     >>> prompt = torch.arange(3, 13)[None]
-    >>> model.generate(prompt, past_key_values=cache, max_length=15, min_length=15, pad_token_id=0).shape
+    >>> model.generate(prompt, cache=cache, max_length=15, min_length=15, pad_token_id=0).shape
     torch.Size([1, 15])
     >>> cache.get_seq_length()
     14

@@ -188,7 +188,7 @@ def test_transformers_write_the_same_tokens(example, trained, tokens, implementa
     implementation, _, with_cache = implementation.partition("-")
     cache = fastattn.transformers.Cache() if with_cache else None
     found = loaded(folder, implementation).generate(
-        torch.from_numpy(tokens[:30])[None], max_new_tokens=40, do_sample=False, past_key_values=cache, pad_token_id=0
+        torch.from_numpy(tokens[:30])[None], max_new_tokens=40, do_sample=False, cache=cache, pad_token_id=0
     )
     assert found[0].tolist() == written
 

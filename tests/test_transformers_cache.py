@@ -66,7 +66,7 @@ def test_generate(way, name, implementation):
     for cache in caches(model):
         torch.manual_seed(0)
         results.append(
-            model.generate(**batch, **options, past_key_values=cache, output_logits=True, return_dict_in_generate=True)
+            model.generate(**batch, **options, cache=cache, output_logits=True, return_dict_in_generate=True)
         )
     expected, result = results
     assert torch.equal(result.sequences, expected.sequences)
@@ -143,7 +143,7 @@ def test_a_long_prompt_is_not_kept_for_a_window():
 def test_without_a_config():
     model = model_of("Llama")
     both = caches(model, with_config=False)
-    results = [model.generate(**prompt(), max_new_tokens=8, do_sample=False, past_key_values=cache) for cache in both]
+    results = [model.generate(**prompt(), max_new_tokens=8, do_sample=False, cache=cache) for cache in both]
     assert torch.equal(*results)
     assert all(isinstance(layer, adapter.GrowingLayer) for layer in both[1].layers)
 
@@ -175,9 +175,9 @@ def test_gradients_through_the_cache():
     grads = []
     for cache in caches(model):
         model.zero_grad()
-        first = model(ids[:, :6], past_key_values=cache).logits
-        second = model(ids[:, 6:7], past_key_values=cache).logits
-        third = model(ids[:, 7:], past_key_values=cache).logits
+        first = model(ids[:, :6], cache=cache).logits
+        second = model(ids[:, 6:7], cache=cache).logits
+        third = model(ids[:, 7:], cache=cache).logits
         torch.cat([first, second, third], 1).square().sum().backward()
         grads.append([x.grad.clone() for x in model.parameters()])
     for grad, expected in zip(grads[1], grads[0], strict=True):
@@ -212,5 +212,5 @@ def test_encoder_and_decoder():
     tokens = []
     for kind in (transformers.DynamicCache, adapter.Cache):
         cache = transformers.EncoderDecoderCache(kind(), kind())
-        tokens.append(model.generate(**prompt(), max_new_tokens=8, num_beams=2, past_key_values=cache))
+        tokens.append(model.generate(**prompt(), max_new_tokens=8, num_beams=2, cache=cache))
     assert torch.equal(*tokens)
