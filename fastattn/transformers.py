@@ -11,7 +11,7 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch
@@ -55,7 +55,7 @@ def register() -> None:
 # --- masks ----------------------------------------------------------------------------------------
 
 
-class CompactMask(Tensor):  # type: ignore[misc]
+class _CompactMask(Tensor):  # type: ignore[misc]
     """A mask of bools, (batch, 1, q_length, kv_length), that says by arguments what hides keys, and has no elements.
 
     Whatever else is done with it than attention is done with a dense mask, made for that.
@@ -68,13 +68,13 @@ class CompactMask(Tensor):  # type: ignore[misc]
 
     @staticmethod
     def __new__(
-        cls: type[CompactMask],
+        cls: type[_CompactMask],
         shape: tuple[int, int, int, int],
         reach: tuple[int | None, int | None],
         query_offset: int,
         padding: Tensor | None,
-    ) -> CompactMask:
-        mask: CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
+    ) -> _CompactMask:
+        mask: _CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
         mask.reach, mask.query_offset, mask.padding = reach, query_offset, padding
         left, right = reach
         mask.scores = {"left": left, "right": right, "query_offset": query_offset}
@@ -106,9 +106,9 @@ class CompactMask(Tensor):  # type: ignore[misc]
         return mask.expand(batch_size, 1, q_length, kv_length)
 
 
-AND = and_masks().__code__
-WINDOW = sliding_window_overlay(1).__code__
-TWO_SIDED_WINDOW = sliding_window_bidirectional_overlay(1).__code__
+_AND = and_masks().__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_TWO_SIDED_WINDOW = sliding_window_bidirectional_overlay(1).__code__
 
 
 def reach_of(mask_function: Callable[..., Any]) -> tuple[int | None, int | None] | None:
@@ -118,12 +118,12 @@ def reach_of(mask_function: Callable[..., Any]) -> tuple[int | None, int | None]
     if mask_function is bidirectional_mask_function:
         return None, None
     code = getattr(mask_function, "__code__", None)
-    if code not in (AND, WINDOW, TWO_SIDED_WINDOW):
+    if code not in (_AND, _WINDOW, _TWO_SIDED_WINDOW):
         return None
     (cell,) = mask_function.__closure__ or ()
-    if code is WINDOW:
+    if code is _WINDOW:
         return cell.cell_contents - 1, None
-    if code is TWO_SIDED_WINDOW:
+    if code is _TWO_SIDED_WINDOW:
         return cell.cell_contents, cell.cell_contents
     reaches = [reach_of(each) for each in cell.cell_contents]
     known = [reach for reach in reaches if reach is not None]
@@ -177,7 +177,7 @@ def make_mask(
         skips = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
         if skips if right is None else (right == 0 and is_square and allow_is_causal_skip):
             return None
-    return CompactMask((batch_size, 1, q_length, kv_length), (left, right), query_offset, padding)
+    return _CompactMask((batch_size, 1, q_length, kv_length), (left, right), query_offset, padding)
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def score_keywords(attention_mask: Tensor | None, position_bias: Tensor | None, 
     """Return what hides keys, and what is added to the scores, as arguments of fastattn.torch's operator."""
     if attention_mask is None:
         return {"causal": causal, "bias": position_bias}
-    if isinstance(attention_mask, CompactMask):
+    if isinstance(attention_mask, _CompactMask):
         return attention_mask.scores | {"bias": position_bias}
     if attention_mask.dtype == torch.bool:
         return {"mask": attention_mask, "bias": position_bias}
@@ -277,7 +277,7 @@ def reordered(states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, room
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of a layer, in tensors with room for more."""
 
     key_room: Tensor | None = None
@@ -304,20 +304,30 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.key_room = self.value_room = None
 
 
-class GrowingWindowLayer(GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class _GrowingWindowLayer(_GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The last keys and values of a layer, as many as its window has."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         first = max(keys.shape[2] - self.sliding_window + 1, 0)
-        if not self.record_past:
+        if not getattr(self, "record_past", False):  # which older versions of transformers have not
             self.keys, self.values = keys[:, :, first:], values[:, :, first:]
         first = max(first - key_states.shape[2], 0)
         return keys[:, :, first:], values[:, :, first:]
 
 
-class Cache(DynamicCache):  # type: ignore[misc]
+if TYPE_CHECKING:  # what it has is known only where transformers are installed
+
+    class _DynamicCache:
+        def __init__(self, *, config: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _DynamicCache = DynamicCache
+
+
+class Cache(_DynamicCache):
     """A cache for generation that does not copy all keys and values at every step.
 
     They are in tensors with room for more, whose size grows by half when it is used up; a layer gets views of them,
@@ -355,11 +365,11 @@ class Cache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=config)
         self.layers = [growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
-            self.layer_class_to_replicate = GrowingLayer
+            self.layer_class_to_replicate = _GrowingLayer
 
 
 def growing(layer: Any) -> Any:
     """Return a layer's place in the cache with room for more, where it holds keys and values alone."""
     if type(layer) is DynamicSlidingWindowLayer:
-        return GrowingWindowLayer(layer.sliding_window)
-    return GrowingLayer() if type(layer) is DynamicLayer else layer
+        return _GrowingWindowLayer(layer.sliding_window)
+    return _GrowingLayer() if type(layer) is DynamicLayer else layer

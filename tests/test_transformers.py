@@ -170,7 +170,7 @@ def test_masks_that_are_keywords(monkeypatch, function, sizes, padding, skips):
     skip = {"allow_is_causal_skip": skips and is_causal, "allow_is_bidirectional_skip": skips and not is_causal}
     with monkeypatch.context() as patch:
         patch.setattr(adapter, "sdpa_mask", None)  # nobody asks for the dense mask
-        patch.setattr(adapter.CompactMask, "dense", None)
+        patch.setattr(adapter._CompactMask, "dense", None)
         mask = adapter.make_mask(**arguments, **skip)
         result = attended(mask, *sizes[:2], is_causal)
     if mask is not None:
@@ -195,7 +195,7 @@ def test_masks_that_are_dense(function, padding):
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
 def test_no_model_makes_a_dense_mask(calls, monkeypatch, name, padding, cache):
     monkeypatch.setattr(adapter, "sdpa_mask", None)
-    monkeypatch.setattr(adapter.CompactMask, "dense", None)
+    monkeypatch.setattr(adapter._CompactMask, "dense", None)
     model = model_of(name, "ForCausalLM", DECODERS[name])
     model.set_attn_implementation("fastattn")
     ids, seen = padded_batch(padding)

@@ -145,7 +145,7 @@ def test_without_a_config():
     both = caches(model, with_config=False)
     results = [model.generate(**prompt(), max_new_tokens=8, do_sample=False, cache=cache) for cache in both]
     assert torch.equal(*results)
-    assert all(isinstance(layer, adapter.GrowingLayer) for layer in both[1].layers)
+    assert all(isinstance(layer, adapter._GrowingLayer) for layer in both[1].layers)
 
 
 def test_a_copy_of_a_prompt_is_apart():

@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from statistics import median
 from typing import Any
@@ -173,6 +173,9 @@ class Model:
     implementation: str
     cache: Callable[[], Any]
     dtype: Any = None
+    model: Any = field(init=False)
+    options: dict[str, Any] = field(init=False)
+    filled: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         import torch
@@ -183,7 +186,7 @@ class Model:
         if self.dtype is not None:
             self.model.to(self.dtype)
         self.model.set_attn_implementation(self.implementation)
-        case, self.options, self.filled = self.problem.case, dict(self.problem.inputs), None
+        case, self.options = self.problem.case, dict(self.problem.inputs)
         if case.causal:
             self.options |= {"use_cache": case.seqlen_q < case.seqlen_k, "logits_to_keep": 1}
         if case.seqlen_q < case.seqlen_k:
