@@ -19,11 +19,16 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_
 # Other libraries, each with a page of its own.
 ADAPTERS = ["torch", "transformers", "jax", "onnx"]
 
+# Whose objects are described without them, wherever the pages are built.
+autodoc_mock_imports = ADAPTERS
+
 templates_path = ["_templates"]
 exclude_patterns = ["_templates"]
 nitpicky = True
 # A parameter that is called as a module is.
 nitpick_ignore = [("py:obj", "cache")]
+# Other libraries' names are found, as they are mocked, but have no page here.
+nitpick_ignore_regex = [("py:obj", rf"({'|'.join(ADAPTERS)})\..*")]
 
 # In docstrings a name in single backticks is a link where it names something public, and emphasised where it does not.
 default_role = "autolink"

@@ -5,11 +5,14 @@ layers of attention with rotary positions, whose gradients `fastattn.MultiHeadAt
 whose gradients are written out below, as is Adam. In a minute or so on 2 cores the loss falls from that of guessing,
 log 96 = 4.56, below 2.15; then the model writes, with keys and values in caches.
 
-    pip install fastattn matplotlib  # matplotlib only for loss.png
+    pip install fastattn matplotlib safetensors  # matplotlib only for loss.png, safetensors only to save the model
     python examples/train.py
+    python examples/train.py --save gpt  # for transformers.AutoModelForCausalLM.from_pretrained("gpt")
 """
 
+import argparse
 import ast
+import json
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -270,6 +273,61 @@ def generate(model: Model, prompt: str, count: int) -> str:
     return text
 
 
+def named_as_gpt_neox(model: Model) -> Arrays:
+    """Return the weights as those of transformers' GPT-NeoX, whose layers are these: matrices are (out, in) there."""
+    own = model.own
+    named = {"embed_in.weight": own["embedding"]}
+    named |= {"final_layer_norm.weight": own["gain"], "final_layer_norm.bias": own["shift"]}
+    for i, block in enumerate(model.blocks):
+        own, attention = block.own, block.attention.parameters
+        # Of each head its query's rows, its key's, its value's.
+        heads = [attention[f"{part}_weight"].reshape(NUM_HEADS, -1, WIDTH) for part in ("query", "key", "value")]
+        of_layer = {
+            "attention.query_key_value.weight": np.concatenate(heads, axis=1).reshape(-1, WIDTH),
+            "attention.dense.weight": attention["out_weight"],
+            "input_layernorm.weight": own["gain_1"],
+            "input_layernorm.bias": own["shift_1"],
+            "post_attention_layernorm.weight": own["gain_2"],
+            "post_attention_layernorm.bias": own["shift_2"],
+            "mlp.dense_h_to_4h.weight": own["up"].T,
+            "mlp.dense_h_to_4h.bias": own["up_bias"],
+            "mlp.dense_4h_to_h.weight": own["down"].T,
+            "mlp.dense_4h_to_h.bias": own["down_bias"],
+        }
+        named |= {f"layers.{i}.{name}": x for name, x in of_layer.items()}
+    return {f"gpt_neox.{name}": np.ascontiguousarray(x) for name, x in named.items()}
+
+
+def save(model: Model, folder: Path) -> None:
+    """Save the model in the format of Hugging Face, as a GPT-NeoX. Its tokens are the places in CHARACTERS."""
+    from safetensors.numpy import save_file
+
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": len(CHARACTERS),
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "max_position_embeddings": CONTEXT,
+        "attention_bias": False,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-5,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 10000,
+        "tie_word_embeddings": True,
+        "use_parallel_residual": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "dtype": "float32",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(named_as_gpt_neox(model), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(f"the model is in {folder}")
+
+
 def plot(losses: list[float]) -> None:
     try:
         import matplotlib
@@ -286,6 +344,9 @@ def plot(losses: list[float]) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the model there, for transformers to load")
+    options = parser.parse_args()
     tokens = encoded(documentation())
     held_out = len(tokens) // 20
     model = Model()
@@ -300,6 +361,8 @@ def main() -> None:
             print(f"step {len(losses):4}  loss {np.mean(losses[-50:]):.3f}  {seconds:5.1f} s", flush=True)
     plot(losses)
     print(f"\n{generate(model, 'Return the ', CONTEXT - 11)}\n")
+    if options.save is not None:
+        save(model, options.save)
     loss = validation_loss(model, tokens[-held_out:])
     check(loss <= STATED_LOSS, f"on text that it has not seen the loss is {loss:.3f}, expected at most {STATED_LOSS}")
 

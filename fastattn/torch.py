@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import torch
@@ -42,14 +42,14 @@ torch_attention: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_
 # --- operators ------------------------------------------------------------------------------------
 
 _library: Any = torch.library.Library("fastattn", "DEF")
-_library.define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, float dropout_p, "
-    "bool is_causal, float? scale) -> (Tensor, Tensor)"
+SCORES = (
+    "Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? key_lengths, Tensor? seed, float dropout, bool causal, "
+    "float? scale, float? softcap, int? query_offset, int? left, int? right"
 )
+_library.define(f"attention(Tensor query, Tensor key, Tensor value, {SCORES}) -> (Tensor, Tensor)")
 _library.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor lse, Tensor? attn_mask, Tensor? seed, float dropout_p, bool is_causal, float? scale, bool of_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor lse, {SCORES}, bool of_bias, bool of_sinks) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, bool is_causal, "
@@ -78,24 +78,41 @@ def detached(*tensors: Tensor | None) -> list[Any]:
     return [None if x is None else x.detach() for x in tensors]
 
 
-def score_keywords(
-    attn_mask: Tensor | None, seed: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None
-) -> dict[str, Any]:
-    """Return the keywords of `fastattn.attention` for those of PyTorch: causal is aligned to the first key."""
-    keywords: dict[str, Any] = {"scale": scale, "causal": is_causal, "query_offset": 0 if is_causal else None}
-    if attn_mask is not None:
-        keywords["mask" if attn_mask.dtype == torch.bool else "bias"] = attn_mask.detach()
-    if seed is not None:
-        keywords |= {"dropout": dropout_p, "seed": int(seed)}
-    return keywords
+class Scores(NamedTuple):
+    """The attention operator's arguments after query, key and value."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    key_lengths: Tensor | None = None
+    seed: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    query_offset: int | None = None
+    left: int | None = None
+    right: int | None = None
 
 
-def attention_on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, seed: Tensor | None, *options: Any
-) -> Any:
+TENSORS = 5  # among them, which come first
+
+
+def score_keywords(*scores: Any) -> dict[str, Any]:
+    """Return an operator's arguments as keywords of `fastattn.attention`."""
+    of = Scores(*scores)
+    mask, bias, sinks, key_lengths = detached(*of[: TENSORS - 1])
+    keywords: dict[str, Any] = {
+        "mask": mask, "bias": bias, "sinks": sinks, "key_lengths": key_lengths, "causal": of.causal, "scale": of.scale,
+        "softcap": of.softcap, "query_offset": of.query_offset, "window": (of.left, of.right),
+    }  # fmt: skip
+    return keywords if of.seed is None else keywords | {"dropout": of.dropout, "seed": int(of.seed)}
+
+
+def attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, *scores: Any) -> Any:
     query, key, value = detached(query, key, value)
-    keywords = score_keywords(attn_mask, seed, *options)
-    out, lse = fastattn.attention(query, key, value, out=empty_result(query, value), return_lse=True, **keywords)
+    room = empty_result(query, value)
+    out, lse = fastattn.attention(query, key, value, out=room, return_lse=True, **score_keywords(*scores))
     return out, lse
 
 
@@ -107,20 +124,20 @@ def attention_backward_on_cpu(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    attn_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    of_mask: bool,
+    *scores: Any,
 ) -> tuple[Tensor, ...]:
     grad_out, grad_lse, query, key, value, out, lse = detached(grad_out, grad_lse, query, key, value, out, lse)
-    keywords = score_keywords(attn_mask, seed, dropout_p, is_causal, scale)
+    *scores, of_bias, of_sinks = scores  # type: ignore[assignment]
     grads: Any = tuple(torch.empty_like(x) for x in (query, key, value))
-    results: Any = fastattn.attention_backward(
-        grad_out, query, key, value, out, lse, grad_lse=grad_lse, return_grad_bias=of_mask, grads=grads, **keywords
-    )
-    return results if of_mask else (*results, query.new_empty(0))
+    results: list[Any] = list(
+        fastattn.attention_backward(
+            grad_out, query, key, value, out, lse, grad_lse=grad_lse, return_grad_bias=of_bias,
+            return_grad_sinks=of_sinks, grads=grads, **score_keywords(*scores),
+        )
+    )  # fmt: skip
+    if not of_bias:
+        results.insert(3, query.new_empty(0))
+    return tuple(results if of_sinks else [*results, query.new_empty(0)])
 
 
 def varlen_keywords(is_causal: bool, scale: float | None, left: int | None, right: int | None) -> dict[str, Any]:
@@ -174,19 +191,11 @@ def fake_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Te
 
 
 def fake_gradients(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None,
-    *options: Any,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    of_mask = options[-1]
-    grad_mask = query.new_empty(0) if attn_mask is None or not of_mask else attn_mask.new_empty(attn_mask.shape)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
+    _, _, _, bias, sinks, *_, of_bias, of_sinks = others
+    of_scores = (x.new_empty(x.shape) if of else query.new_empty(0) for x, of in ((bias, of_bias), (sinks, of_sinks)))
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *of_scores
 
 
 def fake_varlen_gradients(
@@ -205,20 +214,22 @@ torch.library.register_fake("fastattn::varlen_backward", fake_varlen_gradients, 
 
 
 def save_attention(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, attn_mask, seed, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, *output, attn_mask, seed)
+    query, key, value, *scores = inputs
+    ctx.options = scores[TENSORS:]
+    ctx.save_for_backward(query, key, value, *output, *scores[:TENSORS])
     ctx.set_materialize_grads(False)
 
 
 def differentiate_attention(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, lse, attn_mask, seed = ctx.saved_tensors
-    of_mask = attn_mask is not None and ctx.needs_input_grad[3]
+    query, key, value, out, lse, *of_scores = ctx.saved_tensors
+    of_bias, of_sinks = ctx.needs_input_grad[4:6]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     backward = _AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
-    *grads, grad_mask = backward(
-        grad_out, grad_lse, query, key, value, out, lse, attn_mask, seed, *ctx.options, of_mask
+    *grads, grad_bias, grad_sinks = backward(
+        grad_out, grad_lse, query, key, value, out, lse, *of_scores, *ctx.options, of_bias, of_sinks
     )
-    return (*grads, grad_mask if of_mask else None, None, None, None, None)
+    grad_bias, grad_sinks = grad_bias if of_bias else None, grad_sinks if of_sinks else None
+    return (*grads, None, grad_bias, grad_sinks, None, None, *[None] * len(ctx.options))
 
 
 def save_varlen(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -265,37 +276,44 @@ def batched(x: Tensor | None, axis: int | None, batch_size: int, ndim: int | Non
     return x
 
 
-def map_attention(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-    query, attn_mask, seed, options = args[0], args[3], args[4], args[5:]
-    if in_dims[4] is not None:
+def refuse_mapped(seed: int | None, sinks: int | None, key_lengths: Tensor | None) -> None:
+    if seed is not None:
         raise RuntimeError("dropout of fastattn under vmap needs randomness='same'")
-    ndim = query.dim() - (in_dims[0] is not None)
+    if sinks is not None or key_lengths is not None:
+        raise RuntimeError("fastattn under vmap takes neither mapped sinks nor lengths of keys")
+
+
+def map_attention(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+    sinks, key_lengths = args[5:7]
+    refuse_mapped(in_dims[7], in_dims[5], key_lengths)
+    ndim = args[0].dim() - (in_dims[0] is not None)
     # One more axis before the heads: two axes get heads first.
-    each = [batched(x, axis, info.batch_size, max(ndim, 3)) for x, axis in zip(args[:3], in_dims[:3], strict=True)]
-    mask = batched(attn_mask, in_dims[3], info.batch_size, max(ndim, 3))
+    each = [batched(x, axis, info.batch_size, max(ndim, 3)) for x, axis in zip(args[:5], in_dims[:5], strict=True)]
     apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
-    out, lse = apply(*each, mask, seed, *options)
+    out, lse = apply(*each, sinks, key_lengths, *args[7:])
     return (out, lse) if ndim > 2 else (out.squeeze(1), lse.squeeze(1)), (0, 0)
 
 
 def map_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+    bias, key_lengths = args[8], args[10]
+    of_bias, of_sinks = args[-2:]
+    refuse_mapped(in_dims[11], in_dims[9], key_lengths)
     ndim = args[2].dim() - (in_dims[2] is not None)
-    if in_dims[8] is not None:
-        raise RuntimeError("dropout of fastattn under vmap needs randomness='same'")
-    of_mask, mask = args[-1], args[7]
-    if of_mask and mask.dim() - (in_dims[7] is not None) < ndim:
-        raise RuntimeError("the gradient of an attn_mask of fewer axes than query is not computed under vmap")
+    if of_sinks or (of_bias and bias.dim() - (in_dims[8] is not None) < ndim):
+        raise RuntimeError(
+            "the gradients of sinks, and of an attn_mask of fewer axes than query, are not computed under vmap"
+        )
     short = {1, 6}  # without columns
     each = [
         batched(x, axis, info.batch_size, max(ndim, 3) - (i in short))
-        for i, (x, axis) in enumerate(zip(args[:8], in_dims[:8], strict=True))
+        for i, (x, axis) in enumerate(zip(args[:9], in_dims[:9], strict=True))
     ]
     apply = _AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
-    *grads, grad_mask = apply(*each, *args[8:])
+    *grads, grad_bias, none = apply(*each, *args[9:])
     if ndim <= 2:
         grads = [x.squeeze(1) for x in grads]
-        grad_mask = grad_mask.squeeze(1) if of_mask else grad_mask
-    return (*grads, grad_mask), (0, 0, 0, 0 if of_mask else None)
+        grad_bias = grad_bias.squeeze(1) if of_bias else grad_bias
+    return (*grads, grad_bias, none), (0, 0, 0, 0 if of_bias else None, None)
 
 
 def refuse_vmap(*_: Any) -> Any:
@@ -493,13 +511,25 @@ def attention_in_general(
         or is_for_pytorch_alone(query, key, value, attn_mask)
     ):
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    seed = torch.randint(2**62, (), device="cpu") if dropout_p else None
-    if is_plain(query, key, value, attn_mask):
-        keywords = score_keywords(attn_mask, seed, dropout_p, is_causal, scale)
-        out: Any = fastattn.attention(*detached(query, key, value), **keywords)
+    is_mask = attn_mask is not None and attn_mask.dtype == torch.bool
+    mask, bias = (attn_mask, None) if is_mask else (None, attn_mask)
+    # Causal is aligned to the first key here.
+    seed, offset = new_seed(dropout_p), 0 if is_causal else None
+    scores = Scores(mask, bias, None, None, seed, dropout_p, is_causal, scale, query_offset=offset)
+    return attention_with_scores(query, key, value, *scores)
+
+
+def new_seed(dropout: float) -> Tensor | None:
+    return torch.randint(2**62, (), device="cpu") if dropout else None
+
+
+def attention_with_scores(query: Tensor, key: Tensor, value: Tensor, *scores: Any) -> Tensor:
+    """Attention by the operator, or without it where a call is nothing but computation."""
+    if is_plain(query, key, value, *scores[:TENSORS]):
+        out: Any = fastattn.attention(*detached(query, key, value), **score_keywords(*scores))
         return out
     apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
-    out = apply(query, key, value, attn_mask, seed, dropout_p, is_causal, scale)[0]
+    out = apply(query, key, value, *scores)[0]
     return out
 
 

@@ -11,27 +11,31 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch
     from torch import Tensor
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from torch.utils._pytree import tree_map_only
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import (
+        and_masks,
         bidirectional_mask_function,
         causal_mask_function,
         prepare_padding_mask,
         sdpa_mask,
+        sliding_window_bidirectional_overlay,
+        sliding_window_overlay,
     )
 except ImportError as _failure:
     raise ImportError(
         "fastattn.transformers needs the packages torch and transformers: pip install 'fastattn[transformers]'"
     ) from _failure
 
-import fastattn
 import fastattn.torch as adapter
 
-__all__ = ["register"]
+__all__ = ["Cache", "register"]
 
 
 def register() -> None:
@@ -48,6 +52,87 @@ def register() -> None:
     AttentionMaskInterface.register("fastattn", make_mask)
 
 
+# --- masks ----------------------------------------------------------------------------------------
+
+
+class _CompactMask(Tensor):  # type: ignore[misc]
+    """A mask of bools, (batch, 1, q_length, kv_length), that says by arguments what hides keys, and has no elements.
+
+    Whatever else is done with it than attention is done with a dense mask, made for that.
+    """
+
+    reach: tuple[int | None, int | None]
+    query_offset: int
+    padding: Tensor | None
+    scores: dict[str, Any]
+
+    @staticmethod
+    def __new__(
+        cls: type[_CompactMask],
+        shape: tuple[int, int, int, int],
+        reach: tuple[int | None, int | None],
+        query_offset: int,
+        padding: Tensor | None,
+    ) -> _CompactMask:
+        mask: _CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
+        mask.reach, mask.query_offset, mask.padding = reach, query_offset, padding
+        left, right = reach
+        mask.scores = {"left": left, "right": right, "query_offset": query_offset}
+        if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
+            mask.scores["key_lengths"] = padding.sum(-1)  # so that what follows a sequence is not even read
+        elif padding is not None:
+            mask.scores["mask"] = padding[:, None, None]
+        return mask
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs or {}))
+
+    def dense(self) -> Tensor:
+        """Return the same mask with all its elements."""
+        batch_size, _, q_length, kv_length = self.shape
+        left, right = self.reach
+        distance = torch.arange(kv_length) - torch.arange(q_length)[:, None] - self.query_offset
+        seen = torch.ones(q_length, kv_length, dtype=torch.bool)
+        if left is not None:
+            seen &= distance >= -left
+        if right is not None:
+            seen &= distance <= right
+        mask = seen if self.padding is None else seen & self.padding[:, None, None]
+        return mask.expand(batch_size, 1, q_length, kv_length)
+
+
+_AND = and_masks().__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_TWO_SIDED_WINDOW = sliding_window_bidirectional_overlay(1).__code__
+
+
+def reach_of(mask_function: Callable[..., Any]) -> tuple[int | None, int | None] | None:
+    """Return how many keys a query sees before and after its own, None for all; None for a function not known."""
+    if mask_function is causal_mask_function:
+        return None, 0
+    if mask_function is bidirectional_mask_function:
+        return None, None
+    code = getattr(mask_function, "__code__", None)
+    if code not in (_AND, _WINDOW, _TWO_SIDED_WINDOW):
+        return None
+    (cell,) = mask_function.__closure__ or ()
+    if code is _WINDOW:
+        return cell.cell_contents - 1, None
+    if code is _TWO_SIDED_WINDOW:
+        return cell.cell_contents, cell.cell_contents
+    reaches = [reach_of(each) for each in cell.cell_contents]
+    known = [reach for reach in reaches if reach is not None]
+    if len(known) < len(reaches):
+        return None
+    left, right = (min((x for x in side if x is not None), default=None) for side in zip(*known, strict=True))
+    return left, right
+
+
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -56,53 +141,57 @@ def make_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """Return no mask where a keyword says it all, padding as one row for all queries, and else a mask of bools."""
+    """Return no mask where the layer knows it, one without elements where keywords say it, and else a dense one."""
+    reach = None if torch.compiler.is_compiling() else reach_of(mask_function)
+    if reach is None:
+        mask: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **others,
+        )
+        return mask
+    query_offset = int(q_offset) - kv_offset
+    left, right = reach
+    if left is not None and left >= query_offset + q_length - 1:
+        left = None
+    if right is not None and right >= kv_length - 1 - query_offset:
+        right = None
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
-        padding = padding[:, kv_offset : kv_offset + kv_length]
-        padding = None if bool(padding.all()) else padding
-    # The last query is at the last key, as fastattn has it; a window as wide as all keys hides none.
-    ends_together = kv_offset == 0 and int(q_offset) + q_length == kv_length
-    is_causal = mask_function is causal_mask_function or (local_size is not None and kv_length < local_size)
-    if padding is None and allow_is_causal_skip and ends_together and is_causal:
-        return None
-    if mask_function is bidirectional_mask_function and local_size is None:
-        if padding is None and allow_is_bidirectional_skip:
+        padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        last = kv_length if right is None else min(query_offset + q_length + right, kv_length)
+        padding = None if bool(padding[:, :last].all()) else padding
+    if padding is None and left is None:
+        is_square = query_offset == 0 and q_length == kv_length
+        skips = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
+        if skips if right is None else (right == 0 and is_square and allow_is_causal_skip):
             return None
-        if padding is not None:
-            return padding[:, None, None, :].to(torch.bool).expand(batch_size, 1, q_length, kv_length)
-    mask: Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        **others,
-    )
-    return mask
+    return _CompactMask((batch_size, 1, q_length, kv_length), (left, right), query_offset, padding)
 
 
-def added(attention_mask: Tensor | None, position_bias: Tensor | None) -> dict[str, Tensor]:
-    """Return what hides keys, and what is added to the scores, as keywords of `fastattn.attention`."""
-    keywords = {}
-    if position_bias is not None:
-        keywords["bias"] = position_bias.detach()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        keywords["mask"] = attention_mask
-    elif attention_mask is not None:
-        bias = attention_mask.detach()
-        keywords["bias"] = bias + keywords["bias"] if position_bias is not None else bias
-    return keywords
+# --- attention ------------------------------------------------------------------------------------
+
+
+def score_keywords(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
+    """Return what hides keys, and what is added to the scores, as arguments of fastattn.torch's operator."""
+    if attention_mask is None:
+        return {"causal": causal, "bias": position_bias}
+    if isinstance(attention_mask, _CompactMask):
+        return attention_mask.scores | {"bias": position_bias}
+    if attention_mask.dtype == torch.bool:
+        return {"mask": attention_mask, "bias": position_bias}
+    return {"bias": attention_mask if position_bias is None else attention_mask + position_bias}
 
 
 def attention_forward(
@@ -122,43 +211,165 @@ def attention_forward(
     """Attention as transformers call it: (batch, heads, seqlen, head_dim) in, (batch, seqlen, heads, head_dim) out."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
-    learnt = [x for x in (query, key, value, s_aux, position_bias) if x is not None and x.requires_grad]
-    if torch.is_grad_enabled() and learnt:
-        out = differentiable(query, key, value, attention_mask, dropout, scaling, causal, softcap, s_aux, position_bias)
-        return out.transpose(1, 2).contiguous(), None
-    if dropout:
-        raise ValueError("dropout is given where there is no gradient: call model.eval()")
-    keywords = added(attention_mask, position_bias)
-    out = fastattn.attention(
-        *adapter.detached(query, key, value),
+    causal = bool(is_causal) and query.shape[2] > 1
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = adapter.cast_for_autocast(query, key, value)
+    if len(query) < len(key):
+        query = query.expand(len(key), -1, -1, -1)
+    scores = adapter.Scores(
+        **score_keywords(attention_mask, position_bias, causal),
+        sinks=s_aux,
+        seed=adapter.new_seed(dropout),
+        dropout=dropout,
         scale=scaling,
-        causal=causal,
         softcap=softcap,
-        sinks=None if s_aux is None else s_aux.detach(),
-        **keywords,
     )
+    out = adapter.attention_with_scores(query, key, value, *scores)
     return out.transpose(1, 2).contiguous(), None
 
 
-def differentiable(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    causal: bool,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    position_bias: Tensor | None,
-) -> Tensor:
-    if softcap is not None or s_aux is not None or position_bias is not None:
-        raise NotImplementedError("attn_implementation='fastattn' has no gradients with softcap, sinks or a position "
-                                  "bias: run the model under torch.no_grad(), or train it with 'eager'")  # fmt: skip
-    if causal and query.shape[2] != key.shape[2]:
-        rows, cols = query.shape[2], key.shape[2]
-        attention_mask, causal = torch.ones(rows, cols, dtype=torch.bool).tril(cols - rows), False
-    return adapter.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True
-    )
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def has_room(room: Tensor | None, states: Tensor, more: int) -> bool:
+    """Return whether states lie in a room that has space for more behind them, and may be written to."""
+    if room is None or (room.is_inference() and not torch.is_inference_mode_enabled()):
+        return False
+    if states.untyped_storage().data_ptr() != room.untyped_storage().data_ptr() or states.stride() != room.stride():
+        return False
+    fits = place_in(room, states) + states.shape[2] + more <= room.shape[2]
+    return bool(fits and states.shape[:2] == room.shape[:2])
+
+
+def place_in(room: Tensor, states: Tensor) -> int:
+    return int(states.storage_offset() - room.storage_offset()) // int(room.stride(2))
+
+
+def new_room(states: Tensor, batch_size: int, length: int) -> Tensor:
+    """Return space for half as many states again, so that each is moved a few times at most while they grow."""
+    return states.new_empty((batch_size, states.shape[1], length + max(length // 2, 64), states.shape[3]))
+
+
+def appended(states: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return states with new ones behind them, and the room in which they are if they are in one."""
+    if states.shape[2] == 0:
+        return new, None
+    differentiated = torch.is_grad_enabled() and (states.requires_grad or new.requires_grad)
+    if differentiated or states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
+        return torch.cat([states, new], 2), None
+    before, more = states.shape[2], new.shape[2]
+    if room is None or not has_room(room, states, more):
+        room = new_room(states, len(states), before + more)
+        room[:, :, :before] = states
+        start = 0
+    else:
+        start = place_in(room, states)
+    whole = room[:, :, start : start + before + more]
+    whole[:, :, before:] = new
+    return whole, room
+
+
+def reordered(states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sequences of these indices, and a room that they are in."""
+    room = new_room(states, len(indices), states.shape[2])
+    chosen = room[:, :, : states.shape[2]]
+    torch.index_select(states, 0, indices, out=chosen)
+    return chosen, room
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of a layer, in tensors with room for more."""
+
+    key_room: Tensor | None = None
+    value_room: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = (x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in (key_states, value_states))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_room = appended(self.keys, self.key_room, key_states)
+        self.values, self.value_room = appended(self.values, self.value_room, value_states)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized and self.keys.shape[2] > 0:
+            self.keys, self.key_room = reordered(self.keys, beam_idx)
+            self.values, self.value_room = reordered(self.values, beam_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        self.key_room = self.value_room = None
+
+
+class _GrowingWindowLayer(_GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The last keys and values of a layer, as many as its window has."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        first = max(keys.shape[2] - self.sliding_window + 1, 0)
+        if not getattr(self, "record_past", False):  # which older versions of transformers have not
+            self.keys, self.values = keys[:, :, first:], values[:, :, first:]
+        first = max(first - key_states.shape[2], 0)
+        return keys[:, :, first:], values[:, :, first:]
+
+
+if TYPE_CHECKING:  # what it has is known only where transformers are installed
+
+    class _DynamicCache:
+        def __init__(self, *, config: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    _DynamicCache = DynamicCache
+
+
+class Cache(_DynamicCache):
+    """A cache for generation that does not copy all keys and values at every step.
+
+    They are in tensors with room for more, whose size grows by half when it is used up; a layer gets views of them,
+    which stay as they are until tokens are cropped. `transformers.DynamicCache`, whose subclass this is, makes new
+    tensors at every step, for which a long sequence takes as long as for attention. It serves any implementation of
+    attention.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig, optional
+        Of the model. Its layers with a window then keep no more than that window.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import transformers
+    >>> import fastattn.transformers
+    >>> config = transformers.LlamaConfig(
+    ...     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
+    >>> fastattn.transformers.register()
+    >>> model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
+    >>> cache = fastattn.transformers.Cache(config)
+    >>> prompt = torch.arange(3, 13)[None]
+    >>> model.generate(prompt, cache=cache, max_length=15, min_length=15, pad_token_id=0).shape
+    torch.Size([1, 15])
+    >>> cache.get_seq_length()
+    14
+    """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        self.layers = [growing(layer) for layer in self.layers]
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = _GrowingLayer
+
+
+def growing(layer: Any) -> Any:
+    """Return a layer's place in the cache with room for more, where it holds keys and values alone."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return _GrowingWindowLayer(layer.sliding_window)
+    return _GrowingLayer() if type(layer) is DynamicLayer else layer

@@ -358,6 +358,89 @@ def test_what_else_ran_is_told_with_the_ratios(other_load, said):
     assert ("BUSY" in text) == (other_load == 0.5)
 
 
+# --- adapters -------------------------------------------------------------------------------------
+
+GLUE = [case for case in bench.GROUPS["adapters"] if case.name.startswith("glue")]
+
+
+def needs(case):
+    if needed := bench.absence(case):
+        pytest.skip(needed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", bench.FLOATS)
+@pytest.mark.parametrize("case", GLUE, ids=lambda case: case.name)
+def test_calls_through_adapters_are_checked_and_timed(case, dtype):
+    needs(case)
+    (row,) = measured(case, dtypes=(dtype,)).rows
+    assert row.error <= bench.problem_for(case, shapes.find_dtype(dtype)).tolerance
+    assert row.attention_share is None
+
+
+def small(case):
+    sizes = {"num_heads": 4, "num_kv_heads": 2 if case.causal else 4, "head_dim": 8, "batch": min(case.batch, 2)}
+    window = (5, None) if case.window else None
+    return dataclasses.replace(case, seqlen_q=min(case.seqlen_q, 24), seqlen_k=24, window=window, **sizes)
+
+
+MODELS = [small(case) for case in bench.GROUPS["adapters"] if case.name.startswith("model")]
+each_model = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@each_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_are_checked_and_timed(case, dtype):
+    needs(case)
+    run = bench.run([case], [dtype], ["torch", "numpy"], 1, seconds=0.001)
+    (row,) = run.rows
+    problem = bench.problem_for(case, shapes.find_dtype(dtype))
+    assert row.error <= problem.tolerance
+    assert row.peers["torch"].rejected == []
+    assert row.peers["torch"].ratio > 0
+    assert 0 < row.attention_share < 1
+    assert 0 < row.peers["torch"].attention_share < 1
+    assert row.peers["numpy"].absent == "no model"
+    assert " attention | of torch |" in bench.report(run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@each_model
+def test_a_wrong_model_is_found(case):
+    needs(case)
+    problem = bench.problem_for(case, np.dtype(np.float32))
+    assert problem.error(np.roll(problem.result, 1, axis=1)) > problem.tolerance
+    assert problem.error(0.999 * problem.result) > problem.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_work_of_a_model():
+    (case,) = (case for case in MODELS if case.name == "model-prefill")
+    needs(case)
+    # Of 12 layers: query and result, key and value, and three matrices of four times the width; then the last logits.
+    linear = 12 * 2 * 24 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 128) + 2 * 32 * 32000
+    attention = 12 * 4 * 4 * 8 * 24 * 25 // 2
+    assert bench.problem_for(case, np.dtype(np.float32)).flops == linear + attention
+
+
+@pytest.mark.parametrize("case", bench.GROUPS["adapters"], ids=lambda case: case.name)
+def test_what_is_not_installed_is_said(monkeypatch, case):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = bench.run([case], ["float32"], [], 1, seconds=0.001)
+    if case.through == "attention":
+        assert len(run.rows) == 1
+        return
+    extra = {"tensors": "torch", "model": "transformers", "model-cache": "transformers"}.get(case.through, case.through)
+    assert run.rows == []
+    (note,) = run.notes
+    assert note.startswith(f"{case.name} skipped: it needs ")
+    assert note.endswith(f"pip install 'fastattn[{extra}]'")
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 BACKWARD = bench.Case("grads", 2, 4, 2, 40, 40, 16, causal=True, passes="backward")

@@ -216,7 +216,44 @@ def test_gradcheck_with_dropout():
 
 def test_gradcheck_through_lse():
     inputs = qkv(torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *xs: operators.attention(*xs, None, None, 0.0, False, None), inputs)
+    assert torch.autograd.gradcheck(lambda *xs: operators.attention(*xs, *adapter.Scores()), inputs)
+
+
+SCORES = {
+    "softcap": lambda: {"softcap": 1.5},
+    "sinks": lambda: {"sinks": torch.randn(4, dtype=torch.float64, requires_grad=True)},
+    "bias": lambda: {"bias": torch.randn(4, 1, 9, dtype=torch.float64, requires_grad=True), "causal": True},
+    "window": lambda: {"left": 3, "right": 1, "query_offset": 2},
+    "lengths": lambda: {"key_lengths": torch.tensor([4, 9]), "causal": True},
+    "dropout": lambda: {"seed": torch.tensor(7), "dropout": 0.4},
+}
+SCORES["all"] = lambda: {name: x for make in list(SCORES.values())[:-1] for name, x in make().items()}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_gradcheck_of_the_operator(case):
+    scores = adapter.Scores(**SCORES[case]())
+    learnt = [name for name in ("bias", "sinks") if getattr(scores, name) is not None]
+    assert learnt == [name for name in ("bias", "sinks") if case in (name, "all")]
+
+    def out_of(query, key, value, *changed):
+        return operators.attention(query, key, value, *scores._replace(**dict(zip(learnt, changed, strict=True))))[0]
+
+    inputs = [*qkv(torch.float64, requires_grad=True), *(getattr(scores, name) for name in learnt)]
+    assert torch.autograd.gradcheck(out_of, inputs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["lengths", "mapped-sinks", "gradient-of-sinks"])
+def test_scores_that_vmap_has_not(case):
+    def out_of(query, sinks):
+        given = {"key_lengths": torch.tensor([3])} if case == "lengths" else {"sinks": sinks}
+        return adapter.attention_with_scores(query, query, query, *adapter.Scores(**given)).sum()
+
+    function = torch.func.grad(out_of, 1) if case == "gradient-of-sinks" else out_of
+    sinks, axis = (torch.zeros(2, 4), 0) if case == "mapped-sinks" else (torch.zeros(4), None)
+    with pytest.raises(RuntimeError, match="under vmap"):
+        torch.func.vmap(function, in_dims=(0, axis))(torch.randn(2, 4, 5, 8), sinks)
 
 
 def test_second_derivatives_are_refused():
@@ -286,18 +323,25 @@ def test_gradients_for_each_sample(ndim):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("mask", [None, "bool", "float"])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "all"])
 def test_opcheck(requires_grad, mask):
-    masks = {"bool": torch.rand(7, 9) < 0.5, "float": torch.randn(7, 9, requires_grad=requires_grad)}
-    arguments = (*qkv(requires_grad=requires_grad), masks.get(mask), None, 0.0, False, None)
+    masks = {
+        "bool": {"mask": torch.rand(7, 9) < 0.5},
+        "float": {"bias": torch.randn(7, 9, requires_grad=requires_grad)},
+        "all": {"bias": torch.randn(4, 1, 9, requires_grad=requires_grad), "mask": torch.rand(2, 1, 1, 9) < 0.8,
+                "sinks": torch.randn(4, requires_grad=requires_grad), "key_lengths": torch.tensor([9, 5]),
+                "softcap": 2.0, "query_offset": 1, "left": 4, "causal": True},
+    }  # fmt: skip
+    arguments = (*qkv(requires_grad=requires_grad), *adapter.Scores(**masks.get(mask, {})))
     torch.library.opcheck(operators.attention.default, arguments)
 
 
-@pytest.mark.parametrize("of_mask", [False, True])
-def test_opcheck_of_the_gradients(of_mask):
-    inputs, mask = qkv(), torch.randn(7, 9)
-    out, lse = operators.attention(*inputs, mask, None, 0.0, False, None)
-    arguments = (out, None, *inputs, out, lse, mask, None, 0.0, False, None, of_mask)
+@pytest.mark.parametrize("of_bias", [False, True])
+@pytest.mark.parametrize("of_sinks", [False, True])
+def test_opcheck_of_the_gradients(of_bias, of_sinks):
+    inputs, scores = qkv(), adapter.Scores(bias=torch.randn(7, 9), sinks=torch.randn(4), softcap=3.0, left=5)
+    out, lse = operators.attention(*inputs, *scores)
+    arguments = (out, None, *inputs, out, lse, *scores, of_bias, of_sinks)
     torch.library.opcheck(operators.attention_backward.default, arguments)
 
 

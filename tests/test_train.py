@@ -130,6 +130,69 @@ def test_the_losses_are_those_of_torch(example, tokens):
     assert mine[-1] < mine[0] - 0.5
 
 
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(example, tokens, tmp_path_factory):
+    """The model after a few steps, and the folder that it is saved in."""
+    pytest.importorskip("safetensors")
+    pytest.importorskip("transformers", minversion="5")
+    model, folder = example.Model(), tmp_path_factory.mktemp("saved") / "gpt"
+    losses = list(example.train(model, tokens, 5))
+    assert losses[-1] < losses[0]
+    example.save(model, folder)
+    return model, folder
+
+
+def loaded(folder, implementation):
+    import transformers
+
+    import fastattn.transformers
+
+    fastattn.transformers.register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["eager", "fastattn"])
+def test_transformers_load_the_model(trained, tokens, implementation):
+    import torch
+
+    model, folder = trained
+    batch = np.stack([tokens[:101], tokens[5000:5101]])
+    _, (*_, x, _, _) = model.loss(batch)
+    with torch.no_grad():
+        logits = loaded(folder, implementation)(torch.from_numpy(batch[:, :-1])).logits
+    np.testing.assert_allclose(logits.numpy(), x @ model.own["embedding"].T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["eager", "fastattn", "fastattn-cache"])
+def test_transformers_write_the_same_tokens(example, trained, tokens, implementation):
+    import torch
+
+    import fastattn.transformers
+
+    model, folder = trained
+    heads = (example.NUM_HEADS, example.WIDTH // example.NUM_HEADS)
+    caches = [example.fastattn.KVCache(*heads, num_pages=2) for _ in range(example.NUM_LAYERS)]
+    sequence, *_ = [cache.add() for cache in caches]
+    written, unseen = list(tokens[:30]), tokens[:30]
+    for _ in range(40):
+        unseen = model.write(unseen, caches, sequence).argmax(keepdims=True)
+        written += list(unseen)
+    implementation, _, with_cache = implementation.partition("-")
+    cache = fastattn.transformers.Cache() if with_cache else None
+    found = loaded(folder, implementation).generate(
+        torch.from_numpy(tokens[:30])[None], max_new_tokens=40, do_sample=False, cache=cache, pad_token_id=0
+    )
+    assert found[0].tolist() == written
+
+
 def test_a_layer_norm_by_hand(example):
     x = make_rng(0).standard_normal((2, 3, 8)).astype(F32)
     y, _ = example.layer_norm(x, np.ones(8, F32), np.zeros(8, F32))

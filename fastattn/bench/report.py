@@ -44,6 +44,7 @@ def rows_table(run: Run) -> str:
     header = ["case", "B,H,Hkv,Sq,Sk,D", "dtype", "best ms", "median", "GFLOP/s"]
     header += ["of peak", "of read", "of limit", "bound"]
     header += ["time"] * costs + [f"x {name}" for name in peers]
+    header += ["attention", *(f"of {name}" for name in peers)]  # its share of a model's time
     return table(*without_empty_columns(header, [row_cells(row, peers, costs) for row in run.rows]))
 
 
@@ -60,7 +61,9 @@ def row_cells(row: Row, peers: list[str], costs: bool) -> list[str]:
     cells += [f"{row.limit_share:.0%}", row.bound]
     if costs:
         cells.append(cost_cell(row))
-    return cells + [peer_cell(row.peers[name]) for name in peers]
+    cells += [peer_cell(row.peers[name]) for name in peers]
+    shares = [row.attention_share, *(row.peers[name].attention_share for name in peers)]
+    return cells + ["-" if share is None else f"{share:.0%}" for share in shares]
 
 
 def cost_cell(row: Row) -> str:

@@ -40,6 +40,7 @@ class PeerTime:
     best_ms: float | None = None
     median_ms: float | None = None
     ratio: float | None = None  # its time over fastattn's
+    attention_share: float | None = None  # of a model's time
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Row:
     baseline: str | None = None
     baseline_ratio: float | None = None  # fastattn's time over its time on the baseline case
     per_flop: bool = False  # whether these are times per flop
+    attention_share: float | None = None  # of a model's time
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def run(
     work = [(case, dtype) for case, dtype in pairs if dtype.name in case.dtypes and not absence(case)]
     notes += skipped(pairs)
     missing = {case.name: absence(case) for case, _ in pairs}
-    notes += [f"{name} skipped: it needs a model; {command}" for name, command in missing.items() if command]
+    notes += [f"{name} skipped: {needed}" for name, needed in missing.items() if needed]
     rows = []
     for index, (case, dtype) in enumerate(work, 1):
         tell(f"[{index}/{len(work)}] {case.name} {case.shape} {dtype.name}")
@@ -224,6 +226,7 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
             best_ms=1e3 * their.best,
             median_ms=1e3 * their.median,
             ratio=ratio(their, entry),
+            attention_share=attention_share(their),
         )
     cost = ratio(entry, baseline) if baseline else None
     if case.per_flop and base and cost:
@@ -256,7 +259,13 @@ def measure(case: Case, dtype: np.dtype[Any], us: FastAttn, them: list[Baseline]
         baseline=case.baseline.name if case.baseline else None,
         baseline_ratio=cost,
         per_flop=case.per_flop,
+        attention_share=attention_share(entry),
     )
+
+
+def attention_share(entry: Entry) -> float | None:
+    """Return the share of attention in the time of a whole model."""
+    return entry.variant.attention_share() if entry.variant.attention_share else None
 
 
 def machine_speed(work: Work, num_threads: int) -> MachineSpeed:

@@ -60,12 +60,16 @@ class Case:
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
-    extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding", "alibi" or "shift"
+    extra: str | None = None  # an array beside q, k and v: "mask", "bias", "padding", "alibi", "shift"; "left": padding
     key_factor: float = 1.0  # keys are standard normal times that: large ones give probabilities near 0 and 1
     layout: str = "contiguous"
     # "pages": keys and values are in a cache. "cache": a step of decoding, which appends the last key and then
     # attends to all. "layer": with the projections; "sentences": a whole model, on `batch` sentences.
-    through: Literal["attention", "varlen", "pages", "cache", "layer", "sentences"] = "attention"
+    # "tensors": of PyTorch; "torch", "jax": an adapter's function; "model": a whole one of transformers, "model-cache":
+    # with the adapter's cache.
+    through: Literal[
+        "attention", "varlen", "pages", "cache", "layer", "sentences", "tensors", "torch", "jax", "model", "model-cache"
+    ] = "attention"
     passes: Literal["forward", "backward", "both"] = "forward"  # what is timed of attention and its gradients
     dropout: float = 0.0
     grad_bias: bool = False  # whether the bias has a gradient, too
@@ -126,6 +130,13 @@ EQUAL_MEAN, EQUAL_WORK = (
 
 PAGED_DTYPES = ("float32", "bfloat16", "float16", "int8")
 PAGES = Case("paged-gqa", 1, 32, 8, 1, 4096, 128, through="pages", dtypes=PAGED_DTYPES)
+
+
+GLUE = Case("glue-numpy", 1, 4, 4, 8, 8, 16)
+MODEL = Case("model-prefill", 1, 12, 4, 2048, 2048, 64, True, through="model", dtypes=("float32", "bfloat16"))
+WINDOWED = replace(MODEL, name="model-window", seqlen_q=8192, seqlen_k=8192, window=(511, None))
+GENERATED = replace(MODEL, name="model-decode", seqlen_q=1, seqlen_k=8000)
+ENCODER = replace(MODEL, name="model-encoder-128", batch=8, num_kv_heads=12, seqlen_q=128, seqlen_k=128, causal=False)
 
 
 def cold(case: Case) -> Case:
@@ -197,6 +208,18 @@ GROUPS: dict[str, tuple[Case, ...]] = {
         BASE.costs("strided", layout="strided"),
         BASE.costs("transposed", layout="transposed"),
         replace(BASE, name="one-thread", num_threads=1).costs("threads", num_threads=None),
+    ),
+    "adapters": (
+        GLUE,
+        *(replace(GLUE, name=f"glue-{through}", through=through) for through in ("tensors", "torch", "jax")),
+        Case("jax-1024", 1, 12, 12, 1024, 1024, 64, through="jax"),
+        MODEL,
+        WINDOWED,
+        replace(WINDOWED, name="model-window-padded", batch=2, extra="left"),
+        GENERATED,
+        replace(GENERATED, name="model-decode-cache", through="model-cache"),
+        ENCODER,
+        replace(ENCODER, name="model-encoder-32", batch=32, seqlen_q=32, seqlen_k=32),
     ),
     "small": (
         Case("small-512", 1, 12, 12, 512, 512, 64),
