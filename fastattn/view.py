@@ -971,6 +971,7 @@ class AttentionView:
             "keys": [shown(token) for token in self._key_tokens],
             "crossed": self._crossed,
             "complete": self._complete,
+            "stars": STARS,
             "layers": layers,
             "heads": heads,
             "query": query,

@@ -1,6 +1,7 @@
 """The page of AttentionView in a real browser: what it shows, by mouse, by keyboard and to a screen reader."""
 
 import shutil
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def open_page(browser, tmp_path):
     """Open a view's page from its file; at the end, that it was quiet and fetched nothing but itself is checked."""
     contexts, noise, requests = [], [], []
 
-    def open_it(view=None, choice=None, **context):
+    def open_it(view=None, choice=None, address="", **context):
         view = view or AttentionView(WEIGHTS, TOKENS)
         view.save(tmp_path / "page.html", **(choice or {"word": 3, "layer": 1, "head": 2}))
         contexts.append(browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **context}))
@@ -47,7 +48,7 @@ def open_page(browser, tmp_path):
         page.on("console", lambda message: noise.append(message.text))
         page.on("pageerror", lambda error: noise.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto((tmp_path / "page.html").as_uri())
+        page.goto((tmp_path / "page.html").as_uri() + address)
         return page
 
     yield open_it
@@ -55,18 +56,19 @@ def open_page(browser, tmp_path):
         context.close()
     # Chromium remarks that these tests read pixels.
     assert [text for text in noise if not text.startswith("Canvas2D: Multiple readback")] == []
-    assert {url for url in requests if not url.startswith("data:")} == {(tmp_path / "page.html").as_uri()}
+    asked = {url.partition("#")[0] for url in requests if not url.startswith(("data:", "blob:"))}
+    assert asked == {(tmp_path / "page.html").as_uri()}
 
 
 def shares(page, side="keys"):
-    return page.locator(f"#{side} .share").all_text_contents()
+    return page.locator(f"#{side} .weight").all_text_contents()
 
 
 def table(page):
-    """The rows as (word, position, share), read by header cells as a screen reader does."""
+    """The rows as (word, position, weight), read by header cells as a screen reader does."""
     rows = page.locator("tbody tr")
     cells = [(row.locator("th[scope=row]").inner_text(), *row.locator("td").all_inner_texts()) for row in rows.all()]
-    return [(word, int(at) if at else None, float(share)) for word, at, share in cells]
+    return [(word, int(at) if at else None, float(share)) for word, at, share, _stars in cells]
 
 
 def check_shown(page, layer, head, query):
@@ -153,10 +155,10 @@ def test_keyboard_alone(open_page):
     page = open_page()
     focused = "document.activeElement"
     stops = []
-    for _ in range(6):
+    for _ in range(11):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(f"{focused}.id || {focused}.parentElement.id"))
-    assert stops == ["layer", "head", "all", "queries", "keys", "grid"]
+    assert stops == ["layer", "head", "all", "threshold", "strongest", "find", "svg", "png", "queries", "keys", "grid"]
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
@@ -173,6 +175,11 @@ def test_keyboard_alone(open_page):
 def test_all_words(open_page):
     page = open_page()
     page.click("#all")
+    row = page.locator("tbody tr >> nth=0")
+    largest = np.unravel_index(np.argmax(WEIGHTS[1, 2]), WEIGHTS[1, 2].shape)
+    assert row.locator("th").inner_text() == " → ".join(TOKENS[i] for i in largest)
+    assert row.locator("td >> nth=0").inner_text() == " → ".join(map(str, largest))
+    assert page.inner_text("caption") == "Layer 1, head 2: the largest weights of all words"
     assert page.get_attribute("#all", "aria-pressed") == "true"
     assert min(lines(page)) > 60
     assert page.inner_text("#status") == "Layer 1, head 2: all words."
@@ -180,6 +187,103 @@ def test_all_words(open_page):
     check_shown(page, 1, 2, 0)
     page.keyboard.press("Escape")
     assert page.get_attribute("#all", "aria-pressed") == "true"
+
+
+def test_a_pointer_changes_every_part_but_what_is_announced(open_page):
+    page = open_page()
+    announced = page.inner_text("#announced")
+    page.hover("#keys .word >> nth=1")
+    assert page.inner_text("#status").startswith("Layer 1, head 2: “<b>tiger</b>” is looked at most by ")
+    assert page.inner_text("#announced") == announced
+
+
+def test_stars_have_a_legend(open_page):
+    page = open_page()
+    stars = {
+        row.locator("th").inner_text(): row.locator(".stars").inner_text() for row in page.locator("tbody tr").all()
+    }
+    assert stars["<b>tiger</b>"] == "★★★★★"
+    assert stars["jumped"] == stars["[CLS]"] == "★"
+    assert page.inner_text("#stars-note") == "★★★★★ from 0.5, ★★★ from 0.1, ★ from 0.02."
+
+
+def count_of_lines(page):
+    return page.evaluate("linesOf(null).length")
+
+
+def test_threshold_and_strongest(open_page):
+    page = open_page()
+    shown = [(WEIGHTS[1, 2] >= least).sum() for least in (0.005, 0.3)]
+    assert count_of_lines(page) == shown[0]
+    page.locator("#threshold").fill("0.3")
+    assert count_of_lines(page) == shown[1] < shown[0]
+    page.locator("#threshold").fill("0")
+    page.select_option("#strongest", label="1")
+    assert count_of_lines(page) == len(TOKENS)
+
+
+def test_a_token_is_found(open_page):
+    page = open_page(choice={"word": 0})
+    page.fill("#find", "IT")
+    assert page.locator('#queries [aria-pressed="true"]').inner_text().strip() == "it"
+    first = page.evaluate("state.chosen.index")
+    page.press("#find", "Enter")
+    assert [first, page.evaluate("state.chosen.index")] == [3, 4]
+    page.fill("#find", "zebra")
+    assert page.get_attribute("#find", "aria-invalid") == "true"
+    assert page.evaluate("state.chosen.index") == 4
+
+
+def test_marks_of_blanks_are_shown_on_wish(open_page):
+    page = open_page(AttentionView(np.eye(3), ["The", "Ġtiger", "▁ran"]), {"word": 1})
+    texts = page.locator("#queries .text")
+    assert texts.all_text_contents() == ["The", "tiger", "ran"]
+    page.check("#marks")
+    assert texts.all_text_contents() == ["The", "Ġtiger", "▁ran"]
+    assert not open_page().is_visible("#marks")
+
+
+def test_the_address_holds_the_state(open_page):
+    page = open_page()
+    page.select_option("#layer", "0")
+    page.select_option("#head", label="mean")
+    page.click("#keys .word >> nth=2")
+    page.locator("#threshold").fill("0.25")
+    page.select_option("#strongest", label="3")
+    address = page.evaluate("location.hash")
+    assert address == "#layer=0&head=mean&key=2&threshold=0.25&strongest=3"
+    again = open_page(address=address)
+    assert again.evaluate("location.hash") == address
+    assert again.inner_text("#status") == page.inner_text("#status")
+    assert count_of_lines(again) == count_of_lines(page)
+
+
+def test_an_address_of_what_there_is_not_is_passed_over(open_page):
+    page = open_page(address="#layer=7&head=x&query=-1&threshold=9&strongest=4&other=%3Cb%3E")
+    check_shown(page, 1, 2, 3)
+    assert page.evaluate("location.hash") == "#layer=1&head=2&query=3"
+
+
+def test_the_figure_is_saved(open_page):
+    page = open_page(AttentionView(WEIGHTS, [*TOKENS[:4], "a&b"]))
+    with page.expect_download() as saved:
+        page.click("#svg")
+    assert saved.value.suggested_filename == "attention.svg"
+    svg = saved.value.path().read_text()
+    root = xml.etree.ElementTree.fromstring(svg)
+    names = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert names[1:] == [*TOKENS[:4], "a&b"] * 2
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) == count_of_lines(page)
+    with page.expect_download() as saved:
+        page.click("#png")
+    assert saved.value.path().read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wide_grid_says_that_it_scrolls(open_page):
+    weights = np.broadcast_to(np.eye(3), (2, 16, 3, 3))
+    view = AttentionView(weights, ["a", "b", "c"])
+    assert open_page(view, {"word": 0}, viewport={"width": 390, "height": 740}).is_visible("#scrolls")
+    assert not open_page().is_visible("#scrolls")
 
 
 def test_heat_maps_follow_the_weights(open_page):
