@@ -5,7 +5,7 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 import fastattn.transformers as adapter  # noqa: E402
 
