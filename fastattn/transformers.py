@@ -17,7 +17,7 @@ try:
     import torch
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import (
         and_masks,
@@ -341,6 +341,11 @@ class Cache(_DynamicCache):
     config : transformers.PreTrainedConfig, optional
         Of the model. Its layers with a window then keep no more than that window.
 
+    Raises
+    ------
+    TypeError
+        If `config` is something else.
+
     Examples
     --------
     >>> import torch
@@ -363,6 +368,8 @@ class Cache(_DynamicCache):
     layer_class_to_replicate: Any
 
     def __init__(self, config: Any = None) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a transformers.PreTrainedConfig, as model.config is, not {type(config)}")
         super().__init__(config=config)
         self.layers = [growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:

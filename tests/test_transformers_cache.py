@@ -148,6 +148,12 @@ def test_without_a_config():
     assert all(isinstance(layer, adapter._GrowingLayer) for layer in both[1].layers)
 
 
+@pytest.mark.parametrize("config", [5, {}, torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(TypeError, match=r"config must be a transformers.PreTrainedConfig, as model.config is, not <cl"):
+        adapter.Cache(config)
+
+
 def test_a_copy_of_a_prompt_is_apart():
     both = caches(model_of("Llama"))
     both_updated(both, 5)
