@@ -405,9 +405,22 @@ def is_for_pytorch_alone(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.is_neg() for x in tensors)
 
 
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise where tangents go forward, which an operator without a formula for them drops without a word."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    given = (x for x in tensors if x is not None and x.is_floating_point())
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise NotImplementedError(
+            "fastattn has no forward-mode derivatives of this attention: take backward ones, or PyTorch's attention"
+        )
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Return whether a call is nothing but computation: nobody differentiates, maps, traces or counts it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
+        return False
+    if torch._C._is_tracing():
         return False
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
@@ -525,6 +538,7 @@ def new_seed(dropout: float) -> Tensor | None:
 
 def attention_with_scores(query: Tensor, key: Tensor, value: Tensor, *scores: Any) -> Tensor:
     """Attention by the operator, or without it where a call is nothing but computation."""
+    refuse_tangents(query, key, value, *scores[:TENSORS])
     if is_plain(query, key, value, *scores[:TENSORS]):
         out: Any = fastattn.attention(*detached(query, key, value), **score_keywords(*scores))
         return out
@@ -575,6 +589,7 @@ def varlen_attention(
     """
     if torch.is_autocast_enabled("cpu"):
         query, key, value = cast_for_autocast(query, key, value)
+    refuse_tangents(query, key, value)
     left, right = (None, None) if window is None else window
     arguments = query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, left, right
     out: Tensor = torch.ops.fastattn.varlen(*arguments)[0]

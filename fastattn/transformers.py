@@ -17,7 +17,7 @@ try:
     import torch
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import (
         and_masks,
@@ -146,7 +146,8 @@ def make_mask(
     **others: Any,
 ) -> Tensor | None:
     """Return no mask where the layer knows it, one without elements where keywords say it, and else a dense one."""
-    reach = None if torch.compiler.is_compiling() else reach_of(mask_function)
+    is_recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+    reach = None if is_recorded else reach_of(mask_function)
     if reach is None:
         mask: Tensor | None = sdpa_mask(
             batch_size=batch_size,
@@ -211,7 +212,7 @@ def attention_forward(
     """Attention as transformers call it: (batch, heads, seqlen, head_dim) in, (batch, seqlen, heads, head_dim) out."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = bool(is_causal) and query.shape[2] > 1
+    causal = bool(is_causal and query.shape[2] > 1)
     if torch.is_autocast_enabled("cpu"):
         query, key, value = adapter.cast_for_autocast(query, key, value)
     if len(query) < len(key):
@@ -340,6 +341,11 @@ class Cache(_DynamicCache):
     config : transformers.PreTrainedConfig, optional
         Of the model. Its layers with a window then keep no more than that window.
 
+    Raises
+    ------
+    TypeError
+        If `config` is something else.
+
     Examples
     --------
     >>> import torch
@@ -362,6 +368,8 @@ class Cache(_DynamicCache):
     layer_class_to_replicate: Any
 
     def __init__(self, config: Any = None) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config must be a transformers.PreTrainedConfig, as model.config is, not {type(config)}")
         super().__init__(config=config)
         self.layers = [growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:

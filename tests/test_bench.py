@@ -404,6 +404,7 @@ def test_models_are_checked_and_timed(case, dtype):
     assert 0 < row.peers["torch"].attention_share < 1
     assert row.peers["numpy"].absent == "no model"
     assert " attention | of torch |" in bench.report(run)
+    assert "the share of a model's time that passes within attention" in bench.report(run)
 
 
 @pytest.mark.slow

@@ -476,6 +476,19 @@ def test_tangents_go_forward_by_pytorch():
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("which", ["packed", "sinks"])
+def test_tangents_are_refused_where_pytorch_has_not_the_function(which):
+    query, key, value, lengths, _ = packed()
+    dual_of = torch.autograd.forward_ad.make_dual
+    calls = {
+        "packed": lambda: adapter.varlen_attention(dual_of(query, query), key, value, lengths, lengths),
+        "sinks": lambda: adapter.attention_with_scores(*qkv(), *adapter.Scores(sinks=dual_of(*torch.ones(2, 4)))),
+    }
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode"):
+        calls[which]()
+
+
 @pytest.mark.parametrize("negated", ["whole", "imaginary"])
 def test_negated_views(negated):
     if negated == "whole":

@@ -137,7 +137,7 @@ def test_the_losses_are_those_of_torch(example, tokens):
 def trained(example, tokens, tmp_path_factory):
     """The model after a few steps, and the folder that it is saved in."""
     pytest.importorskip("safetensors")
-    pytest.importorskip("transformers", minversion="5")
+    pytest.importorskip("transformers", minversion="5.24")
     model, folder = example.Model(), tmp_path_factory.mktemp("saved") / "gpt"
     losses = list(example.train(model, tokens, 5))
     assert losses[-1] < losses[0]

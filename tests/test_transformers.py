@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 import fastattn  # noqa: E402
 import fastattn.transformers as adapter  # noqa: E402
@@ -325,6 +325,27 @@ def test_a_compiled_model(calls, grad):
         result = compiled(ids, attention_mask=seen, use_cache=False).logits
     assert len(calls) == 4
     torch.testing.assert_close(result[seen.bool()], expected[seen.bool()], rtol=1e-3, atol=1e-4)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, seen):
+        return self.model(ids, attention_mask=seen, use_cache=False).logits
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_torchscript_records_the_attention(padding):
+    model = model_of("Mistral", "ForCausalLM", DECODERS["Mistral"])
+    model.set_attn_implementation("fastattn")
+    logits, (ids, seen) = Logits(model), padded_batch(padding)
+    with torch.no_grad():
+        traced = torch.jit.trace(logits, (ids, seen), check_trace=False)
+        others, all_seen = ids.flip(1), torch.ones_like(ids)
+        torch.testing.assert_close(traced(others, all_seen), logits(others, all_seen))
+    assert "fastattn::attention" in str(traced.inlined_graph)
 
 
 # --- trained weights ------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 import fastattn.transformers as adapter  # noqa: E402
 
@@ -146,6 +146,12 @@ def test_without_a_config():
     results = [model.generate(**prompt(), max_new_tokens=8, do_sample=False, cache=cache) for cache in both]
     assert torch.equal(*results)
     assert all(isinstance(layer, adapter._GrowingLayer) for layer in both[1].layers)
+
+
+@pytest.mark.parametrize("config", [5, {}, torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(TypeError, match=r"config must be a transformers.PreTrainedConfig, as model.config is, not <cl"):
+        adapter.Cache(config)
 
 
 def test_a_copy_of_a_prompt_is_apart():

@@ -18,9 +18,16 @@ def report(run: Run) -> str:
     parts = [f"{machine}\n{versions}", rows_table(run)]
     if means := run.means():
         parts.append("Geometric means of the ratios\n\n" + means_table(means))
+    if any(row.attention_share is not None for row in run.rows):
+        parts.append(SHARES)
     parts += run.notes + remarks(run) + busy(run)
     return "\n\n".join(parts)
 
+
+SHARES = (
+    "attention, of torch: the share of a model's time that passes within attention, by fastattn and by torch, without "
+    "what makes masks and fills caches. What is left of torch's time is not shortened by faster attention."
+)
 
 # CPUs' worth of other work beyond which figures are not to be trusted: a tenth moves ratios by more than they vary.
 BUSY = 0.1
