@@ -601,6 +601,8 @@ def merge(
     ValueError
         No sets, not as many lses as outs, shapes that do not match or broadcast, an lse of +inf, or `out` that
         overlaps an input otherwise. In each of these cases nothing has been written.
+    KeyboardInterrupt
+        After Ctrl-C; `out` is then partly written.
 
     See Also
     --------
