@@ -1,0 +1,85 @@
+"""Attention over a part of the keys, and what becomes of the parts: of `fastattn.dask` and `fastattn.mpi`.
+
+Parts are float32 (float64 for float64) whatever the arrays are, so that their number costs no accuracy: a result of a
+half type is rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import fastattn
+from fastattn import _tensors
+from fastattn._checks import Array, sink_gradients
+
+Part = tuple[Array, Array]  # out and lse
+
+
+def partial_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def partial_attention(query: Array, key: Array, value: Array, bounds: Any = None, **scores: Any) -> Part:
+    """Return out and lse of some keys; bounds are the cumulative lengths, of queries and of keys, if they are packed."""
+    query = rounded(query, partial_dtype(query.dtype))
+    attend: Any = fastattn.attention if bounds is None else fastattn.attention_varlen
+    part: Part = attend(query, key, value, *(bounds or ()), return_lse=True, **scores)
+    return part
+
+
+def partial_backward(
+    grad_out: Array,
+    query: Array,
+    key: Array,
+    value: Array,
+    out: Array,
+    lse: Array,
+    bounds: Any = None,
+    **scores: Any,
+) -> tuple[Array, ...]:
+    """Return the share of some keys in the gradients, given out and lse of all keys: in the precision of parts."""
+    dtype = partial_dtype(query.dtype)
+    grads = tuple(np.empty(x.shape, dtype) for x in (query, key, value))
+    if scores.get("return_grad_bias"):
+        scores["bias"] = rounded(scores["bias"], dtype)
+    differentiate: Any = fastattn.attention_backward if bounds is None else fastattn.attention_varlen_backward
+    found: tuple[Array, ...] = differentiate(
+        grad_out, query, key, value, out, lse, *(bounds or ()), grads=grads, **scores
+    )
+    return found
+
+
+def merge_parts(parts: Sequence[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts, strict=True)
+    return fastattn.merge(outs, lses)
+
+
+def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False) -> Part:
+    """Let the sinks join the softmax over all keys: they are a set of keys of their own, whose values are 0."""
+    if sinks is None:
+        return part
+    out, lse = part
+    logits = np.asarray(sinks, lse.dtype)
+    logits = logits[None] if packed else logits[:, None]
+    return fastattn.merge([out, np.zeros((*logits.shape, out.shape[-1]), out.dtype)], [lse, logits])
+
+
+def gradient_of_sinks(sinks: Array, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> Array:
+    """Return the gradient of each head's sink; axis -3 of out is heads."""
+    wide = np.dtype(np.float64)
+    delta = (_tensors.converted(grad_out, wide) * _tensors.converted(out, wide)).sum(axis=-1)
+    return sink_gradients(sinks, lse, delta if grad_lse is None else delta - grad_lse)
+
+
+def empty_part(rows: tuple[int, ...], columns: int, dtype: np.dtype[Any]) -> Part:
+    """Return what rows are that have seen no key."""
+    return np.zeros((*rows, columns), dtype), np.full(rows, -np.inf, dtype)
+
+
+def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
+    return array if array.dtype == dtype else _tensors.converted(array, dtype)
