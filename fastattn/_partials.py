@@ -23,7 +23,7 @@ def partial_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def partial_attention(query: Array, key: Array, value: Array, bounds: Any = None, **scores: Any) -> Part:
-    """Return out and lse of some keys; bounds are the cumulative lengths, of queries and of keys, if they are packed."""
+    """Return out and lse of some keys; bounds are the cumulative lengths of queries and keys, if these are packed."""
     query = rounded(query, partial_dtype(query.dtype))
     attend: Any = fastattn.attention if bounds is None else fastattn.attention_varlen
     part: Part = attend(query, key, value, *(bounds or ()), return_lse=True, **scores)
@@ -57,6 +57,11 @@ def merge_parts(parts: Sequence[Part]) -> Part:
         return parts[0]
     outs, lses = zip(*parts, strict=True)
     return fastattn.merge(outs, lses)
+
+
+def merge_into(part: Part, new: Part) -> None:
+    """Add to a result that over other keys."""
+    part[0][...], part[1][...] = fastattn.merge([part[0], new[0]], [part[1], new[1]])
 
 
 def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False) -> Part:
