@@ -24,9 +24,8 @@ def partial_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def partial_attention(query: Array, key: Array, value: Array, bounds: Any = None, **scores: Any) -> Part:
     """Return out and lse of some keys; bounds are the cumulative lengths of queries and keys, if these are packed."""
-    query = rounded(query, partial_dtype(query.dtype))
     attend: Any = fastattn.attention if bounds is None else fastattn.attention_varlen
-    part: Part = attend(query, key, value, *(bounds or ()), return_lse=True, **scores)
+    part: Part = attend(query, key, value, *(bounds or ()), unrounded=True, return_lse=True, **scores)
     return part
 
 
@@ -41,37 +40,36 @@ def partial_backward(
     **scores: Any,
 ) -> tuple[Array, ...]:
     """Return the share of some keys in the gradients, given out and lse of all keys: in the precision of parts."""
-    dtype = partial_dtype(query.dtype)
-    grads = tuple(np.empty(x.shape, dtype) for x in (query, key, value))
     if scores.get("return_grad_bias"):
-        scores["bias"] = rounded(scores["bias"], dtype)
+        scores["bias"] = rounded(scores["bias"], partial_dtype(query.dtype))
     differentiate: Any = fastattn.attention_backward if bounds is None else fastattn.attention_varlen_backward
     found: tuple[Array, ...] = differentiate(
-        grad_out, query, key, value, out, lse, *(bounds or ()), grads=grads, **scores
+        grad_out, query, key, value, out, lse, *(bounds or ()), unrounded=True, **scores
     )
     return found
 
 
-def merge_parts(parts: Sequence[Part]) -> Part:
+def merge_parts(parts: Sequence[Part], num_threads: int | None = None) -> Part:
     if len(parts) == 1:
         return parts[0]
-    outs, lses = zip(*parts, strict=True)
-    return fastattn.merge(outs, lses)
+    return fastattn.merge(*zip(*parts, strict=True), num_threads=num_threads)
 
 
-def merge_into(part: Part, new: Part) -> None:
+def merge_into(part: Part, new: Part, num_threads: int | None = None) -> None:
     """Add to a result that over other keys."""
-    part[0][...], part[1][...] = fastattn.merge([part[0], new[0]], [part[1], new[1]])
+    out, lse = part
+    _, lse[...] = fastattn.merge([out, new[0]], [lse, new[1]], out=out, num_threads=num_threads)
 
 
-def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False) -> Part:
+def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False, num_threads: int | None = None) -> Part:
     """Let the sinks join the softmax over all keys: they are a set of keys of their own, whose values are 0."""
     if sinks is None:
         return part
     out, lse = part
     logits = np.asarray(sinks, lse.dtype)
     logits = logits[None] if packed else logits[:, None]
-    return fastattn.merge([out, np.zeros((*logits.shape, out.shape[-1]), out.dtype)], [lse, logits])
+    nothing = np.zeros((*logits.shape, out.shape[-1]), out.dtype)
+    return fastattn.merge([out, nothing], [lse, logits], num_threads=num_threads)
 
 
 def gradient_of_sinks(sinks: Array, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> Array:

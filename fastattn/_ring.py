@@ -41,7 +41,7 @@ class Ring:
         if scores.pop("causal", False):
             self.right = 0 if self.right is None else min(self.right, 0)
         self.large = {name: as_array(name, scores.pop(name)) for name in ("mask", "bias") if name in scores}
-        self.scores = scores
+        self.scores, self.num_threads = scores, scores.get("num_threads")
         if "alibi_slopes" in scores and self.size > 1 and self.queries.layout == "striped":
             raise ValueError("alibi_slopes cannot be given with layout='striped', in which the distance of two tokens "
                              "is not that of their places: give layout='zigzag'")  # fmt: skip
@@ -106,12 +106,13 @@ class Ring:
         def compute(rows: slice, part: slice, scores: dict[str, Any]) -> None:
             query = self.cut(self.arrays["query"], rows)
             new = partial_attention(query, self.cut(key, part), self.cut(value, part), **scores)
-            merge_into((self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)), new)
+            merge_into((self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)), new, self.num_threads)
 
         self.meet(source, compute)
 
     def finish(self) -> Part:
-        out, lse = with_sinks((self.out, self.lse), self.sinks, packed=self.arrays.packed)
+        packed, threads = self.arrays.packed, self.num_threads
+        out, lse = with_sinks((self.out, self.lse), self.sinks, packed=packed, num_threads=threads)
         out = rounded(out, self.arrays["query"].dtype)
         return (out[0], lse[0]) if self.arrays.single_head else (out, lse)
 

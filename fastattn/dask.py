@@ -444,6 +444,7 @@ def forward(call: Call, every: int) -> da.Array:
     """Return an array whose chunks are pairs: out and lse."""
     name = f"attention-{tokenize(call.arrays, call.small, call.numbers, every)}"
     graph: Graph = {}
+    merge = functools.partial(merge_parts, num_threads=call.numbers["num_threads"])
     for row in call.rows():
         visible = call.visible(row)
         keys = [(f"{name}-part", *row, j) for j in visible]
@@ -451,9 +452,13 @@ def forward(call: Call, every: int) -> da.Array:
             (key, chunk_task(call, partial_attention, INPUTS, (*row, j))) for key, j in zip(keys, visible, strict=True)
         )
         finish = functools.partial(
-            finish_rows, empty=(call.sizes(row), call.columns), dtype=call.query.dtype, sinks=call.sinks(row)
+            finish_rows,
+            empty=(call.sizes(row), call.columns),
+            dtype=call.query.dtype,
+            sinks=call.sinks(row),
+            num_threads=call.numbers["num_threads"],
         )
-        graph[(name, *row)] = (finish, tree(graph, f"{name}-merge", row, keys, merge_parts, every))
+        graph[(name, *row)] = (finish, tree(graph, f"{name}-merge", row, keys, merge, every))
     return new_array(graph, name, call, call.chunks[:-1], call.query.dtype)
 
 
@@ -469,9 +474,15 @@ def compute_chunk(compute: Callable[..., Any], names: list[str], scores: dict[st
 
 
 def finish_rows(
-    parts: list[Part], *, empty: tuple[tuple[int, ...], int], dtype: np.dtype[Any], sinks: Array | None
+    parts: list[Part],
+    *,
+    empty: tuple[tuple[int, ...], int],
+    dtype: np.dtype[Any],
+    sinks: Array | None,
+    num_threads: int,
 ) -> Part:
-    out, lse = with_sinks(merge_parts(parts) if parts else empty_part(*empty, partial_dtype(dtype)), sinks)
+    merged = merge_parts(parts, num_threads) if parts else empty_part(*empty, partial_dtype(dtype))
+    out, lse = with_sinks(merged, sinks, num_threads=num_threads)
     return rounded(out, dtype), lse
 
 
