@@ -273,7 +273,7 @@ def ulysses_attention(
     Returns
     -------
     out : ndarray, shape (..., H, S, Dv)
-        Of this rank's tokens and all heads: the bits that one process has.
+        Of this rank's tokens and all heads, in query's dtype.
     lse : ndarray, shape (..., H, S)
         Returned with ``return_lse``.
 
