@@ -17,7 +17,7 @@ version = release = fastattn.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_parser"]
 # Other libraries, each with a page of its own.
-ADAPTERS = ["torch", "transformers", "jax", "onnx"]
+ADAPTERS = ["torch", "transformers", "jax", "onnx", "dask", "mpi", "scale"]
 
 # Whose objects are described without them, wherever the pages are built.
 autodoc_mock_imports = ADAPTERS
