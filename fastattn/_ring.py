@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,31 @@ from fastattn._partials import (
     with_sinks,
 )
 from fastattn._ranks import Arrays, Description, divided
-from fastattn._shards import Run, cumulative, scores_between
+from fastattn._shards import Run, cumulative, offsets_between, scores_between
+
+
+class Meeting(NamedTuple):
+    """Some of a rank's queries and some of another's keys, by their places, and the keywords between them."""
+
+    rows: slice
+    part: slice
+    scores: dict[str, Any]
+
+
+def joined(meetings: list[Meeting]) -> list[Meeting]:
+    """Make one of two that lie side by side, where all see all: fewer and larger calls."""
+    found: list[Meeting] = []
+    for each in meetings:
+        last = found[-1] if found else None
+        if last and not last.scores and not each.scores:
+            if last.rows == each.rows and last.part.stop == each.part.start:
+                found[-1] = last._replace(part=slice(last.part.start, each.part.stop))
+                continue
+            if last.part == each.part and last.rows.stop == each.rows.start:
+                found[-1] = last._replace(rows=slice(last.rows.start, each.rows.stop))
+                continue
+        found.append(each)
+    return found
 
 
 class Ring:
@@ -71,14 +96,27 @@ class Ring:
             return array[part]
         return array[..., part, :] if columns else array[..., part]
 
-    def meet(self, source: int, compute: Callable[[slice, slice, dict[str, Any]], None]) -> None:
-        """Call a function for each run of queries and run of another rank's keys that they see."""
+    def meetings(self, source: int) -> list[Meeting]:
+        """Return which runs of queries meet which of another rank's keys, and how these see them."""
+        if source == self.rank and self.is_causal_alone():
+            tokens = slice(0, self.queries.length(self.rank))
+            return [Meeting(tokens, tokens, {"causal": True})]
         own = zip(self.queries.runs(self.rank), self.queries.cuts(self.rank), strict=True)
         theirs = zip(self.keys.runs(source), self.keys.cuts(source), strict=True)
+        found = []
         for (queries, rows), (keys, part) in itertools.product(own, theirs):
             scores = scores_between(queries, keys, self.offset, self.left, self.right)
             if scores is not None:
-                compute(rows, part, scores | self.scores | self.between(queries, keys, rows))
+                if "alibi_slopes" in self.scores:
+                    scores |= {"query_offset": offsets_between(queries, keys, self.offset)}
+                found.append(Meeting(rows, part, scores | self.between(queries, keys, rows)))
+        return joined(joined(found))  # keys of a run of queries; then runs of queries
+
+    def is_causal_alone(self) -> bool:
+        """Return whether a rank's own tokens, which are in order in any layout, see what is before them and no more."""
+        plain = not self.arrays.packed and not self.large and "alibi_slopes" not in self.scores
+        alike = self.queries.runs(self.rank) == self.keys.runs(self.rank)
+        return plain and alike and (self.offset, self.left, self.right) == (0, None, 0)
 
     def between(self, queries: list[Run], keys: list[Run], rows: slice) -> dict[str, Any]:
         """Return what else depends on two runs: their part of mask and bias, or their bounds if they are packed."""
@@ -101,14 +139,26 @@ class Ring:
             batch = np.broadcast_shapes(*(self.arrays[name].shape[:-3] for name in ("query", "key", "value")))
             rows = (*batch, *rows[-2:])
         self.out, self.lse = empty_part(rows, columns, partial_dtype(query.dtype))
+        self.seen = np.zeros(query.shape[self.arrays.axis], bool)
+        self.scratch = np.empty(0, self.out.dtype)
 
     def attend(self, source: int, key: Array, value: Array) -> None:
-        def compute(rows: slice, part: slice, scores: dict[str, Any]) -> None:
-            query = self.cut(self.arrays["query"], rows)
-            new = partial_attention(query, self.cut(key, part), self.cut(value, part), **scores)
-            merge_into((self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)), new, self.num_threads)
+        for rows, part, scores in self.meetings(source):
+            arrays = {"query": self.cut(self.arrays["query"], rows)}
+            arrays |= {"key": self.cut(key, part), "value": self.cut(value, part)}
+            call = functools.partial(partial_attention, **arrays, **scores, **self.scores)
+            out, lse = self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)
+            if self.seen[rows].any():
+                merge_into((out, lse), call(out=self.room(out)), self.num_threads)
+            else:
+                _, lse[...] = call(out=out)
+            self.seen[rows] = True
 
-        self.meet(source, compute)
+    def room(self, out: Array) -> Array:
+        """Return memory for one more result, which the next one takes again: new pages take as long as merging."""
+        if self.scratch.size < out.size:
+            self.scratch = np.empty(out.size, out.dtype)
+        return self.scratch[: out.size].reshape(out.shape)
 
     def finish(self) -> Part:
         packed, threads = self.arrays.packed, self.num_threads
@@ -126,17 +176,17 @@ class Ring:
         """Return this rank's share of the gradients of another's keys and values, and add to that of its queries."""
         grad_key, grad_value = (np.zeros(x.shape, self.grad_query.dtype) for x in (key, value))
 
-        def compute(rows: slice, part: slice, scores: dict[str, Any]) -> None:
+        for rows, part, scores in self.meetings(source):
             named = {name: self.cut(self.arrays[name], rows) for name in ("grad_out", "query", "out")}
             for name in ("lse", "grad_lse"):
                 if name in self.arrays.arrays:
                     named[name] = self.cut(self.arrays[name], rows, columns=False)
-            shares = partial_backward(key=self.cut(key, part), value=self.cut(value, part), **named, **scores)
-            whole = (self.grad_query, rows), (grad_key, part), (grad_value, part)
-            for (grad, where), share in zip(whole, shares, strict=True):
+            keys = {"key": self.cut(key, part), "value": self.cut(value, part)}
+            shares = partial_backward(**named, **keys, **scores, **self.scores)
+            for grad, where, share in zip(
+                (self.grad_query, grad_key, grad_value), (rows, part, part), shares, strict=True
+            ):
                 self.cut(grad, where)[...] += share
-
-        self.meet(source, compute)
         return grad_key, grad_value
 
 
@@ -196,6 +246,8 @@ def go_round_with_gradients(comm: Any, ring: Ring, guard: Guard) -> tuple[Array,
         for x, y in zip(sums, arriving, strict=False):
             x += y
         key, value = following
+    if comm.size == 1:
+        return sums[0], sums[1]
     with transfer(comm) as messages:
         shapes = [ring.shape_of(name, comm.rank) for name in ("key", "value")]
         own = [messages.receive(shape, dtype, source, 2 + i) for i, shape in enumerate(shapes)]

@@ -81,6 +81,8 @@ def scores_between(
 ) -> dict[str, Any] | None:
     """Return the keywords by which queries see keys as they do in their sequences; None if they see none of these.
 
+    There are no keywords where all queries see all keys.
+
     Query i of a sequence is at position i + offset, and sees keys from `left` before to `right` after it. A run of
     queries and one of keys are as if they were sequences: key b is seen by query a from a - low to a + high. Between
     tokens that are `stride` apart, low and high are rounded down.
@@ -91,13 +93,20 @@ def scores_between(
     ]
     if not any(map(sees_any, queries, keys, bounds)):
         return None
+    if all(map(sees_all, queries, keys, bounds)):
+        return {}
     strides = {run.stride for run in (*queries, *keys)}
-    if strides <= {1}:  # positions are those of the sequence, for alibi_slopes
-        offsets = [query.start + offset - key.start for query, key in zip(queries, keys, strict=True)]
-        return {"query_offset": offsets if len(offsets) > 1 else offsets[0], "window": (left, right)}
+    if strides <= {1}:
+        return {"query_offset": offsets_between(queries, keys, offset), "window": (left, right)}
     low, high = bounds[0]  # of all sequences the same, for the runs of a rank all start at the same place
     offset = high if high is not None else -min(low, 0) if low is not None else 0
     return {"query_offset": offset, "window": (None if low is None else offset + low, None if high is None else 0)}
+
+
+def offsets_between(queries: list[Run], keys: list[Run], offset: int) -> Any:
+    """Return the positions of the first queries, counted from the first keys, of runs whose tokens are neighbours."""
+    offsets = [query.start + offset - key.start for query, key in zip(queries, keys, strict=True)]
+    return offsets if len(offsets) > 1 else offsets[0]
 
 
 def band(distance: int, stride: int, left: int | None, right: int | None) -> tuple[int | None, int | None]:
@@ -117,3 +126,8 @@ def sees_any(query: Run, key: Run, bounds: tuple[int | None, int | None]) -> boo
     if high is not None and query.length - 1 + high < 0:
         return False
     return low is None or high is None or low + high >= 0
+
+
+def sees_all(query: Run, key: Run, bounds: tuple[int | None, int | None]) -> bool:
+    low, high = bounds
+    return (low is None or query.length - 1 - low <= 0) and (high is None or key.length - 1 <= high)

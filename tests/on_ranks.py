@@ -3,7 +3,10 @@
 What a test asserts is the same on all ranks, so that all of them pass it or none.
 """
 
+import os
+import runpy
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -257,9 +260,11 @@ class Recorded(MPI.Intracomm):
 
     log: ClassVar[list] = []
     awaited: ClassVar[list] = []
+    sizes: ClassVar[list] = []
 
     def Isend(self, buffer, *where):
         self.log.append("send")
+        self.sizes.append(buffer[0].nbytes)
         return super().Isend(buffer, *where)
 
     def Irecv(self, buffer, *where):
@@ -271,8 +276,8 @@ class Recorded(MPI.Intracomm):
 
 @pytest.fixture
 def recorded():
-    Recorded.log.clear()
-    Recorded.awaited.clear()
+    for each in (Recorded.log, Recorded.awaited, Recorded.sizes):
+        each.clear()
     return Recorded(COMM.Dup())
 
 
@@ -404,3 +409,25 @@ def test_a_rank_that_fails_in_the_middle(kind, direction, monkeypatch):
     monkeypatch.undo()
     again = attend(COMM, *parts, layout="zigzag")  # and the next call is as if nothing had been
     np.testing.assert_array_equal(again, results[0])
+
+
+# --- the model of scale ---------------------------------------------------------------------------
+
+MODEL = Path(os.environ.get("FASTATTN_SOURCE", Path(__file__).parent.parent)) / "bench" / "model_scale.py"
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="bench/ is not beside the tests")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_ring_sends_as_many_bytes_as_the_model_says(recorded, backward, dtype):
+    model = runpy.run_path(str(MODEL))
+    tokens = 48 * COMM.size
+    query, key, value = qkv(make_rng(), (1, HEADS, KV_HEADS, 48, 48, HEAD_DIM), (dtype, dtype))
+    how = {"layout": "striped", "causal": True}
+    results = fastattn.mpi.ring_attention(COMM, query, key, value, return_lse=True, **how)
+    if backward:
+        fastattn.mpi.ring_attention_backward(recorded, query, query, key, value, *results, **how)
+    else:
+        fastattn.mpi.ring_attention(recorded, query, key, value, **how)
+    work = model["Work"](tokens, 1, HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize, True, backward)
+    assert sum(Recorded.sizes) == model["ring_bytes"](work, COMM.size)

@@ -59,7 +59,7 @@ CASES = 20
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_ranks_pass(ranks, pytestconfig):
     cases = ["--quick"] if pytestconfig.getoption("quick") else ["--cases", str(CASES)]
-    pytest_ = ["-m", "mpi4py", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    pytest_ = ["-m", "mpi4py", "-m", "pytest", "-q", "-x", "--color=no", "-p", "no:cacheprovider"]
     status, printed = run_job(ranks, *pytest_, *cases, str(TESTS / "on_ranks.py"))
     assert status == 0, printed
     assert printed.count(" passed") == ranks, printed
