@@ -5,7 +5,8 @@
     mpirun -n 2 python bench/measure_scale.py messages       # a ring beside its computing and its messages alone
     bench/throttled.sh 1gbit                                 # the same over a link of that rate; needs root
 
-Times are the least of several, taken in turn with what they are compared with. Each result is checked first.
+Times are the least of several, taken in turn with what they are compared with: one call, which returns lse as parts do,
+for bfloat16 has to sum twice for that. Each result is checked first.
 """
 
 import argparse
@@ -99,11 +100,11 @@ class Ranks:
         return merging / whole
 
 
-def measure_ranks(seqlen: int) -> None:
+def measure_ranks(seqlen: int, dtypes: list[str]) -> None:
     print(f"{RANKS} ranks of {seqlen // RANKS} tokens, {HEADS} heads of {HEAD_DIM}, one thread")
     print("| dtype | layout | mask | sum of ranks / one call | slowest / mean | merging |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name in DTYPES:
+    for name in dtypes:
         arrays = draw(seqlen, name)
         for layout in LAYOUTS:
             for causal in (False, True):
@@ -112,7 +113,7 @@ def measure_ranks(seqlen: int) -> None:
                 for rank, where in enumerate(ranks.positions):
                     check(ranks.rank(rank), expected[:, where], 1e-5 if name == "float32" else 0.05)
                 one, *each = least(
-                    lambda arrays=arrays, causal=causal: fastattn.attention(*arrays, causal=causal),
+                    lambda arrays=arrays, causal=causal: fastattn.attention(*arrays, causal=causal, return_lse=True),
                     *(lambda ranks=ranks, rank=rank: ranks.rank(rank) for rank in range(RANKS)),
                 )
                 merging = np.median([ranks.merging(RANKS - 1) for _ in range(REPEATS)])
@@ -126,7 +127,7 @@ def measure_ranks(seqlen: int) -> None:
 # --- dask's chunks --------------------------------------------------------------------------------
 
 
-def measure_dask(seqlen: int) -> None:
+def measure_dask(seqlen: int, dtypes: list[str]) -> None:
     import dask.array as da
 
     import fastattn.dask
@@ -135,7 +136,7 @@ def measure_dask(seqlen: int) -> None:
     print(f"{seqlen} tokens, {HEADS} heads of {HEAD_DIM}, one thread; queries in one chunk")
     print("| dtype | keys a chunk | over one call |")
     print("| --- | --- | --- |")
-    for name in DTYPES:
+    for name in dtypes:
         arrays = draw(seqlen, name)
         for keys in (1024, 2048, 4096):
             chunks = [(HEADS, seqlen, HEAD_DIM), *[(HEADS, keys, HEAD_DIM)] * 2]
@@ -143,7 +144,7 @@ def measure_dask(seqlen: int) -> None:
             out = fastattn.dask.attention(*lazy)
             check(out.compute(), fastattn.attention(*arrays), 1e-5 if name == "float32" else 0.05)
             one, parts = least(
-                lambda arrays=arrays: fastattn.attention(*arrays),
+                lambda arrays=arrays: fastattn.attention(*arrays, return_lse=True),
                 lambda out=out: out.compute(scheduler="threads", num_workers=1),
             )
             print(f"| {name} | {keys} | {parts / one:.2f} |", flush=True)
@@ -205,12 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What it costs to attend in parts.")
     parser.add_argument("what", choices=["ranks", "dask", "messages"])
     parser.add_argument("--tokens", type=int, nargs="+", help="default: 8192; of messages: 512 to 8192 a rank")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: both; messages: float32")
     given = parser.parse_args()
     if given.what == "messages":
         measure_messages(given.tokens or [512, 1024, 2048, 4096])
     else:
         for seqlen in given.tokens or [8192]:
-            (measure_ranks if given.what == "ranks" else measure_dask)(seqlen)
+            (measure_ranks if given.what == "ranks" else measure_dask)(seqlen, given.dtypes)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastattn._checks import Array, as_array, as_integer, check_dtype
+import fastattn
+from fastattn._checks import Array, as_array, check_dtype
 from fastattn._messages import agreed
 from fastattn._shards import LAYOUTS, Shards
 
@@ -36,6 +37,11 @@ def checked_bounds(cu_seqlens: Any) -> tuple[int, ...] | None:
     return tuple(array.tolist())
 
 
+def plain(x: Any) -> Any:
+    """Return what is compared: lists of arrays, which have no single answer to whether they are alike."""
+    return x.tolist() if isinstance(x, (np.ndarray, np.generic)) else tuple(x) if isinstance(x, list) else x
+
+
 class Arrays:
     """The arrays of a rank, of sequences along axis -2, or of packed ones along axis 0."""
 
@@ -51,17 +57,28 @@ class Arrays:
             if (self.packed and x.ndim != 3 - without_columns) or x.ndim < 2 - without_columns:
                 axes = "(tokens, heads, head_dim)" if self.packed else "(..., heads, seqlen, head_dim)"
                 raise ValueError(f"{name} has shape {x.shape}; accepted is {axes}{' less the last' * without_columns}")
+            if name in ("out", "grad_out", "lse", "grad_lse"):
+                tokens = (x.shape if without_columns else x.shape[:-1])[0 if self.packed else -1]
+                wanted = arrays["query"].shape[0 if self.packed else -2]
+                if tokens != wanted:
+                    raise ValueError(f"{name} has {tokens} tokens, but query {wanted}")
         if self.single_head:
             arrays = {name: x[None] if x.ndim < 3 else x for name, x in arrays.items()}
         self.arrays = arrays
         self.axis = 0 if self.packed else -2
         self.scores = {name: x for name, x in scores.items() if x is not None}
+        self.large = {name: as_array(name, self.scores.pop(name)) for name in ("mask", "bias") if name in self.scores}
+        self.check_scores()
+
+    def check_scores(self) -> None:
+        """Raise what `fastattn.attention` would, but for what the whole sequence is needed for."""
         if self.packed:
-            for name in ("mask", "bias", "query_offset"):
-                if name in self.scores:
+            for name in (*self.large, "query_offset"):
+                if name in self.scores or name in self.large:
                     raise TypeError(f"{name} and cu_seqlens cannot be given together")
-        if "query_offset" in self.scores:
-            self.scores["query_offset"] = as_integer("query_offset", self.scores["query_offset"])
+        own = {name: x for name, x in self.scores.items() if name not in ("key_lengths", "query_offset")}
+        plan: Any = fastattn.plan
+        plan(*(self[name].swapaxes(0, 1) if self.packed else self[name] for name in ("query", "key", "value")), **own)
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]
@@ -74,8 +91,8 @@ class Arrays:
             alike[f"{name}'s dtype"] = self[name].dtype.name
             alike[f"{name}'s shape but for the tokens"] = tuple(shape)
         for name in ("scale", "causal", "window", "softcap", "query_offset"):
-            alike[name] = self.scores.get(name)
-        alike["what is given"] = sorted([*self.arrays, *self.scores.keys() - {"num_threads"}])
+            alike[name] = plain(self.scores.get(name))
+        alike["what is given"] = sorted([*self.arrays, *self.large, *self.scores.keys() - {"num_threads"}])
         return Description(alike, {name: self[name].shape[self.axis] for name in ("query", "key", "value")})
 
 

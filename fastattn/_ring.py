@@ -65,24 +65,23 @@ class Ring:
         self.left, self.right = window
         if scores.pop("causal", False):
             self.right = 0 if self.right is None else min(self.right, 0)
-        self.large = {name: as_array(name, scores.pop(name)) for name in ("mask", "bias") if name in scores}
+        self.large = arrays.large
         self.scores, self.num_threads = scores, scores.get("num_threads")
         if "alibi_slopes" in scores and self.size > 1 and self.queries.layout == "striped":
             raise ValueError("alibi_slopes cannot be given with layout='striped', in which the distance of two tokens "
                              "is not that of their places: give layout='zigzag'")  # fmt: skip
 
     def check(self) -> None:
-        """Raise what `fastattn.attention` would of a rank's queries and all keys, by arrays that look as large."""
-        if self.arrays.packed:
+        """Raise if mask or bias are not for this rank's queries and all keys, by arrays that look as large as these."""
+        if not self.large:
             return
         whole = {"query": self.arrays["query"]}
         for name in ("key", "value"):
             shape = list(self.arrays[name].shape)
             shape[-2] = self.keys.bounds[-1]
             whole[name] = np.broadcast_to(np.zeros((), self.arrays[name].dtype), shape)
-        more = {name: x for name, x in self.arrays.scores.items() if name != "causal" or not self.large}
         plan: Any = fastattn.plan
-        plan(**whole, **more)
+        plan(**whole, **self.large)
 
     def shape_of(self, name: str, source: int) -> tuple[int, ...]:
         """Return the shape of the keys or values of a rank."""

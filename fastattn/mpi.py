@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._arguments import misfit
-from fastattn._checks import Array, as_array, checked_integer
+from fastattn._checks import Array, as_array, as_integer, checked_integer
 from fastattn._keywords import CausalKeywords, names_of, takes
 from fastattn._messages import Guard, RankError, agreed, exchange, or_abort, private
 from fastattn._ranks import Arrays, check_alike, checked_bounds, checked_layout, described, shards_of
@@ -58,6 +58,12 @@ class UlyssesKeywords(CausalKeywords, total=False):
 
 
 RING, ULYSSES = names_of(RingKeywords), names_of(UlyssesKeywords)
+
+
+def ring_scores(scores: RingKeywords) -> dict[str, Any]:
+    """Return the keywords with one int as query_offset: that of the whole sequence."""
+    offset = scores.get("query_offset")
+    return {**scores, "query_offset": None if offset is None else as_integer("query_offset", offset)}
 
 
 @takes(RingKeywords)
@@ -132,7 +138,7 @@ def ring_attention(
         raise misfit(ring_attention, others, scores)
     comm = private(comm)
     arrays = {"query": query, "key": key, "value": value}
-    own, descriptions = described(comm, lambda: Arrays(arrays, layout, cu_seqlens, dict(scores)))
+    own, descriptions = described(comm, lambda: Arrays(arrays, layout, cu_seqlens, ring_scores(scores)))
     ring = Ring(own, comm.rank, descriptions)
     guard = Guard(comm)
     with or_abort(comm):
@@ -216,7 +222,7 @@ def ring_attention_backward(
     def prepare() -> Arrays:
         if return_grad_sinks and scores.get("sinks") is None:
             raise ValueError("return_grad_sinks is given without sinks")
-        return Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, dict(scores))
+        return Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores))
 
     own, descriptions = described(comm, prepare)
     ring = Ring(own, comm.rank, descriptions)
