@@ -13,6 +13,7 @@ import fastattn
 from fastattn._checks import Array, as_array, refuse_masked
 
 Index = tuple[int, ...]
+DaskArray = Any  # dask.array.Array, whose type is not known where dask is not installed
 
 # What is a dask array, of which some are as large as the scores; what is small, and not lazy.
 INPUTS, RESULTS = ("query", "key", "value", "mask", "bias"), ("grad_out", "out", "lse", "grad_lse")
@@ -21,6 +22,22 @@ LARGE, SMALL = INPUTS[3:], ("alibi_slopes", "sinks", "key_lengths", "query_offse
 
 class Call:
     """The arrays of a call by the axes of their chunks: batch, heads, queries, keys, and two that are one chunk."""
+
+    given_shapes: dict[str, tuple[int, ...]]
+    arrays: dict[str, DaskArray]
+    axes: dict[str, tuple[int | None, ...]]  # of each array; None is one that is one chunk
+    small: dict[str, Array]
+    numbers: dict[str, Any]
+    single_head: bool
+    shape: tuple[int, ...]  # of the scores
+    group: int
+    heads_axis: int
+    queries_axis: int
+    keys_axis: int
+    chunks: list[tuple[int, ...]]  # of each axis of the scores
+    starts: list[list[int]]
+    lengths: Array
+    offsets: Array
 
     def __init__(self, query: Any, key: Any, value: Any, scores: dict[str, Any]):
         given = {"query": query, "key": key, "value": value}
@@ -44,8 +61,7 @@ class Call:
         self.heads_axis, self.queries_axis, self.keys_axis = num_batch, num_batch + 1, num_batch + 2
         self.chunks = self.chosen_chunks(arrays)
         self.starts = [np.concatenate([[0], np.cumsum(sizes)]).tolist() for sizes in self.chunks]
-        self.axes: dict[str, tuple[int | None, ...]] = {}
-        self.arrays: dict[str, da.Array] = {}
+        self.axes, self.arrays = {}, {}
         leading = (*range(num_batch), self.heads_axis)
         self.add("query", arrays["query"], (*leading, self.queries_axis, None))
         for name in ("key", "value"):
@@ -57,14 +73,14 @@ class Call:
         self.offsets = np.broadcast_to(self.small.get("query_offset", self.lengths - seqlen_q), batch)
 
     @property
-    def query(self) -> da.Array:
+    def query(self) -> DaskArray:
         return self.arrays["query"]
 
     @property
     def columns(self) -> int:
         return int(self.arrays["value"].shape[-1])
 
-    def chosen_chunks(self, arrays: dict[str, da.Array]) -> list[tuple[int, ...]]:
+    def chosen_chunks(self, arrays: dict[str, DaskArray]) -> list[tuple[int, ...]]:
         query, key = arrays["query"], arrays["key"]
         chunks = []
         for axis, size in enumerate(self.shape[:-3]):
@@ -76,7 +92,7 @@ class Call:
             chunks.append(query.chunks[-3])
         return [*chunks, query.chunks[-2], key.chunks[-2]]
 
-    def add(self, name: str, x: da.Array, axes: Sequence[int | None]) -> None:
+    def add(self, name: str, x: DaskArray, axes: Sequence[int | None]) -> None:
         """Add an array whose last axes are these, in their chunks; None is an axis that is one chunk."""
         own = axes[len(axes) - x.ndim :]
         wanted: dict[int, tuple[int, ...]] = {}
@@ -163,7 +179,7 @@ class Call:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, row, strict=False))
 
 
-def as_dask(name: str, x: Any) -> da.Array:
+def as_dask(name: str, x: Any) -> DaskArray:
     if not isinstance(x, da.Array):
         x = da.asarray(as_array(name, x))
     refuse_masked(name, x._meta)
@@ -180,12 +196,12 @@ def as_number(array: Array) -> Any:
     return int(array.flat[0]) if array.size == 1 else np.ascontiguousarray(array)
 
 
-def axis_size(x: da.Array, axis: int) -> int:
+def axis_size(x: DaskArray, axis: int) -> int:
     """Return the size of an axis counted from the end; 1 where there is none."""
     return x.shape[axis] if -axis <= x.ndim else 1
 
 
-def check(arrays: dict[str, da.Array], small: dict[str, Array], numbers: dict[str, Any]) -> None:
+def check(arrays: dict[str, DaskArray], small: dict[str, Array], numbers: dict[str, Any]) -> None:
     """Raise what `fastattn.attention` would of such arguments: with arrays of one element that look as large."""
     stand_ins = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in arrays.items()}
     mask = stand_ins.pop("mask", None)

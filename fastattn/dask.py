@@ -31,7 +31,7 @@ except ImportError as _failure:
 
 from fastattn._arguments import misfit
 from fastattn._checks import Array, checked_integer
-from fastattn._chunks import INPUTS, RESULTS, Call, Index
+from fastattn._chunks import INPUTS, RESULTS, Call, DaskArray, Index
 from fastattn._keywords import SCORES, ScoreKeywords, takes
 from fastattn._partials import (
     Part,
@@ -241,13 +241,13 @@ def tree(graph: Graph, name: str, index: Index, keys: list[Any], combine: Callab
     raise AssertionError  # of a count that ends
 
 
-def new_array(graph: Graph, name: str, call: Call, chunks: Sequence[Any], dtype: np.dtype[Any], *more: Any) -> da.Array:
+def new_array(graph: Graph, name: str, call: Call, chunks: Sequence[Any], dtype: np.dtype[Any], *more: Any) -> Any:
     dependencies = [*call.arrays.values(), *more]
     layers = HighLevelGraph.from_collections(name, graph, dependencies=dependencies)
     return da.Array(layers, name, tuple(chunks), meta=np.empty((0,) * len(chunks), dtype))
 
 
-def forward(call: Call, every: int) -> da.Array:
+def forward(call: Call, every: int) -> DaskArray:
     """Return an array whose chunks are pairs: out and lse."""
     name = f"attention-{tokenize(call.arrays, call.small, call.numbers, every)}"
     graph: Graph = {}
@@ -293,7 +293,7 @@ def finish_rows(
     return rounded(out, dtype), lse
 
 
-def unpacked(packed: da.Array, item: int, dtype: np.dtype[Any], columns: int | None = None) -> da.Array:
+def unpacked(packed: DaskArray, item: int, dtype: np.dtype[Any], columns: int | None = None) -> DaskArray:
     """Return one array of an array of pairs; it may have columns, where these have rows alone."""
     rows = tuple(range(packed.ndim))
     axes = rows if columns is None else (*rows, packed.ndim)
@@ -309,7 +309,7 @@ def unpacked(packed: da.Array, item: int, dtype: np.dtype[Any], columns: int | N
     )
 
 
-def backward(call: Call, names: list[str], every: int) -> list[da.Array]:
+def backward(call: Call, names: list[str], every: int) -> list[DaskArray]:
     """Return the gradients of these arrays."""
     token = tokenize(call.arrays, call.small, call.numbers, names, every)
     shares = f"attention-backward-{token}"
@@ -331,8 +331,8 @@ def backward(call: Call, names: list[str], every: int) -> list[da.Array]:
 
 
 def sum_of_shares(
-    call: Call, name: str, of: str, item: int, shares: dict[Index, list[Any]], every: int, shared: da.Array
-) -> da.Array:
+    call: Call, name: str, of: str, item: int, shares: dict[Index, list[Any]], every: int, shared: DaskArray
+) -> DaskArray:
     x = call.arrays[of]
     graph: Graph = {}
     for index in itertools.product(*(range(len(sizes)) for sizes in x.chunks)):
@@ -354,7 +354,7 @@ def finish_sum(arrays: list[Array], *, shape: tuple[int, ...], dtype: np.dtype[A
     return rounded(sum_arrays(arrays), dtype) if arrays else np.zeros(shape, dtype)
 
 
-def backward_of_sinks(call: Call, every: int) -> da.Array:
+def backward_of_sinks(call: Call, every: int) -> DaskArray:
     name = f"grad-sinks-{tokenize(call.arrays, call.small, call.numbers, every)}"
     graph: Graph = {}
     of_chunk: dict[int, list[Any]] = {}
