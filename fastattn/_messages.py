@@ -32,6 +32,8 @@ class RankError(RuntimeError):
 
 def private(comm: Any) -> Any:
     """Return a communicator of the same ranks, kept with it, whose messages meet no others."""
+    if not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, not {comm!r}")
     own = comm.Get_attr(PRIVATE)
     if own is None:
         own = comm.Dup()

@@ -16,6 +16,7 @@ True
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, Never, Unpack
 
 import numpy as np
@@ -58,6 +59,14 @@ class UlyssesKeywords(CausalKeywords, total=False):
 
 
 RING, ULYSSES = names_of(RingKeywords), names_of(UlyssesKeywords)
+
+
+def refuse_misfits(
+    function: Callable[..., Any], others: Sized, scores: Mapping[str, object], accepted: frozenset[str]
+) -> None:
+    """Raise for what a function does not take; on all ranks, of which one alone may have been given it."""
+    if len(others) or not scores.keys() <= accepted:
+        raise misfit(function, others, scores)
 
 
 def ring_scores(scores: RingKeywords) -> dict[str, Any]:
@@ -134,11 +143,14 @@ def ring_attention(
     >>> fastattn.mpi.ring_attention(MPI.COMM_SELF, x, x, x, cu_seqlens=[0, 7, 20], causal=True).shape
     (20, 4, 16)
     """
-    if others or not scores.keys() <= RING:
-        raise misfit(ring_attention, others, scores)
     comm = private(comm)
     arrays = {"query": query, "key": key, "value": value}
-    own, descriptions = described(comm, lambda: Arrays(arrays, layout, cu_seqlens, ring_scores(scores)))
+
+    def prepare() -> Arrays:
+        refuse_misfits(ring_attention, others, scores, RING)
+        return Arrays(arrays, layout, cu_seqlens, ring_scores(scores))
+
+    own, descriptions = described(comm, prepare)
     ring = Ring(own, comm.rank, descriptions)
     guard = Guard(comm)
     with or_abort(comm):
@@ -214,12 +226,11 @@ def ring_attention_backward(
     >>> [grad.shape for grad in fastattn.mpi.ring_attention_backward(MPI.COMM_SELF, x, x, x, x, out, lse, causal=True)]
     [(8, 100, 64), (8, 100, 64), (8, 100, 64)]
     """
-    if others or not scores.keys() <= RING:
-        raise misfit(ring_attention_backward, others, scores)
     comm = private(comm)
     arrays = {"query": query, "key": key, "value": value, "grad_out": grad_out, "out": out, "lse": lse}
 
     def prepare() -> Arrays:
+        refuse_misfits(ring_attention_backward, others, scores, RING)
         if return_grad_sinks and scores.get("sinks") is None:
             raise ValueError("return_grad_sinks is given without sinks")
         return Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores))
@@ -302,11 +313,14 @@ def ulysses_attention(
     >>> fastattn.mpi.ulysses_attention(MPI.COMM_SELF, x, x, x, causal=True).shape
     (8, 100, 64)
     """
-    if others or not scores.keys() <= ULYSSES:
-        raise misfit(ulysses_attention, others, scores)
     comm = private(comm)
     arrays = {"query": query, "key": key, "value": value}
-    ulysses = Ulysses(comm, *described(comm, lambda: Arrays(arrays, layout, cu_seqlens, dict(scores))))
+
+    def prepare() -> Arrays:
+        refuse_misfits(ulysses_attention, others, scores, ULYSSES)
+        return Arrays(arrays, layout, cu_seqlens, dict(scores))
+
+    ulysses = Ulysses(comm, *described(comm, prepare))
     guard = Guard(comm)
     with or_abort(comm):
         out, lse = ulysses.attend(guard)
@@ -370,12 +384,15 @@ def ulysses_attention_backward(
     >>> [grad.shape for grad in fastattn.mpi.ulysses_attention_backward(MPI.COMM_SELF, x, x, x, x, out, lse)]
     [(8, 100, 64), (8, 100, 64), (8, 100, 64)]
     """
-    if others or not scores.keys() <= ULYSSES:
-        raise misfit(ulysses_attention_backward, others, scores)
     comm = private(comm)
     arrays: dict[str, Any] = {"query": query, "key": key, "value": value, "grad_out": grad_out, "out": out, "lse": lse}
     arrays["grad_lse"] = grad_lse
-    ulysses = Ulysses(comm, *described(comm, lambda: Arrays(arrays, layout, cu_seqlens, dict(scores))))
+
+    def prepare() -> Arrays:
+        refuse_misfits(ulysses_attention_backward, others, scores, ULYSSES)
+        return Arrays(arrays, layout, cu_seqlens, dict(scores))
+
+    ulysses = Ulysses(comm, *described(comm, prepare))
     guard = Guard(comm)
     with or_abort(comm):
         grads = ulysses.differentiate(guard)

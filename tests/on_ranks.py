@@ -352,6 +352,7 @@ def refused(words, call):
         ({"layout": "diagonal"}, ["layout must be one of zigzag, striped, contiguous, but is 'diagonal'"]),
         ({"mask": np.ones((7, 3), bool)}, ["what is given must be the same on all ranks"]),
         ({"bias": np.ma.masked_array(np.ones(10))}, ["bias is a masked array"]),
+        ({"is_causal": True}, ["unexpected keyword argument 'is_causal': here it is causal="]),
     ],
     ids=str,
 )
@@ -385,6 +386,12 @@ def test_bad_input(keywords, words):
         pytest.skip("one rank has all tokens")
     call = {"query": X, "key": X, "value": X} | keywords
     refused([words], lambda: fastattn.mpi.ring_attention(COMM, **call))
+
+
+@pytest.mark.parametrize("comm", [None, 0, MPI.COMM_NULL], ids=["None", "0", "COMM_NULL"])
+def test_what_is_no_communicator(comm):
+    with pytest.raises(TypeError, match=r"comm must be an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, not"):
+        fastattn.mpi.ring_attention(comm, X, X, X)
 
 
 @pytest.mark.parametrize("name", ["out", "grad_out", "lse", "grad_lse"])
