@@ -17,10 +17,10 @@ version = release = fastattn.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_parser"]
 # Other libraries, each with a page of its own.
-ADAPTERS = ["torch", "transformers", "jax", "onnx"]
+ADAPTERS = ["torch", "transformers", "jax", "onnx", "dask", "mpi", "scale"]
 
 # Whose objects are described without them, wherever the pages are built.
-autodoc_mock_imports = ADAPTERS
+autodoc_mock_imports = ["torch", "transformers", "jax", "onnx", "dask", "mpi4py"]
 
 templates_path = ["_templates"]
 exclude_patterns = ["_templates"]
@@ -28,7 +28,7 @@ nitpicky = True
 # A parameter that is called as a module is.
 nitpick_ignore = [("py:obj", "cache")]
 # Other libraries' names are found, as they are mocked, but have no page here.
-nitpick_ignore_regex = [("py:obj", rf"({'|'.join(ADAPTERS)})\..*")]
+nitpick_ignore_regex = [("py:obj", rf"({'|'.join(autodoc_mock_imports)})\..*")]
 
 # In docstrings a name in single backticks is a link where it names something public, and emphasised where it does not.
 default_role = "autolink"
