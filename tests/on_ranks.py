@@ -124,6 +124,20 @@ def test_gradients_of_ring(keywords, layout, lengths, dtypes):
     check_backward(backward, query, key, value, normal(rng, query.shape, dtypes[0]), grad_lse=grad_lse, **whole)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ring_of_bfloat16_errs_no_more_than_one_call(layout):
+    """Its parts are float32: were each rounded, as many as there are ranks would show."""
+    arrays = qkv(make_rng(), (1, 4, 4, 512, 2048, 64), (BF16, BF16))
+    expected = exact(*arrays, causal=True)
+    out = unshard(
+        fastattn.mpi.ring_attention(COMM, *(shard(x, layout) for x in arrays), layout=layout, causal=True), layout
+    )
+    ring, one = (
+        np.sqrt(np.square(x.astype(F64) - expected).mean()) for x in (out, fastattn.attention(*arrays, causal=True))
+    )
+    assert ring < 1.05 * one
+
+
 BOUNDS = [0, 13, 13, 30, 31, 33]
 PACKED_KEYWORDS = {
     "plain": {},
