@@ -35,6 +35,9 @@ MAX_PAGE_WEIGHTS = 4_000_000
 STEPS = (4095, 1023, 255)
 SMALL_PAGE_WEIGHTS = 400_000
 
+# The parts of the page's script, in order.
+SCRIPTS = ("page.js", "drawing.js", "share.js", "start.js")
+
 
 class Certain(NamedTuple):
     """What one head is most certain of: the weight that a query gives a key."""
@@ -984,7 +987,7 @@ class AttentionView:
             style=page_asset("page.css"),
             # Nothing in the data can then end the script element.
             data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-            script=page_asset("page.js"),
+            script="\n".join(map(page_asset, SCRIPTS)),
         )
         return page.encode("utf-8", "replace")
 

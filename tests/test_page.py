@@ -155,10 +155,10 @@ def test_keyboard_alone(open_page):
     page = open_page()
     focused = "document.activeElement"
     stops = []
-    for _ in range(11):
+    for _ in range(12):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(f"{focused}.id || {focused}.parentElement.id"))
-    assert stops == ["layer", "head", "all", "threshold", "strongest", "find", "svg", "png", "queries", "keys", "grid"]
+    assert stops == ["layer", "head", "beside", "all", "threshold", "strongest", "find", "svg", "png", "queries", "keys", "grid"]
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
@@ -284,6 +284,54 @@ def test_a_wide_grid_says_that_it_scrolls(open_page):
     view = AttentionView(weights, ["a", "b", "c"])
     assert open_page(view, {"word": 0}, viewport={"width": 390, "height": 740}).is_visible("#scrolls")
     assert not open_page().is_visible("#scrolls")
+
+
+def test_two_heads_beside_each_other(open_page):
+    page = open_page()
+    assert not page.is_visible("#queries-2")
+    page.select_option("#beside", label="Layer 0, head 1")
+    assert np.allclose([float(share or 0) for share in shares(page, "keys-2")], WEIGHTS[0, 1, 3], atol=0.0052)
+    check_pair(page, (1, 2), (0, 1), 3)
+    page.hover("#queries-2 .word >> nth=2")
+    check_pair(page, (1, 2), (0, 1), 2)
+    assert page.inner_text("#status").count("“jumped” looks most at") == 2
+    page.hover("h1")
+    page.select_option("#beside", label="none")
+    check_shown(page, 1, 2, 3)
+    assert not page.is_visible("#queries-2")
+
+
+def check_pair(page, first, second, query):
+    """Titles and table tell of both heads, the largest weight in either first."""
+    assert page.locator("figcaption").all_inner_texts() == [f"Layer {a}, head {b}" for a, b in (first, second)]
+    rows = page.locator("tbody tr").all()
+    both = [[float(cell) for cell in row.locator("td").all_inner_texts()] for row in rows if row.inner_text()[0] != "o"]
+    for at, one, other in both:
+        assert np.allclose([one, other], [WEIGHTS[(*head, query, int(at))] for head in (first, second)], atol=0.0007)
+    largest = [max(shares) for _, *shares in both]
+    assert largest == sorted(largest, reverse=True)
+
+
+@pytest.mark.parametrize("by", ["pointer", "keyboard"])
+def test_shift_in_the_grid_shows_a_head_beside_the_first(by, open_page):
+    page = open_page()
+    head = page.get_by_role("button", name="Layer 0, head 1")
+    if by == "pointer":
+        head.click(modifiers=["Shift"])
+    else:
+        head.focus()
+        page.keyboard.press("Shift+Enter")
+    check_pair(page, (1, 2), (0, 1), 3)
+    assert page.locator('#grid [aria-pressed="true"]').count() == 2
+    address = page.evaluate("location.hash")
+    assert "beside=0.1" in address
+    again = open_page(address=address)
+    check_pair(again, (1, 2), (0, 1), 3)
+    with again.expect_download() as saved:
+        again.click("#svg")
+    svg = saved.value.path().read_text()
+    assert "Layer 1, head 2: " in svg
+    assert "Layer 0, head 1: " in svg
 
 
 def test_heat_maps_follow_the_weights(open_page):
