@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracle import HANG_SECONDS, make_rng
 
-from fastattn import AttentionView
+from fastattn import AttentionView, attention
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 
@@ -158,7 +158,8 @@ def test_keyboard_alone(open_page):
     for _ in range(12):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(f"{focused}.id || {focused}.parentElement.id"))
-    assert stops == ["layer", "head", "beside", "all", "threshold", "strongest", "find", "svg", "png", "queries", "keys", "grid"]
+    controls = ["layer", "head", "beside", "all", "threshold", "strongest", "find", "svg", "png"]
+    assert stops == [*controls, "queries", "keys", "grid"]
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
@@ -332,6 +333,57 @@ def test_shift_in_the_grid_shows_a_head_beside_the_first(by, open_page):
     svg = saved.value.path().read_text()
     assert "Layer 1, head 2: " in svg
     assert "Layer 0, head 1: " in svg
+
+
+def neuron_view(**options):
+    """A view of two heads that share their keys."""
+    queries, keys = make_rng().standard_normal((2, 2, len(TOKENS), 16))
+    _, weights = attention(queries, keys[:1], keys[:1], return_weights=True, **options)
+    return AttentionView(weights, TOKENS, queries=queries, keys=keys[:1]), queries, keys[:1]
+
+
+def steps(page):
+    return [float(cell) for cell in page.locator("#steps td").all_inner_texts()]
+
+
+def test_how_a_weight_comes_about(open_page):
+    view, queries, keys = neuron_view()
+    page = open_page(view, {"word": 3, "head": 1})
+    scores = queries[1, 3] @ keys[0].T / 4
+    powers = np.exp(scores - scores.max())
+    for key in (2, 4):
+        page.select_option("#partner", str(key))
+        expected = [4 * scores[key], scores[key], scores[key] - scores.max(), powers[key], powers[key] / powers.sum()]
+        assert np.allclose(steps(page), expected, atol=0.06)
+    page.click("summary")
+    rows = page.locator("#dimensions tr").all()
+    numbers = [[float(cell) for cell in row.locator("td").all_inner_texts()] for row in rows]
+    product = queries[1, 3] * keys[0, 4]
+    assert np.allclose(numbers, np.transpose([queries[1, 3], keys[0, 4], product]), atol=0.06)
+    page.select_option("#partner", "-1")
+    assert page.inner_text("#neuron-title").endswith(f"gives “{TOKENS[int(np.argmax(scores))]}”")
+
+
+def test_how_a_causal_weight_comes_about(open_page):
+    view, *_ = neuron_view(causal=True)
+    page = open_page(view, {"word": 2, "head": 0})
+    assert abs(steps(page)[-1] - view.row(2, 0, 0).max()) < 0.01
+    page.select_option("#partner", "3")
+    assert "comes after the query" in page.inner_text("#steps")
+
+
+def test_a_weight_that_another_scale_gave_is_told(open_page):
+    view, *_ = neuron_view(scale=2.0)
+    page = open_page(view, {"word": 2, "head": 0})
+    assert "differs" in page.inner_text("#steps")
+    assert abs(steps(page)[-1] - view.row(2, 0, 0).max()) < 0.001
+
+
+def test_a_mean_has_no_query_and_a_view_without_has_none(open_page):
+    page = open_page(neuron_view()[0], {"word": 2, "head": "mean"})
+    assert page.is_visible("#neuron-none")
+    assert not page.is_visible("#steps")
+    assert not open_page().is_visible("#neuron")
 
 
 def test_heat_maps_follow_the_weights(open_page):

@@ -684,3 +684,39 @@ def test_from_tensors(dtype):
 def test_what_transformers_cannot_have_meant(attentions, keywords, words):
     with pytest.raises(ValueError, match=words):
         AttentionView.from_transformers(attentions, ["a", "b"], **keywords)
+
+
+# --- queries and keys -----------------------------------------------------------------------------
+
+EVEN = np.full((2, 3, 3), 1 / 3)
+VECTORS = np.ones((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"queries": VECTORS}, "keys must be given, too"),
+        ({"keys": VECTORS}, "queries must be given, too"),
+        ({"queries": VECTORS[0], "keys": VECTORS}, r"queries has shape \(3, 4\); accepted is \(2, 3, D\)"),
+        ({"queries": VECTORS[:1], "keys": VECTORS}, r"queries has shape \(1, 3, 4\)"),
+        (
+            {"queries": VECTORS, "keys": VECTORS[:, :2]},
+            r"keys has shape \(2, 2, 4\); accepted is \(2, 3, D\), or with fewer",
+        ),
+        ({"queries": VECTORS, "keys": VECTORS[..., :3]}, "their last axes must be alike"),
+        ({"queries": VECTORS, "keys": VECTORS * np.nan}, "keys must be finite"),
+        ({"queries": VECTORS, "keys": VECTORS, "merge_subwords": True}, "not with merge_subwords"),
+    ],
+)
+def test_queries_and_keys_that_are_not_accepted(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        view_of(EVEN, ["a", "b", "c"], **keywords)
+
+
+def test_size_of_a_page_with_queries_and_keys(tmp_path):
+    weights, vectors = np.full((12, 12, 64, 64), 1 / 64, np.float32), np.ones((12, 12, 64, 64), np.float32)
+    view = view_of(weights, ["a"] * 64, queries=vectors, keys=vectors)
+    assert len(saved(view, tmp_path)) < 2_100_000
+    many = view_of(weights, ["a"] * 64, queries=vectors.repeat(3, -1), keys=vectors.repeat(3, -1))
+    with pytest.raises(ValueError, match="queries and keys take more than the 4,000,000 characters"):
+        many.save(tmp_path / "page.html")

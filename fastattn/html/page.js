@@ -17,6 +17,7 @@ const counts = decode(data.code, data.rice, layers * heads * tokens.length * col
 const state = {
   chosen: { side: "queries", index: data.query },
   pointed: null,
+  partner: null, // the other word of a pair whose weight is told of; null for the strongest
   threshold: 0, // of lines
   strongest: Infinity, // lines of a word, at most
   marks: false, // whether marks of blanks are shown as they are
@@ -204,6 +205,7 @@ function find(behind) {
 
 function choose(word) {
   // What was chosen last wins over a pointer that rests on some word.
+  if (word?.side !== state.chosen?.side) state.partner = null;
   Object.assign(state, { chosen: word, pointed: null });
   for (const { buttons } of word ? figures : []) {
     for (const button of buttons[word.side]) button.tabIndex = -1;
@@ -257,6 +259,7 @@ function render() {
   for (const figure of figuresShown()) showWords(figure, word);
   byId("all").setAttribute("aria-pressed", !word);
   showTable(word);
+  showNeuron(state.chosen && word?.side !== state.chosen.side ? state.chosen : word);
   byId("status").textContent = told(word);
   drawLines(word);
 }

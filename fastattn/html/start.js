@@ -2,6 +2,7 @@
 
 makePage();
 makePictures();
+makeNeuron();
 drawHeads();
 const beside = fromAddress();
 chooseHead(figures[0].layer, figures[0].head);
