@@ -35,6 +35,14 @@ MAX_PAGE_WEIGHTS = 4_000_000
 STEPS = (4095, 1023, 255)
 SMALL_PAGE_WEIGHTS = 400_000
 
+# A frame in a notebook becomes as high as its page, which tells its height when asked and whenever it changes. Each
+# frame listens to its own page alone. Where this may not run, the frame scrolls.
+FIT_FRAME = (
+    "const frame = this; window.addEventListener('message', ({source, data}) => {"
+    " if (source === frame.contentWindow && data.pageHeight > 0) frame.style.height = data.pageHeight + 'px'; });"
+    " frame.contentWindow.postMessage('height', '*')"
+)
+
 # The parts of the page's script, in order.
 SCRIPTS = ("page.js", "drawing.js", "share.js", "neuron.js", "start.js")
 
@@ -1129,8 +1137,30 @@ class AttentionView:
             return f"<pre>{html.escape(str(self))}\n\n{html.escape(str(reason))}</pre>"
         return (
             '<iframe title="Attention" sandbox="allow-scripts" style="width: 100%; height: 44rem; border: 0" '
-            f'srcdoc="{html.escape(page)}"></iframe>'
+            f'onload="{html.escape(FIT_FRAME)}" srcdoc="{html.escape(page)}"></iframe>'
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """Return the page, text and, where matplotlib is installed, a picture for what shows no frames."""
+        bundle: dict[str, Any] = {"text/plain": str(self), "text/html": self._repr_html_()}
+        picture = self._picture()
+        return bundle if picture is None else {**bundle, "image/png": picture}
+
+    def _picture(self) -> str | None:
+        """Return the plot in base64, apart from the figures of pyplot; None without matplotlib, or if too long."""
+        import base64
+        import io
+
+        try:
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(6, 5.4), layout="constrained")
+            self.plot(figure.subplots())
+        except (ImportError, ValueError):
+            return None
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return base64.b64encode(file.getvalue()).decode()
 
     def plot(self, ax: Axes | None = None, *, layer: int | None = None, head: int | str = "certain") -> Axes:
         """Draw a head as a heat map with matplotlib: queries down, keys across.

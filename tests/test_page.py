@@ -1,6 +1,5 @@
 """The page of AttentionView in a real browser: what it shows, by mouse, by keyboard and to a screen reader."""
 
-import shutil
 import xml.etree.ElementTree
 
 import numpy as np
@@ -8,8 +7,6 @@ import pytest
 from oracle import HANG_SECONDS, make_rng
 
 from fastattn import AttentionView, attention
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
 
 LAYERS, HEADS = 2, 3
 TOKENS = ["[CLS]", "<b>tiger</b>", "jumped", "it", "it"]
@@ -20,18 +17,6 @@ LOUD = [
     "</script><script>document.title='run'</script>",
     '"><svg onload=1>',
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        system = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            launched = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except sync_api.Error as failure:
-            pytest.skip(f"no browser: {failure}")
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

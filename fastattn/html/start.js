@@ -16,3 +16,12 @@ dark.addEventListener("change", () => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") choose(null);
 });
+
+// In a frame of a notebook: the height is told to whoever holds the frame, when asked and whenever it changes.
+if (parent !== window) {
+  const tellHeight = () => parent.postMessage({ pageHeight: Math.ceil(document.documentElement.getBoundingClientRect().height) }, "*");
+  addEventListener("message", (event) => {
+    if (event.source === parent) tellHeight();
+  });
+  new ResizeObserver(tellHeight).observe(document.documentElement);
+}
