@@ -25,12 +25,14 @@ Progress = Callable[[int, int], None]
 
 
 class Watched(Encoder):
-    """An encoder of one sentence at a time, which keeps the weights of its attention."""
+    """An encoder of one sentence at a time, which keeps the weights of its attention, its queries and its keys."""
 
     def attend(self, layer: MultiHeadAttention, x: NDArray[Any], cu_seqlens: NDArray[Any]) -> NDArray[Any]:
         """Apply an attention layer, and keep its weights (heads, tokens, tokens)."""
         out, weights = layer(x, return_weights=True)
         self.attended.append(weights)
+        query, key, _ = layer.project(x)
+        self.projected.append((query, key))
         if self.progress:
             self.progress(len(self.attended), len(self.layers))
         return out
@@ -38,6 +40,7 @@ class Watched(Encoder):
     def watch(self, sentence: str, progress: Progress | None) -> tuple[list[str], NDArray[Any]]:
         """Return the tokens of a sentence, and the weights (layers, heads, tokens, tokens)."""
         self.attended: list[NDArray[Any]] = []
+        self.projected: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self.progress = progress
         encoded = self.tokenizer.encode(sentence)
         if encoded.overflowing:
@@ -77,8 +80,10 @@ def view_sentence(sentence: str, *, progress: Progress | None = None) -> Attenti
       drink       0.043  *
       other keys  0.145
     """
-    tokens, weights = Watched.load().watch(sentence, progress)
-    return AttentionView(weights, tokens)
+    model = Watched.load()
+    tokens, weights = model.watch(sentence, progress)
+    queries, keys = (np.stack(each) for each in zip(*model.projected, strict=True))
+    return AttentionView(weights, tokens, queries=queries, keys=keys)
 
 
 # --- what is told of it ---------------------------------------------------------------------------

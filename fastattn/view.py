@@ -35,6 +35,17 @@ MAX_PAGE_WEIGHTS = 4_000_000
 STEPS = (4095, 1023, 255)
 SMALL_PAGE_WEIGHTS = 400_000
 
+# A frame in a notebook becomes as high as its page, which tells its height when asked and whenever it changes. Each
+# frame listens to its own page alone. Where this may not run, the frame scrolls.
+FIT_FRAME = (
+    "const frame = this; window.addEventListener('message', ({source, data}) => {"
+    " if (source === frame.contentWindow && data.pageHeight > 0) frame.style.height = data.pageHeight + 'px'; });"
+    " frame.contentWindow.postMessage('height', '*')"
+)
+
+# The parts of the page's script, in order.
+SCRIPTS = ("page.js", "drawing.js", "share.js", "neuron.js", "start.js")
+
 
 class Certain(NamedTuple):
     """What one head is most certain of: the weight that a query gives a key."""
@@ -156,6 +167,25 @@ def check_keys(indices: Integers, weights: Array, num_keys: int) -> None:
         raise ValueError("indices must list a key at most once in a row")
 
 
+def checked_vectors(name: str, vectors: ArrayLike, weights: Array) -> Array:
+    """Return queries or keys as float32, with as many axes as the weights, of which they have the layers and tokens."""
+    array = as_array(name, vectors)
+    check_dtype(name, array, native=False)
+    axis = -2 if name == "queries" else -1
+    like = (*weights.shape[:-2], weights.shape[axis], "D")
+    shared = "" if name == "queries" else ", or with fewer heads that each serve several"
+    wrong = ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, like))}){shared}")
+    if array.ndim != weights.ndim or 0 in array.shape or array.shape[-2] != weights.shape[axis]:
+        raise wrong
+    *layers, heads = weights.shape[:-2] or (1,)
+    *own_layers, own_heads = array.shape[:-2] or (1,)
+    if layers != own_layers or heads % own_heads or (name == "queries" and heads != own_heads):
+        raise wrong
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite")
+    return array.astype(np.float32)
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 
@@ -266,6 +296,23 @@ def coded(weights: Array) -> dict[str, Any]:
                      "show fewer layers or heads")  # fmt: skip
 
 
+def coded_vectors(vectors: Array) -> dict[str, Any]:
+    """Code vectors for the page: a byte for each component, and for each vector what 127 stands for.
+
+    That is coded as a 65535th of the largest component of all, in two bytes, low byte first.
+    """
+    import base64
+
+    largest = float(np.abs(vectors).max()) or 1.0
+    units = np.ceil(np.abs(vectors).max(axis=-1, keepdims=True) / largest * 65535)
+    steps = np.rint(vectors * 127 / np.maximum(units * (largest / 65535), np.finfo(np.float32).tiny))
+    return {
+        "largest": largest,
+        "scales": base64.b64encode(np.minimum(units, 65535).astype("<u2").tobytes()).decode(),
+        "code": base64.b64encode(np.clip(steps, -127, 127).astype(np.int8).tobytes()).decode(),
+    }
+
+
 def page_asset(name: str) -> str:
     from importlib.resources import files
 
@@ -299,6 +346,9 @@ class AttentionView:
         Whether tokens that are parts of words are joined: those that begin with ``##``, or, where some tokens begin
         with ``Ġ`` or ``▁``, those that do not. Weights are then summed over the keys of a word, and averaged over its
         queries. Bytes of GPT's tokenizers become the text that they stand for.
+    queries, keys : array_like, shape (Sq, D) and (Sk, D), with as many axes before them as weights has, optional
+        What the weights were computed from, as `attention` takes them, with its default scale: the page then shows
+        how a weight comes about. Keys may have fewer heads, as with grouped queries.
 
     Raises
     ------
@@ -329,6 +379,7 @@ class AttentionView:
     """
 
     _caption: str | None = None  # what the weights are, where they are those of no head
+    _vectors: tuple[Array, Array] | None = None  # queries and keys
 
     def __init__(
         self,
@@ -338,6 +389,8 @@ class AttentionView:
         key_tokens: Sequence[str] | None = None,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
         merge_subwords: bool = False,
+        queries: ArrayLike | None = None,
+        keys: ArrayLike | None = None,
     ) -> None:
         array = checked_floats(weights)
         self._name(tokens, key_tokens, special_tokens)
@@ -347,6 +400,7 @@ class AttentionView:
                              f"{self._num_keys}")  # fmt: skip
         check_distributions(array, self._num_keys, complete=True)
         self._check_queries(array)
+        self._vectors = self._pair(queries, keys, array, merge_subwords)
         if merge_subwords:
             array = self._merge_subwords(array)
         self._hold(np.broadcast_to(np.arange(self._num_keys, dtype=np.int32), array.shape), array)
@@ -481,6 +535,23 @@ class AttentionView:
         if weights.shape[-2] != len(self._tokens):
             raise ValueError(f"weights has shape {weights.shape}, so Sq is {weights.shape[-2]}, but tokens are "
                              f"{len(self._tokens)}")  # fmt: skip
+
+    def _pair(
+        self, queries: ArrayLike | None, keys: ArrayLike | None, weights: Array, merge_subwords: bool
+    ) -> tuple[Array, Array] | None:
+        if queries is None or keys is None:
+            if queries is not keys:
+                missing = "queries" if queries is None else "keys"
+                raise ValueError(f"{missing} must be given, too: a weight comes about by queries and keys")
+            return None
+        if merge_subwords:
+            raise ValueError("queries and keys are those of tokens: not with merge_subwords=True")
+        pair = checked_vectors("queries", queries, weights), checked_vectors("keys", keys, weights)
+        if pair[0].shape[-1] != pair[1].shape[-1]:
+            raise ValueError(
+                f"queries has shape {pair[0].shape} and keys {pair[1].shape}: their last axes must be alike"
+            )
+        return pair
 
     def _merge_subwords(self, weights: Array) -> Array:
         """Join tokens to words, and their weights, (..., queries, keys): summed over keys, averaged over queries."""
@@ -949,6 +1020,14 @@ class AttentionView:
             raise ValueError(f"tokens are {longest}; at most {MAX_PAGE_TOKENS} can be drawn: use table() and heads(), "
                              "or a view of a part")  # fmt: skip
 
+    def _coded_vectors(self) -> dict[str, Any] | None:
+        if self._vectors is None:
+            return None
+        if sum(vectors.size for vectors in self._vectors) * 4 // 3 > MAX_PAGE_WEIGHTS:
+            raise ValueError(f"queries and keys take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may "
+                             "hold: show fewer layers or heads")  # fmt: skip
+        return {name: coded_vectors(part) for name, part in zip(("queries", "keys"), self._vectors, strict=True)}
+
     def _page(self, title: str | None, word: str | int | None, layer: int | None, head: int | str) -> bytes:
         import html
         import json
@@ -977,6 +1056,7 @@ class AttentionView:
             "query": query,
             "layer": chosen_layer,
             "head": "mean" if chosen_head is None else chosen_head,
+            "vectors": self._coded_vectors(),
             **coded(rows[..., :-1] if self._complete else rows),
         }
         page = Template(page_asset("page.html")).substitute(
@@ -984,7 +1064,7 @@ class AttentionView:
             style=page_asset("page.css"),
             # Nothing in the data can then end the script element.
             data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-            script=page_asset("page.js"),
+            script="\n".join(map(page_asset, SCRIPTS)),
         )
         return page.encode("utf-8", "replace")
 
@@ -1022,7 +1102,9 @@ class AttentionView:
         Weights are rounded to 4095ths, 1023rds or 255ths, the finest whose code has at most 400,000 characters
         (255ths if none has), so they are off by at most 1/510. The code is that of Golomb and Rice [1]_, in base64.
         As counts of 255ths in a row sum to about 255, ``Sk`` of them take at most ``3 Sk + (255 + Sk / 2) / 4``
-        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights.
+        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights. Queries and
+        keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the largest in
+        each vector: those of 64 dimensions add 1.6 million characters.
 
         References
         ----------
@@ -1055,8 +1137,30 @@ class AttentionView:
             return f"<pre>{html.escape(str(self))}\n\n{html.escape(str(reason))}</pre>"
         return (
             '<iframe title="Attention" sandbox="allow-scripts" style="width: 100%; height: 44rem; border: 0" '
-            f'srcdoc="{html.escape(page)}"></iframe>'
+            f'onload="{html.escape(FIT_FRAME)}" srcdoc="{html.escape(page)}"></iframe>'
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """Return the page, text and, where matplotlib is installed, a picture for what shows no frames."""
+        bundle: dict[str, Any] = {"text/plain": str(self), "text/html": self._repr_html_()}
+        picture = self._picture()
+        return bundle if picture is None else {**bundle, "image/png": picture}
+
+    def _picture(self) -> str | None:
+        """Return the plot in base64, apart from the figures of pyplot; None without matplotlib, or if too long."""
+        import base64
+        import io
+
+        try:
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(6, 5.4), layout="constrained")
+            self.plot(figure.subplots())
+        except (ImportError, ValueError):
+            return None
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=100)
+        return base64.b64encode(file.getvalue()).decode()
 
     def plot(self, ax: Axes | None = None, *, layer: int | None = None, head: int | str = "certain") -> Axes:
         """Draw a head as a heat map with matplotlib: queries down, keys across.

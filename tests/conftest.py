@@ -1,5 +1,6 @@
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,17 @@ def pytest_runtest_makereport(item, call):
             if Path(entry.path).name.startswith(("test_", "oracle")):
                 report.sections.append((f"in {entry.name}", described(entry.frame.f_locals)))
     return report
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium that playwright drives."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        system = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            launched = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except sync_api.Error as failure:
+            pytest.skip(f"no browser: {failure}")
+        yield launched
+        launched.close()

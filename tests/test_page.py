@@ -1,15 +1,12 @@
 """The page of AttentionView in a real browser: what it shows, by mouse, by keyboard and to a screen reader."""
 
-import shutil
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 from oracle import HANG_SECONDS, make_rng
 
-from fastattn import AttentionView
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+from fastattn import AttentionView, attention
 
 LAYERS, HEADS = 2, 3
 TOKENS = ["[CLS]", "<b>tiger</b>", "jumped", "it", "it"]
@@ -20,18 +17,6 @@ LOUD = [
     "</script><script>document.title='run'</script>",
     '"><svg onload=1>',
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        system = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            launched = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except sync_api.Error as failure:
-            pytest.skip(f"no browser: {failure}")
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -155,10 +140,11 @@ def test_keyboard_alone(open_page):
     page = open_page()
     focused = "document.activeElement"
     stops = []
-    for _ in range(11):
+    for _ in range(12):
         page.keyboard.press("Tab")
         stops.append(page.evaluate(f"{focused}.id || {focused}.parentElement.id"))
-    assert stops == ["layer", "head", "all", "threshold", "strongest", "find", "svg", "png", "queries", "keys", "grid"]
+    controls = ["layer", "head", "beside", "all", "threshold", "strongest", "find", "svg", "png"]
+    assert stops == [*controls, "queries", "keys", "grid"]
     assert page.evaluate(f"getComputedStyle({focused}).outlineStyle") == "solid"
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
@@ -284,6 +270,105 @@ def test_a_wide_grid_says_that_it_scrolls(open_page):
     view = AttentionView(weights, ["a", "b", "c"])
     assert open_page(view, {"word": 0}, viewport={"width": 390, "height": 740}).is_visible("#scrolls")
     assert not open_page().is_visible("#scrolls")
+
+
+def test_two_heads_beside_each_other(open_page):
+    page = open_page()
+    assert not page.is_visible("#queries-2")
+    page.select_option("#beside", label="Layer 0, head 1")
+    assert np.allclose([float(share or 0) for share in shares(page, "keys-2")], WEIGHTS[0, 1, 3], atol=0.0052)
+    check_pair(page, (1, 2), (0, 1), 3)
+    page.hover("#queries-2 .word >> nth=2")
+    check_pair(page, (1, 2), (0, 1), 2)
+    assert page.inner_text("#status").count("“jumped” looks most at") == 2
+    page.hover("h1")
+    page.select_option("#beside", label="none")
+    check_shown(page, 1, 2, 3)
+    assert not page.is_visible("#queries-2")
+
+
+def check_pair(page, first, second, query):
+    """Titles and table tell of both heads, the largest weight in either first."""
+    assert page.locator("figcaption").all_inner_texts() == [f"Layer {a}, head {b}" for a, b in (first, second)]
+    rows = page.locator("tbody tr").all()
+    both = [[float(cell) for cell in row.locator("td").all_inner_texts()] for row in rows if row.inner_text()[0] != "o"]
+    for at, one, other in both:
+        assert np.allclose([one, other], [WEIGHTS[(*head, query, int(at))] for head in (first, second)], atol=0.0007)
+    largest = [max(shares) for _, *shares in both]
+    assert largest == sorted(largest, reverse=True)
+
+
+@pytest.mark.parametrize("by", ["pointer", "keyboard"])
+def test_shift_in_the_grid_shows_a_head_beside_the_first(by, open_page):
+    page = open_page()
+    head = page.get_by_role("button", name="Layer 0, head 1")
+    if by == "pointer":
+        head.click(modifiers=["Shift"])
+    else:
+        head.focus()
+        page.keyboard.press("Shift+Enter")
+    check_pair(page, (1, 2), (0, 1), 3)
+    assert page.locator('#grid [aria-pressed="true"]').count() == 2
+    address = page.evaluate("location.hash")
+    assert "beside=0.1" in address
+    again = open_page(address=address)
+    check_pair(again, (1, 2), (0, 1), 3)
+    with again.expect_download() as saved:
+        again.click("#svg")
+    svg = saved.value.path().read_text()
+    assert "Layer 1, head 2: " in svg
+    assert "Layer 0, head 1: " in svg
+
+
+def neuron_view(**options):
+    """A view of two heads that share their keys."""
+    queries, keys = make_rng().standard_normal((2, 2, len(TOKENS), 16))
+    _, weights = attention(queries, keys[:1], keys[:1], return_weights=True, **options)
+    return AttentionView(weights, TOKENS, queries=queries, keys=keys[:1]), queries, keys[:1]
+
+
+def steps(page):
+    return [float(cell) for cell in page.locator("#steps td").all_inner_texts()]
+
+
+def test_how_a_weight_comes_about(open_page):
+    view, queries, keys = neuron_view()
+    page = open_page(view, {"word": 3, "head": 1})
+    scores = queries[1, 3] @ keys[0].T / 4
+    powers = np.exp(scores - scores.max())
+    for key in (2, 4):
+        page.select_option("#partner", str(key))
+        expected = [4 * scores[key], scores[key], scores[key] - scores.max(), powers[key], powers[key] / powers.sum()]
+        assert np.allclose(steps(page), expected, atol=0.06)
+    page.click("summary")
+    rows = page.locator("#dimensions tr").all()
+    numbers = [[float(cell) for cell in row.locator("td").all_inner_texts()] for row in rows]
+    product = queries[1, 3] * keys[0, 4]
+    assert np.allclose(numbers, np.transpose([queries[1, 3], keys[0, 4], product]), atol=0.06)
+    page.select_option("#partner", "-1")
+    assert page.inner_text("#neuron-title").endswith(f"gives “{TOKENS[int(np.argmax(scores))]}”")
+
+
+def test_how_a_causal_weight_comes_about(open_page):
+    view, *_ = neuron_view(causal=True)
+    page = open_page(view, {"word": 2, "head": 0})
+    assert abs(steps(page)[-1] - view.row(2, 0, 0).max()) < 0.01
+    page.select_option("#partner", "3")
+    assert "comes after the query" in page.inner_text("#steps")
+
+
+def test_a_weight_that_another_scale_gave_is_told(open_page):
+    view, *_ = neuron_view(scale=2.0)
+    page = open_page(view, {"word": 2, "head": 0})
+    assert "differs" in page.inner_text("#steps")
+    assert abs(steps(page)[-1] - view.row(2, 0, 0).max()) < 0.001
+
+
+def test_a_mean_has_no_query_and_a_view_without_has_none(open_page):
+    page = open_page(neuron_view()[0], {"word": 2, "head": "mean"})
+    assert page.is_visible("#neuron-none")
+    assert not page.is_visible("#steps")
+    assert not open_page().is_visible("#neuron")
 
 
 def test_heat_maps_follow_the_weights(open_page):

@@ -13,6 +13,7 @@ from oracle import make_rng
 
 import fastattn
 from fastattn import AttentionView
+from fastattn.view import SCRIPTS
 
 TOKENS = ["[CLS]", "the", "tiger", "it"]
 # Head (0, 0) looks ahead; (0, 1) is certain of a special token; (1, 0) of the word itself; (1, 1) takes "it" for
@@ -406,7 +407,9 @@ def test_top_keys_that_are_not_accepted(indices, weights, error, words):
 def test_the_page_is_one_file_without_links(tmp_path):
     page = saved(view_of(), tmp_path, title="A tiger")
     assert "<title>A tiger</title>" in page
-    assert not re.search(r"https?:|@import|url\(|\bfetch\(|XMLHttpRequest", page)
+    # The name of SVG's namespace is no address that a browser would ask.
+    links = page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"https?:|@import|url\(|\bfetch\(|XMLHttpRequest", links)
     assert re.findall(r'(?:src|href)="(.*?)"', page) == ["data:,"]
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
@@ -509,7 +512,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_page_files_are_installed():
     folder = importlib.resources.files("fastattn").joinpath("html")
-    assert all(folder.joinpath(f"page.{kind}").is_file() for kind in ("html", "css", "js"))
+    assert all(folder.joinpath(name).is_file() for name in ("page.html", "page.css", *SCRIPTS))
 
 
 def test_notebooks_show_the_page_in_a_frame(tmp_path):
@@ -681,3 +684,39 @@ def test_from_tensors(dtype):
 def test_what_transformers_cannot_have_meant(attentions, keywords, words):
     with pytest.raises(ValueError, match=words):
         AttentionView.from_transformers(attentions, ["a", "b"], **keywords)
+
+
+# --- queries and keys -----------------------------------------------------------------------------
+
+EVEN = np.full((2, 3, 3), 1 / 3)
+VECTORS = np.ones((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"queries": VECTORS}, "keys must be given, too"),
+        ({"keys": VECTORS}, "queries must be given, too"),
+        ({"queries": VECTORS[0], "keys": VECTORS}, r"queries has shape \(3, 4\); accepted is \(2, 3, D\)"),
+        ({"queries": VECTORS[:1], "keys": VECTORS}, r"queries has shape \(1, 3, 4\)"),
+        (
+            {"queries": VECTORS, "keys": VECTORS[:, :2]},
+            r"keys has shape \(2, 2, 4\); accepted is \(2, 3, D\), or with fewer",
+        ),
+        ({"queries": VECTORS, "keys": VECTORS[..., :3]}, "their last axes must be alike"),
+        ({"queries": VECTORS, "keys": VECTORS * np.nan}, "keys must be finite"),
+        ({"queries": VECTORS, "keys": VECTORS, "merge_subwords": True}, "not with merge_subwords"),
+    ],
+)
+def test_queries_and_keys_that_are_not_accepted(keywords, words):
+    with pytest.raises(ValueError, match=words):
+        view_of(EVEN, ["a", "b", "c"], **keywords)
+
+
+def test_size_of_a_page_with_queries_and_keys(tmp_path):
+    weights, vectors = np.full((12, 12, 64, 64), 1 / 64, np.float32), np.ones((12, 12, 64, 64), np.float32)
+    view = view_of(weights, ["a"] * 64, queries=vectors, keys=vectors)
+    assert len(saved(view, tmp_path)) < 2_100_000
+    many = view_of(weights, ["a"] * 64, queries=vectors.repeat(3, -1), keys=vectors.repeat(3, -1))
+    with pytest.raises(ValueError, match="queries and keys take more than the 4,000,000 characters"):
+        many.save(tmp_path / "page.html")

@@ -15,11 +15,9 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const counts = decode(data.code, data.rice, layers * heads * tokens.length * columns);
 const state = {
-  layer: data.layer,
-  head: data.head === "mean" ? MEAN : data.head,
   chosen: { side: "queries", index: data.query },
   pointed: null,
-  weights: null, // of the head that is shown: a row for each query
+  partner: null, // the other word of a pair whose weight is told of; null for the strongest
   threshold: 0, // of lines
   strongest: Infinity, // lines of a word, at most
   marks: false, // whether marks of blanks are shown as they are
@@ -54,16 +52,18 @@ function weightsOf(layer, head) {
   return weights.map((sum) => sum / (data.steps * (last - first)));
 }
 
-const weight = (query, key) => state.weights[query * columns + key];
+const weight = (figure, query, key) => figure.weights[query * columns + key];
 const wordsOf = (side) => (side === "queries" ? tokens : keys);
 const otherSide = (side) => (side === "queries" ? "keys" : "queries");
 const shown = (text) => (state.marks ? text : text.replace(BLANKS, " ").trim() || text);
 const nameOf = (side, index) => `“${shown(wordsOf(side)[index])}”`;
-const weightsOfWord = ({ side, index }) =>
-  wordsOf(otherSide(side)).map((_, i) => (side === "queries" ? weight(index, i) : weight(i, index)));
+const weightsOfWord = (figure, { side, index }) =>
+  wordsOf(otherSide(side)).map((_, i) => (side === "queries" ? weight(figure, index, i) : weight(figure, i, index)));
 const starsOf = (value) => "★".repeat(data.stars.find(([least]) => value >= least)?.[1] ?? 0);
 const headName = (head) => (head === MEAN && heads > 1 ? "mean over heads" : `head ${head}`);
 const fullName = (layer, head) => (layers > 1 ? `Layer ${layer}, ` : "") + headName(head);
+const headAt = (number) => [Math.floor(number / choices), number % choices];
+const numberOf = ({ layer, head }) => layer * choices + head;
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 function element(name, properties = {}, ...children) {
@@ -96,7 +96,10 @@ function makeHead(layer, head) {
   canvas.style.imageRendering = keys.length > 40 ? "auto" : "pixelated";
   const button = element("button", { type: "button", tabIndex: -1, title: capital(fullName(layer, head)) }, canvas);
   button.setAttribute("aria-label", fullName(layer, head));
-  button.addEventListener("click", () => chooseHead(layer, head));
+  button.addEventListener("click", (event) => {
+    if (event.shiftKey) chooseBeside(numberOf({ layer, head }));
+    else chooseHead(layer, head);
+  });
   return button;
 }
 
@@ -111,21 +114,31 @@ function moveFocus(event, items, steps) {
   items[to].focus();
 }
 
-const buttons = {
-  queries: tokens.map((text, i) => makeWord("queries", text, i)),
-  keys: keys.map((text, i) => makeWord("keys", text, i)),
-};
+// A figure of one head: its words, and the lines between them.
+function makeFigure(id) {
+  const figure = { layer: data.layer, head: data.head === "mean" ? MEAN : data.head, weights: null, buttons: {} };
+  for (const part of ["figure", "title", "words", "queries", "keys", "lines"]) figure[part] = byId(part + id);
+  for (const side of ["queries", "keys"]) {
+    const words = wordsOf(side).map((text, i) => makeWord(side, text, i));
+    figure.buttons[side] = words;
+    figure[side].append(...words);
+    figure[side].addEventListener("keydown", (event) => moveFocus(event, words, { ArrowDown: 1, ArrowUp: -1 }));
+    words[0].tabIndex = 0;
+  }
+  return figure;
+}
+
+const figures = [makeFigure(""), makeFigure("-2")]; // the second is shown once it has weights
+const figuresShown = () => figures.filter(({ weights }) => weights);
 const headButtons = [];
 
 function makePage() {
-  for (const side of ["queries", "keys"]) {
-    byId(side).append(...buttons[side]);
-    buttons[side][0].tabIndex = 0;
-    byId(side).addEventListener("keydown", (event) => moveFocus(event, buttons[side], { ArrowDown: 1, ArrowUp: -1 }));
-  }
   const headNames = Array.from({ length: choices }, (_, i) => (i === MEAN && heads > 1 ? "mean" : String(i)));
-  fillSelect(byId("layer"), Array.from({ length: layers }, (_, i) => String(i)), (i) => chooseHead(i, state.head));
-  fillSelect(byId("head"), headNames, (i) => chooseHead(state.layer, i));
+  fillSelect(byId("layer"), Array.from({ length: layers }, (_, i) => String(i)), (i) => chooseHead(i, figures[0].head));
+  fillSelect(byId("head"), headNames, (i) => chooseHead(figures[0].layer, i));
+  const all = Array.from({ length: layers * choices }, (_, i) => capital(fullName(...headAt(i))));
+  fillSelect(byId("beside"), ["none", ...all], (i) => chooseBeside(i - 1));
+  byId("beside").parentElement.hidden = all.length === 1;
   byId("layer").parentElement.hidden = layers === 1;
   byId("all").addEventListener("click", () => choose(null));
   makeControls();
@@ -164,8 +177,10 @@ function makeControls() {
   byId("marks-label").hidden = ![...tokens, ...keys].some((text) => /[Ġ▁]/.test(text));
   byId("marks").addEventListener("change", (event) => {
     state.marks = event.target.checked;
-    for (const side of ["queries", "keys"]) {
-      buttons[side].forEach((button, i) => { button.firstChild.textContent = shown(wordsOf(side)[i]); });
+    for (const { buttons } of figures) {
+      for (const side of ["queries", "keys"]) {
+        buttons[side].forEach((button, i) => { button.firstChild.textContent = shown(wordsOf(side)[i]); });
+      }
     }
     render();
   });
@@ -183,15 +198,16 @@ function find(behind) {
   byId("find").setAttribute("aria-invalid", String(Boolean(text) && found === undefined));
   if (found === undefined) return;
   choose({ side: "queries", index: found });
-  buttons.queries[found].scrollIntoView({ block: "nearest" });
+  figures[0].buttons.queries[found].scrollIntoView({ block: "nearest" });
 }
 
 // --- what changes --------------------------------------------------------------------------------
 
 function choose(word) {
   // What was chosen last wins over a pointer that rests on some word.
+  if (word?.side !== state.chosen?.side) state.partner = null;
   Object.assign(state, { chosen: word, pointed: null });
-  if (word) {
+  for (const { buttons } of word ? figures : []) {
     for (const button of buttons[word.side]) button.tabIndex = -1;
     buttons[word.side][word.index].tabIndex = 0;
   }
@@ -205,14 +221,34 @@ function point(word) {
 }
 
 function chooseHead(layer, head) {
-  Object.assign(state, { layer, head, weights: weightsOf(layer, head) });
+  Object.assign(figures[0], { layer, head, weights: weightsOf(layer, head) });
   byId("layer").value = layer;
   byId("head").value = head;
+  headButtons.forEach((button, i) => { button.tabIndex = i === numberOf(figures[0]) ? 0 : -1; });
+  headsChanged();
+}
+
+// Shows a second head beside the first; number -1 takes it away.
+function chooseBeside(number) {
+  const [layer, head] = headAt(number);
+  Object.assign(figures[1], number < 0 ? { weights: null } : { layer, head, weights: weightsOf(layer, head) });
+  byId("beside").value = number + 1;
+  figures[1].figure.hidden = number < 0;
+  state.pointed = null; // for a word that goes away, a pointer no longer leaves it
+  byId("columns").classList.toggle("two", number >= 0);
+  headsChanged();
+}
+
+function headsChanged() {
+  const pressed = figuresShown().map(numberOf);
   headButtons.forEach((button, i) => {
-    const pressed = i === layer * choices + head;
-    button.setAttribute("aria-pressed", pressed);
-    button.tabIndex = pressed ? 0 : -1;
+    button.setAttribute("aria-pressed", pressed.includes(i));
+    button.classList.toggle("second", pressed[0] !== i && pressed[1] === i);
   });
+  for (const figure of figures) {
+    figure.title.textContent = capital(fullName(figure.layer, figure.head));
+    figure.title.hidden = pressed.length < 2;
+  }
   render();
   announce();
 }
@@ -220,16 +256,18 @@ function chooseHead(layer, head) {
 // All parts of the page tell of the same word: the one that is pointed at, or else the one that is chosen.
 function render() {
   const word = state.pointed ?? state.chosen;
-  showWords(word);
+  for (const figure of figuresShown()) showWords(figure, word);
+  byId("all").setAttribute("aria-pressed", !word);
   showTable(word);
+  showNeuron(state.chosen && word?.side !== state.chosen.side ? state.chosen : word);
   byId("status").textContent = told(word);
   drawLines(word);
 }
 
-function showWords(word) {
-  const weights = word && weightsOfWord(word);
+function showWords(figure, word) {
+  const weights = word && weightsOfWord(figure, word);
   for (const side of ["queries", "keys"]) {
-    buttons[side].forEach((button, i) => {
+    figure.buttons[side].forEach((button, i) => {
       const mine = word && word.side === side;
       const share = word && !mine ? weights[i] : 0;
       button.classList.toggle("shown", Boolean(mine && word.index === i));
@@ -239,48 +277,74 @@ function showWords(word) {
       button.lastChild.textContent = share >= FAINT ? share.toFixed(2) : "";
     });
   }
-  byId("all").setAttribute("aria-pressed", !word);
 }
 
-const digits = data.steps > 500 ? 3 : 2;
-const tableRow = (name, position, value, stars = "") => element("tr", {},
-  element("th", { scope: "row", textContent: name }), element("td", { textContent: position }),
-  element("td", { textContent: value.toFixed(digits) }), element("td", { className: "stars", textContent: stars }));
+// --- the table -----------------------------------------------------------------------------------
 
-// The largest first, and what is left.
-function listed(values) {
-  const order = values.map((value, i) => [value, i]).sort((a, b) => b[0] - a[0]);
-  return order.slice(0, LISTED).filter(([value]) => value > 0);
+const digits = data.steps > 500 ? 3 : 2;
+
+// Of one head, stars say how large a weight is; of two, the other one stands beside it.
+function tableRow(name, position, [value, second], stars) {
+  const cell = (textContent, className = "") => element("td", { textContent, className });
+  const last = second === undefined ? cell(stars, "stars") : cell(second.toFixed(digits));
+  return element("tr", {}, element("th", { scope: "row", textContent: name }), cell(position),
+    cell(value.toFixed(digits)), last);
+}
+
+// What the table tells of: the weights of a word, or those of all words, each named.
+function tableOf(word) {
+  if (word) {
+    const names = wordsOf(otherSide(word.side));
+    return { name: (i) => shown(names[i]), place: String, values: (figure) => weightsOfWord(figure, word) };
+  }
+  const pair = (at) => [Math.floor(at / keys.length), at % keys.length];
+  return {
+    name: (at) => `${shown(tokens[pair(at)[0]])} → ${shown(keys[pair(at)[1]])}`,
+    place: (at) => pair(at).join(" → "),
+    values: (figure) => Array.from({ length: tokens.length * keys.length }, (_, at) => weight(figure, ...pair(at))),
+  };
+}
+
+// The largest in any of the heads first.
+function largestFirst(values) {
+  const order = values[0].map((value, i) => [Math.max(...values.map((of) => of[i])), i]).sort((a, b) => b[0] - a[0]);
+  return order.slice(0, LISTED).filter(([value]) => value > 0).map(([, i]) => i);
+}
+
+// The share of the keys that are not in the table.
+function othersOf(figure, word, values, order) {
+  const sum = (list) => list.reduce((total, value) => total + value, 0);
+  return sum(values) - sum(order.map((i) => values[i])) + (data.complete ? 0 : weight(figure, word.index, keys.length));
 }
 
 function showTable(word) {
-  const place = fullName(state.layer, state.head);
-  if (!word) {
-    const pairs = listed(Array.from({ length: tokens.length * keys.length },
-      (_, at) => weight(Math.floor(at / keys.length), at % keys.length)));
-    byId("rows").replaceChildren(...pairs.map(([value, at]) => {
-      const [query, key] = [Math.floor(at / keys.length), at % keys.length];
-      return tableRow(`${shown(tokens[query])} → ${shown(keys[key])}`, `${query} → ${key}`, value, starsOf(value));
-    }));
-    byId("caption").textContent = capital(`${place}: the largest weights of all words`);
-    return;
+  const shownNow = figuresShown();
+  const { name, place, values } = tableOf(word);
+  const weights = shownNow.map(values);
+  const order = largestFirst(weights);
+  const rows = order.map((i) => tableRow(name(i), place(i), weights.map((of) => of[i]), starsOf(weights[0][i])));
+  if (word?.side === "queries") {
+    const others = shownNow.map((figure, n) => othersOf(figure, word, weights[n], order));
+    if (Math.max(...others) >= 10 ** -digits) rows.push(tableRow("other words", "", others, ""));
   }
-  const { side, index } = word;
-  const looking = side === "queries";
-  const values = weightsOfWord(word);
-  const found = listed(values);
-  const rows = found.map(([value, i]) => tableRow(shown(wordsOf(otherSide(side))[i]), i, value, starsOf(value)));
-  const others = values.reduce((sum, value) => sum + value, 0) - found.reduce((sum, [value]) => sum + value, 0)
-    + (looking && !data.complete ? weight(index, keys.length) : 0);
-  if (looking && others >= 10 ** -digits) rows.push(tableRow("other words", "", others));
   byId("rows").replaceChildren(...rows);
-  const name = `${nameOf(side, index)} (position ${index})`;
-  const asked = looking ? `what ${name} looks at` : `which words look at ${name}`;
-  byId("caption").textContent = capital(`${place}: ${asked}`);
+  const names = shownNow.map(({ layer, head }) => capital(fullName(layer, head)));
+  byId("weight-title").textContent = names.length > 1 ? names[0] : "Weight";
+  byId("stars-title").textContent = names[1] ?? "Stars";
+  byId("stars-note").hidden = names.length > 1;
+  byId("caption").textContent = `${names.join("; ")}: ${asked(word)}`;
 }
 
-const told = (word) =>
-  `${capital(fullName(state.layer, state.head))}: ${word ? finding(word) : "all words"}.`;
+function asked(word) {
+  if (!word) return "the largest weights of all words";
+  const name = `${nameOf(word.side, word.index)} (position ${word.index})`;
+  return word.side === "queries" ? `what ${name} looks at` : `which words look at ${name}`;
+}
+
+// --- the sentence above the figure ---------------------------------------------------------------
+
+const told = (word) => figuresShown()
+  .map((figure) => `${capital(fullName(figure.layer, figure.head))}: ${word ? finding(figure, word) : "all words"}.`).join(" ");
 
 // To those who cannot see the page: what is chosen, and not what a pointer passes over.
 function announce() {
@@ -288,8 +352,8 @@ function announce() {
   keepAddress();
 }
 
-function finding(word) {
-  const values = weightsOfWord(word);
+function finding(figure, word) {
+  const values = weightsOfWord(figure, word);
   const best = values.indexOf(Math.max(...values));
   const name = nameOf(word.side, word.index);
   const passive = word.side === "keys";
@@ -297,185 +361,3 @@ function finding(word) {
   const other = `${nameOf(otherSide(word.side), best)}, ${values[best].toFixed(2)}`;
   return passive ? `${name} is looked at most by ${other}` : `${name} looks most at ${other}`;
 }
-
-// --- drawing -------------------------------------------------------------------------------------
-
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-// The lines of the figure as it is now: ends, opacity and width, the fainter ones first.
-function linesOf(word) {
-  const box = byId("words").getBoundingClientRect();
-  const left = byId("queries").getBoundingClientRect().right - box.left + 2;
-  const right = byId("keys").getBoundingClientRect().left - box.left - 2;
-  const heights = (side) => buttons[side].map((button) => {
-    const place = button.getBoundingClientRect();
-    return (place.top + place.bottom) / 2 - box.top;
-  });
-  const from = heights("queries");
-  const to = heights("keys");
-  const least = Math.max(FAINT, state.threshold);
-  const found = [];
-  for (let i = 0; i < tokens.length; i += 1) {
-    const weakest = strongestOf(i);
-    for (let j = 0; j < keys.length; j += 1) {
-      const value = weight(i, j);
-      if (value < Math.max(least, weakest)) continue;
-      const its = !word || (word.side === "queries" ? i : j) === word.index;
-      found.push({ left, right, from: from[i], to: to[j], opacity: value ** 0.6 * (its ? 1 : 0.07), width: 1 + 4 * value });
-    }
-  }
-  return found;
-}
-
-function drawLines(word) {
-  const canvas = byId("lines");
-  const box = byId("words").getBoundingClientRect();
-  const ratio = window.devicePixelRatio || 1;
-  canvas.width = Math.round(box.width * ratio);
-  canvas.height = Math.round(box.height * ratio);
-  const pen = canvas.getContext("2d");
-  pen.scale(ratio, ratio);
-  pen.strokeStyle = colour("--line");
-  for (const { left, right, from, to, opacity, width } of linesOf(word)) {
-    const middle = (left + right) / 2;
-    pen.globalAlpha = opacity;
-    pen.lineWidth = width;
-    pen.beginPath();
-    pen.moveTo(left, from);
-    pen.bezierCurveTo(middle, from, middle, to, right, to);
-    pen.stroke();
-  }
-}
-
-// The weight of the last of a query's lines, of which there are as many as were asked for.
-function strongestOf(query) {
-  if (state.strongest >= keys.length) return 0;
-  const row = Array.from({ length: keys.length }, (_, key) => weight(query, key)).sort((a, b) => b - a);
-  return row[state.strongest - 1];
-}
-
-// 256 colours along the ramp. The square root of a weight makes small ones visible; the legend has the same scale.
-function ramp() {
-  const stops = ["--ramp-0", "--ramp-1", "--ramp-2"].map(colour)
-    .map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
-  return Array.from({ length: 256 }, (_, i) => {
-    const at = (2 * i) / 255;
-    const low = Math.min(1, Math.floor(at));
-    return stops[low].map((value, c) => value + (at - low) * (stops[low + 1][c] - value));
-  });
-}
-
-function drawHeads() {
-  const colours = ramp();
-  headButtons.forEach((button, number) => {
-    const weights = weightsOf(Math.floor(number / choices), number % choices);
-    const pen = button.firstChild.getContext("2d");
-    const image = pen.createImageData(keys.length, tokens.length);
-    for (let i = 0; i < tokens.length; i += 1) {
-      for (let j = 0; j < keys.length; j += 1) {
-        const shade = colours[Math.min(255, Math.round(255 * Math.sqrt(weights[i * columns + j])))];
-        image.data.set([...shade, 255], 4 * (i * keys.length + j));
-      }
-    }
-    pen.putImageData(image, 0, 0);
-  });
-}
-
-// --- pictures of the figure ----------------------------------------------------------------------
-
-const escaped = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
-
-function figureAsSvg() {
-  const box = byId("words").getBoundingClientRect();
-  const word = state.chosen;
-  const curves = linesOf(word).map(({ left, right, from, to, opacity, width }) => {
-    const middle = (left + right) / 2;
-    return `<path d="M${left} ${from}C${middle} ${from} ${middle} ${to} ${right} ${to}" stroke-opacity="${opacity.toFixed(3)}"`
-      + ` stroke-width="${width.toFixed(2)}"/>`;
-  });
-  const texts = ["queries", "keys"].flatMap((side) => buttons[side].map((button, i) => {
-    const place = button.getBoundingClientRect();
-    const end = side === "queries";
-    const x = (end ? place.right : place.left) - box.left + (end ? -8 : 8);
-    const mark = word?.side === side && word.index === i ? ` fill="${colour("--mark")}" font-weight="600"` : "";
-    return `<text x="${x}" y="${(place.top + place.bottom) / 2 - box.top}" text-anchor="${end ? "end" : "start"}"${mark}>`
-      + `${escaped(shown(wordsOf(side)[i]))}</text>`;
-  }));
-  const [width, height] = [Math.ceil(box.width), Math.ceil(box.height) + 28];
-  return `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" font-family="sans-serif" font-size="15"`
-    + ` fill="${colour("--ink")}"><rect width="100%" height="100%" fill="${colour("--ground")}"/>`
-    + `<text x="8" y="18">${escaped(told(word))}</text><g transform="translate(0 28)" dominant-baseline="central">`
-    + `<g fill="none" stroke="${colour("--line")}">${curves.join("")}</g>${texts.join("")}</g></svg>`;
-}
-
-function saveAs(name, blob) {
-  const link = element("a", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
-// By way of a data: address, the one kind of picture that the page may load.
-async function figureAsPng() {
-  const image = new Image();
-  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(figureAsSvg())}`;
-  await image.decode();
-  const canvas = element("canvas", { width: 2 * image.width, height: 2 * image.height });
-  canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-  return new Promise((done) => { canvas.toBlob(done, "image/png"); });
-}
-
-function makePictures() {
-  byId("svg").addEventListener("click", () => saveAs("attention.svg", new Blob([figureAsSvg()], { type: "image/svg+xml" })));
-  byId("png").addEventListener("click", async () => saveAs("attention.png", await figureAsPng()));
-}
-
-// --- the state in the page's address, to be shared -----------------------------------------------
-
-function toAddress() {
-  const { layer, head, chosen, threshold, strongest } = state;
-  const parts = { layer, head: head === MEAN && heads > 1 ? "mean" : head };
-  if (chosen) parts[chosen.side === "queries" ? "query" : "key"] = chosen.index;
-  if (threshold) parts.threshold = threshold;
-  if (strongest !== Infinity) parts.strongest = strongest;
-  return `#${new URLSearchParams(parts)}`;
-}
-
-function keepAddress() {
-  // Where a page has no address of its own, as in a frame of a notebook, there is nothing to share.
-  if (location.protocol !== "about:") history.replaceState(null, "", toAddress());
-}
-
-// What the address says, of what there is; all else is as the page was saved.
-function fromAddress() {
-  const asked = new URLSearchParams(location.hash.slice(1));
-  const number = (name, size) => {
-    const value = asked.has(name) ? Number(asked.get(name)) : NaN;
-    return Number.isInteger(value) && value >= 0 && value < size ? value : undefined;
-  };
-  const mean = asked.get("head") === "mean" && heads > 1 ? MEAN : undefined;
-  Object.assign(state, { layer: number("layer", layers) ?? state.layer, head: mean ?? number("head", heads) ?? state.head });
-  for (const [side, name] of [["queries", "query"], ["keys", "key"]]) {
-    const index = number(name, wordsOf(side).length);
-    if (index !== undefined) state.chosen = { side, index };
-  }
-  const threshold = Number(asked.get("threshold"));
-  if (threshold > 0 && threshold <= 0.5) state.threshold = threshold;
-  state.strongest = STRONGEST.find((count) => String(count) === asked.get("strongest")) ?? Infinity;
-  byId("threshold").value = state.threshold;
-  byId("strongest").value = STRONGEST.indexOf(state.strongest);
-}
-
-makePage();
-makePictures();
-drawHeads();
-fromAddress();
-chooseHead(state.layer, state.head);
-choose(state.chosen);
-new ResizeObserver(() => drawLines(state.pointed ?? state.chosen)).observe(byId("words"));
-dark.addEventListener("change", () => {
-  drawHeads();
-  render();
-});
-document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") choose(null);
-});
