@@ -56,7 +56,7 @@ class Call:
         heads, seqlen_q = arrays["query"].shape[-3:-1]
         kv_heads, seqlen_k = arrays["key"].shape[-3:-1]
         self.shape = (*batch, heads, seqlen_q, seqlen_k)
-        self.group = heads // kv_heads if kv_heads else 1
+        self.group = max(heads // kv_heads, 1) if kv_heads else 1
         num_batch = len(batch)
         self.heads_axis, self.queries_axis, self.keys_axis = num_batch, num_batch + 1, num_batch + 2
         self.chunks = self.chosen_chunks(arrays)
@@ -69,8 +69,9 @@ class Call:
         for name in LARGE:
             if name in arrays:
                 self.add(name, arrays[name], (*leading, self.queries_axis, self.keys_axis))
-        self.lengths = np.broadcast_to(self.small.get("key_lengths", seqlen_k), batch)
-        self.offsets = np.broadcast_to(self.small.get("query_offset", self.lengths - seqlen_q), batch)
+        self.lengths = np.broadcast_to(np.asarray(self.small.get("key_lengths", seqlen_k), np.int64), batch)
+        offsets = np.asarray(self.small.get("query_offset", self.lengths - seqlen_q), np.int64)
+        self.offsets = np.broadcast_to(offsets, batch)
 
     @property
     def query(self) -> DaskArray:
@@ -99,7 +100,7 @@ class Call:
         for i, (axis, size) in enumerate(zip(own, x.shape, strict=True)):
             if axis is None:
                 wanted[i] = (size,)
-            elif name in ("key", "value") and axis == self.heads_axis:
+            elif name in ("key", "value") and axis == self.heads_axis and self.shape[axis]:
                 wanted[i] = tuple(heads // self.group for heads in self.chunks[axis])
             else:
                 wanted[i] = self.chunks[axis] if size == self.shape[axis] else (size,)
@@ -196,9 +197,9 @@ def as_number(array: Array) -> Any:
     return int(array.flat[0]) if array.size == 1 else np.ascontiguousarray(array)
 
 
-def axis_size(x: DaskArray, axis: int) -> int:
-    """Return the size of an axis counted from the end; 1 where there is none."""
-    return x.shape[axis] if -axis <= x.ndim else 1
+def axis_size(x: DaskArray, axis: int) -> int | None:
+    """Return the size of an axis counted from the end; None where there is none."""
+    return x.shape[axis] if -axis <= x.ndim else None
 
 
 def check(arrays: dict[str, DaskArray], small: dict[str, Array], numbers: dict[str, Any]) -> None:
@@ -212,10 +213,11 @@ def check(arrays: dict[str, DaskArray], small: dict[str, Array], numbers: dict[s
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype}; accepted is bool, in which True means attend; floats that are "
                         "added to the scores go in bias=")  # fmt: skip
-    full = (*plan.query.batch, plan.query.heads, plan.query.seqlen, plan.key.seqlen)
+    batch = np.broadcast_shapes(*(arrays[name].shape[:-3] for name in INPUTS[:3]))
+    full = (*batch, plan.query.heads, plan.query.seqlen, plan.key.seqlen)
     try:
         fits = np.broadcast_shapes(mask.shape, full) == full
     except ValueError:
         fits = False
-    if not fits and (arrays["query"].ndim > 2 or mask.ndim > 2):
+    if not fits:
         raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to {full}")

@@ -75,8 +75,12 @@ def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False, num_thr
 def gradient_of_sinks(sinks: Array, grad_out: Array, out: Array, lse: Array, grad_lse: Array | None) -> Array:
     """Return the gradient of each head's sink; axis -3 of out is heads."""
     wide = np.dtype(np.float64)
-    delta = (_tensors.converted(grad_out, wide) * _tensors.converted(out, wide)).sum(axis=-1)
-    return sink_gradients(sinks, lse, delta if grad_lse is None else delta - grad_lse)
+    wide_out = _tensors.converted(out, wide)
+    with np.errstate(invalid="ignore", over="ignore"):  # 0 where out is: of a row that sees no key
+        delta = np.where(wide_out == 0, 0, _tensors.converted(grad_out, wide) * wide_out).sum(axis=-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    return sink_gradients(_tensors.converted(np.asarray(sinks), wide), lse, delta)
 
 
 def empty_part(rows: tuple[int, ...], columns: int, dtype: np.dtype[Any]) -> Part:

@@ -68,7 +68,21 @@ class Arrays:
         self.axis = 0 if self.packed else -2
         self.scores = {name: x for name, x in scores.items() if x is not None}
         self.large = {name: as_array(name, self.scores.pop(name)) for name in ("mask", "bias") if name in self.scores}
+        self.asked: dict[str, Any] = {}
         self.check_scores()
+        self.check_results()
+
+    def check_results(self) -> None:
+        """Raise unless results and their gradients are of the shapes that attention gives them."""
+        query, value = self["query"], self["value"]
+        rows = query.shape[:-1]
+        if not self.packed:
+            batch = np.broadcast_shapes(*(self[name].shape[:-3] for name in ("query", "key", "value")))
+            rows = (*batch, *rows[-2:])
+        for name in ("grad_out", "out", "lse", "grad_lse"):
+            wanted = rows if name in ("lse", "grad_lse") else (*rows, value.shape[-1])
+            if name in self.arrays and self[name].shape != wanted:
+                raise ValueError(f"{name} has shape {self[name].shape}; accepted is {wanted}")
 
     def check_scores(self) -> None:
         """Raise what `fastattn.attention` would, but for what the whole sequence is needed for."""
@@ -85,10 +99,12 @@ class Arrays:
 
     def describe(self) -> Description:
         alike: dict[str, Any] = {"layout": self.layout, "cu_seqlens": self.bounds}
+        alike |= self.asked
+        for name in self.arrays:
+            alike[f"{name}'s dtype"] = self[name].dtype.name
         for name in ("query", "key", "value"):
             shape = list(self[name].shape)
             shape[self.axis] = 0
-            alike[f"{name}'s dtype"] = self[name].dtype.name
             alike[f"{name}'s shape but for the tokens"] = tuple(shape)
         for name in ("scale", "causal", "window", "softcap", "query_offset"):
             alike[name] = plain(self.scores.get(name))

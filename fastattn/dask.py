@@ -364,8 +364,8 @@ def backward_of_sinks(call: Call, every: int) -> DaskArray:
         run = functools.partial(sinks_chunk, call.sinks(row))
         graph[key] = (run, *(call.task_key(x, (*row, 0)) for x in results))
         of_chunk.setdefault(row[call.heads_axis], []).append(key)
-    rows = np.zeros((0, 1))
-    dtype = sinks_chunk(call.small["sinks"][:0], rows[..., None], rows[..., None], rows).dtype
+    of_sinks = call.small["sinks"].dtype
+    dtype = of_sinks if of_sinks.kind in "fV" else np.dtype(np.float64)
     for i, size in enumerate(call.chunks[call.heads_axis]):
         finish = functools.partial(finish_sum, shape=(size,), dtype=dtype)
         graph[(name, i)] = (finish, tree(graph, f"{name}-sum", (i,), of_chunk.get(i, []), sum_arrays, every))

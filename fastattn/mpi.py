@@ -26,6 +26,7 @@ from fastattn._arguments import misfit
 from fastattn._checks import Array, as_array, as_integer, checked_integer
 from fastattn._keywords import CausalKeywords, names_of, takes
 from fastattn._messages import Guard, RankError, agreed, exchange, or_abort, private
+from fastattn._partials import rounded
 from fastattn._ranks import Arrays, check_alike, checked_bounds, checked_layout, described, shards_of
 from fastattn._ring import Ring, finished_gradients, go_round, go_round_with_gradients, own_gradient_of_sinks
 from fastattn._shards import Shards
@@ -233,7 +234,9 @@ def ring_attention_backward(
         refuse_misfits(ring_attention_backward, others, scores, RING)
         if return_grad_sinks and scores.get("sinks") is None:
             raise ValueError("return_grad_sinks is given without sinks")
-        return Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores))
+        own = Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores))
+        own.asked = {"return_grad_sinks": bool(return_grad_sinks)}
+        return own
 
     own, descriptions = described(comm, prepare)
     ring = Ring(own, comm.rank, descriptions)
@@ -248,7 +251,8 @@ def ring_attention_backward(
         guard(lambda: results.append(own_gradient_of_sinks(ring)))
     guard.settle()
     if return_grad_sinks:
-        results[-1] = comm.allreduce(results[-1])
+        dtype = np.asarray(scores["sinks"]).dtype
+        results[-1] = rounded(comm.allreduce(results[-1]), dtype if dtype.kind in "fV" else np.dtype(np.float64))
     return tuple(results)
 
 
@@ -516,10 +520,15 @@ def unshard(
 
     def describe() -> dict[str, Any]:
         array = as_array("part", part)
+        if array.dtype.hasobject:
+            raise TypeError(f"part has dtype {array.dtype}, of objects, which are not sent")
+        if not -array.ndim <= as_integer("axis", axis) < array.ndim:
+            raise ValueError(f"axis must be one of part, whose shape is {array.shape}, but is {axis}")
         shape = list(array.shape)
         length, shape[axis] = shape[axis], 0
         alike = {"layout": checked_layout(layout), "cu_seqlens": checked_bounds(cu_seqlens), "axis": axis}
-        return alike | {"part's dtype": array.dtype.name, "part's shape but for the tokens": shape, "length": length}
+        of_part = {"part's dtype": (array.dtype.name, array.dtype.isnative), "part's shape but for the tokens": shape}
+        return alike | of_part | {"length": length}
 
     ranks = agreed(comm, describe)
     lengths = [each.pop("length") for each in ranks]

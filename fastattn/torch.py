@@ -487,6 +487,7 @@ def scaled_dot_product_attention(
     if (
         attn_mask is None
         and not dropout_p
+        and (scale is None or type(scale) is float)
         and type(query) is type(key) is type(value) is Tensor
         and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()  # which records what is asked of shapes
@@ -518,7 +519,8 @@ def attention_in_general(
     if torch.is_autocast_enabled("cpu"):
         query, key, value, attn_mask = cast_for_autocast(query, key, value, attn_mask)
     if (
-        not are_computed_here(query, key, value, enable_gqa)
+        isinstance(scale, Tensor)  # which may have a gradient
+        or not are_computed_here(query, key, value, enable_gqa)
         or (attn_mask is not None and (is_causal or not is_mask_here(attn_mask, query, key)))
         or not 0.0 <= dropout_p < 1.0
         or is_for_pytorch_alone(query, key, value, attn_mask)

@@ -87,10 +87,13 @@ class _CompactMask(Tensor):  # type: ignore[misc]
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError("a mask of fastattn is not changed in place: change a copy, mask.clone()")
         return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs or {}))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError("a mask of fastattn is not changed in place: change a copy, mask.clone()")
 
     def dense(self) -> Tensor:
         """Return the same mask with all its elements."""
@@ -217,6 +220,8 @@ def attention_forward(
         query, key, value = adapter.cast_for_autocast(query, key, value)
     if len(query) < len(key):
         query = query.expand(len(key), -1, -1, -1)
+    if isinstance(scaling, Tensor):  # whose gradient would be lost
+        raise TypeError("scaling must be a float, not a tensor")
     scores = adapter.Scores(
         **score_keywords(attention_mask, position_bias, causal),
         sinks=s_aux,
@@ -254,9 +259,8 @@ def new_room(states: Tensor, batch_size: int, length: int) -> Tensor:
 def appended(states: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return states with new ones behind them, and the room in which they are if they are in one."""
     if states.shape[2] == 0:
-        return new, None
-    differentiated = torch.is_grad_enabled() and (states.requires_grad or new.requires_grad)
-    if differentiated or states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
+        return new.clone(), None
+    if torch.is_grad_enabled() or states.dtype != new.dtype or states.shape[:2] != new.shape[:2]:
         return torch.cat([states, new], 2), None
     before, more = states.shape[2], new.shape[2]
     if room is None or not has_room(room, states, more):
@@ -272,6 +276,8 @@ def appended(states: Tensor, room: Tensor | None, new: Tensor) -> tuple[Tensor, 
 
 def reordered(states: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sequences of these indices, and a room that they are in."""
+    if torch.is_grad_enabled() and states.requires_grad:
+        return states.index_select(0, indices), None
     room = new_room(states, len(indices), states.shape[2])
     chosen = room[:, :, : states.shape[2]]
     torch.index_select(states, 0, indices, out=chosen)

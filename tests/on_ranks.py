@@ -418,6 +418,33 @@ def test_results_of_other_tokens(name, tokens):
     refused(words, lambda: fastattn.mpi.ring_attention_backward(COMM, **call, layout="contiguous"))
 
 
+BACKWARD = {"ring": fastattn.mpi.ring_attention_backward, "ulysses": fastattn.mpi.ulysses_attention_backward}
+RESULTS = {"grad_out": X, "query": X, "key": X, "value": X, "out": X, "lse": X[..., 0], "grad_lse": X[..., 0]}
+
+
+@pytest.mark.parametrize("way", BACKWARD)
+@pytest.mark.parametrize("name", ["out", "grad_out", "lse", "grad_lse"])
+def test_results_of_other_heads(way, name):
+    call = RESULTS | {name: np.concatenate([RESULTS[name]] * 2, axis=1)}
+    refused([f"{name} has shape"], lambda: BACKWARD[way](COMM, **call))
+
+
+@pytest.mark.parametrize("way", BACKWARD)
+@pytest.mark.parametrize("name", ["out", "grad_out", "lse", "grad_lse"])
+def test_results_of_another_dtype_on_one_rank(way, name):
+    if COMM.size == 1:
+        pytest.skip("one rank has all")
+    call = RESULTS | {name: RESULTS[name].astype(F64 if COMM.rank == 0 else F32)}
+    refused([f"{name}'s dtype must be the same on all ranks", f"{name} has dtype"], lambda: BACKWARD[way](COMM, **call))
+
+
+def test_sinks_gradient_that_one_rank_alone_asks_for():
+    if COMM.size == 1:
+        pytest.skip("one rank has all")
+    asked = {"return_grad_sinks": COMM.rank == 0, "sinks": np.zeros(X.shape[1])}
+    refused(["return_grad_sinks must be the same on all ranks"], lambda: BACKWARD["ring"](COMM, **RESULTS, **asked))
+
+
 def test_heads_that_the_ranks_cannot_share():
     query, key = np.ones((2, 3, 10, 8), F32), np.ones((2, 3, 10, 8), F32)
     if COMM.size == 1:

@@ -357,3 +357,38 @@ def test_examples_in_docstrings(name):
     (test,) = doctest.DocTestFinder(recurse=False).find(of, "fastattn.dask", globs={})
     assert test.examples
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint32, np.int8])
+@pytest.mark.parametrize("chunk", [40, 20])
+def test_lengths_of_any_integer_dtype(dtype, chunk):
+    x = make_rng().standard_normal((2, 3, 40, 8), F32)
+    arrays = [da.from_array(x, chunks=(1, 3, chunk, 8)) for _ in range(3)]
+    lengths = np.array([5, 40], dtype)
+    for keywords in ({"causal": True, "key_lengths": lengths}, {"window": (3, 3), "key_lengths": lengths}):
+        mine = fastattn.dask.attention(*arrays, **keywords).compute()
+        np.testing.assert_allclose(mine, fastattn.attention(x, x, x, **keywords), atol=1e-5)
+
+
+def test_a_batch_of_one_that_the_query_lacks():
+    query, key = make_rng().standard_normal((3, 20, 8), F32), make_rng(1).standard_normal((1, 3, 40, 8), F32)
+    mine = fastattn.dask.attention(da.from_array(query), da.from_array(key), da.from_array(key)).compute()
+    np.testing.assert_allclose(mine, fastattn.attention(query, key, key), atol=1e-5)
+
+
+def test_gradients_of_sinks_where_a_row_sees_no_key():
+    query, key, value, grad_out = make_rng().standard_normal((4, 2, 4, 8), F32)
+    mask = np.ones((4, 4), bool)
+    mask[1] = False
+    grad_out[:, 1] = np.nan
+    sinks = np.array([0.5, -0.5])
+    keywords = {"mask": mask, "sinks": sinks}
+    out, lse = fastattn.attention(query, key, value, return_lse=True, **keywords)
+    expected = fastattn.attention_backward(grad_out, query, key, value, out, lse, return_grad_sinks=True, **keywords)[
+        -1
+    ]
+    lazy = [da.from_array(x) for x in (grad_out, query, key, value, out, lse)]
+    found = fastattn.dask.attention_backward(*lazy, return_grad_sinks=True, mask=da.from_array(mask), sinks=sinks)[
+        -1
+    ].compute()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

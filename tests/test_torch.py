@@ -541,3 +541,11 @@ def test_dropout_under_another_default_device():
     with torch.device("meta"):
         out = adapter.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
     assert out.device.type == "cpu"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_scale_that_is_a_tensor_is_refused_as_pytorch_does(masked):
+    query, key, value = torch.randn(3, 2, 4, 9, 8)
+    mask = torch.ones(9, 9, dtype=torch.bool) if masked else None
+    with pytest.raises(TypeError, match="scale"):
+        adapter.scaled_dot_product_attention(query, key, value, mask, scale=torch.tensor(0.3, requires_grad=True))
