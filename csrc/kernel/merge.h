@@ -6,6 +6,7 @@
 #ifndef FA_KERNEL_MERGE_H
 #define FA_KERNEL_MERGE_H
 
+#include "../kernel.h"
 #include "elements.h"
 
 FA_INLINE bool lie_side_by_side(const fa_weighted_row *rows, int64_t count, ptrdiff_t size)
