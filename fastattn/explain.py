@@ -37,7 +37,7 @@ class Watched(Encoder):
             self.progress(len(self.attended), len(self.layers))
         return out
 
-    def watch(self, sentence: str, progress: Progress | None) -> tuple[list[str], NDArray[Any]]:
+    def watch(self, sentence: str, progress: Progress | None = None) -> tuple[list[str], NDArray[Any]]:
         """Return the tokens of a sentence, and the weights (layers, heads, tokens, tokens)."""
         self.attended: list[NDArray[Any]] = []
         self.projected: list[tuple[NDArray[Any], NDArray[Any]]] = []
