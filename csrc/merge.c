@@ -20,11 +20,12 @@ typedef struct {
     int64_t rows, rows_per_item; /* of all batch items and heads */
 } merge_pass;
 
-/* Where rows [row, row + count) of one head are, of each of the sets and of the results. */
+/* Where the first row of a run is, of a set. */
 typedef struct {
     const char *out, *lse;
 } set_rows;
 
+/* Rows [row, row + count) of one head. */
 typedef struct {
     int64_t batch_index[FA_MAX_BATCH_DIMS];
     int64_t head, row, count;

@@ -201,10 +201,15 @@ def sum_to(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any], out: Arra
     return out
 
 
+def gradient_dtype(sinks: Array) -> np.dtype[Any]:
+    """Return the dtype of the gradient of sinks, which may be integers."""
+    return sinks.dtype if sinks.dtype.kind in "fV" else np.dtype(np.float64)
+
+
 def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
     """Return the gradient of each head's sink, a score that has a probability and no value; axis -2 is heads."""
     logits = np.asarray(sinks)
-    dtype = logits.dtype if logits.dtype.kind in "fV" else np.dtype(np.float64)
+    dtype = gradient_dtype(logits)
     logits = _tensors.converted(logits, np.dtype(np.float64))
     lse = lse.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):

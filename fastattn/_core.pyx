@@ -115,8 +115,13 @@ cdef int set_dtypes(fa_problem *p, cnp.ndarray query, cnp.ndarray key, cnp.ndarr
 # --- shapes ---------------------------------------------------------------------------------------
 
 
+cdef tuple as_shape(int ndim, const cnp.npy_intp *dims):
+    cdef int axis
+    return tuple([dims[axis] for axis in range(ndim)])
+
+
 cdef tuple shape_of(cnp.ndarray array):
-    return tuple([array.shape[axis] for axis in range(cnp.PyArray_NDIM(array))])
+    return as_shape(cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array))
 
 
 cdef tuple batch_shape_of(const fa_problem *p):
@@ -530,7 +535,7 @@ cdef bint has_shape(cnp.ndarray array, int ndim, const cnp.npy_intp *dims) noexc
 cdef int check_out(cnp.ndarray out, str name, int ndim, const cnp.npy_intp *dims, dict inputs) except -1:
     """Whether results of that shape can be stored in `out`."""
     if not has_shape(out, ndim, dims):
-        raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {tuple([dims[axis] for axis in range(ndim)])}")
+        raise ValueError(f"{name} has shape {shape_of(out)}; accepted is {as_shape(ndim, dims)}")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError(f"{name} is read-only")
     if not cnp.PyArray_IS_C_CONTIGUOUS(out) and overlaps_itself(out):
@@ -1504,11 +1509,10 @@ cdef class Gradients:
         """An argument that has the shape of `out`, or of `lse`."""
         cdef cnp.ndarray array = self.call.taken(x, name)
         cdef cnp.npy_intp dims[MAX_AXES]
-        cdef int ndim = self.call.result_dims(self.call.problem.head_dim_v if columns else -1, dims), axis
+        cdef int ndim = self.call.result_dims(self.call.problem.head_dim_v if columns else -1, dims)
         if not has_shape(array, ndim, dims):
-            shape = tuple([dims[axis] for axis in range(ndim)])
-            raise ValueError(f"{name} has shape {shape_of(array)}; accepted is {shape}, that of what attention returns "
-                             f"as {'out' if columns else 'lse'}")
+            raise ValueError(f"{name} has shape {shape_of(array)}; accepted is {as_shape(ndim, dims)}, that of what "
+                             f"attention returns as {'out' if columns else 'lse'}")
         if name == "out":
             check_out_dtype(array, "out", self.call.query, "query", False)
         elif columns and array.dtype != self.call.query.dtype:

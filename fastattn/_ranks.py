@@ -45,7 +45,7 @@ def plain(x: Any) -> Any:
 class Arrays:
     """The arrays of a rank, of sequences along axis -2, or of packed ones along axis 0."""
 
-    def __init__(self, given: dict[str, Any], layout: object, cu_seqlens: Any, scores: dict[str, Any]):
+    def __init__(self, given: dict[str, Any], layout: object, cu_seqlens: Any, scores: dict[str, Any], **asked: Any):
         self.layout, self.bounds = checked_layout(layout), checked_bounds(cu_seqlens)
         arrays = {name: as_array(name, x) for name, x in given.items() if x is not None}
         self.packed = self.bounds is not None
@@ -68,19 +68,23 @@ class Arrays:
         self.axis = 0 if self.packed else -2
         self.scores = {name: x for name, x in scores.items() if x is not None}
         self.large = {name: as_array(name, self.scores.pop(name)) for name in ("mask", "bias") if name in self.scores}
-        self.asked: dict[str, Any] = {}
+        self.asked = asked  # what else all ranks must have alike
         self.check_scores()
         self.check_results()
 
+    def result_rows(self) -> tuple[int, ...]:
+        """Return the shape of lse, and of out without its columns, of this rank's tokens."""
+        rows = self["query"].shape[:-1]
+        if self.packed:
+            return rows
+        batch = np.broadcast_shapes(*(self[name].shape[:-3] for name in ("query", "key", "value")))
+        return (*batch, *rows[-2:])
+
     def check_results(self) -> None:
         """Raise unless results and their gradients are of the shapes that attention gives them."""
-        query, value = self["query"], self["value"]
-        rows = query.shape[:-1]
-        if not self.packed:
-            batch = np.broadcast_shapes(*(self[name].shape[:-3] for name in ("query", "key", "value")))
-            rows = (*batch, *rows[-2:])
+        rows, columns = self.result_rows(), self["value"].shape[-1]
         for name in ("grad_out", "out", "lse", "grad_lse"):
-            wanted = rows if name in ("lse", "grad_lse") else (*rows, value.shape[-1])
+            wanted = rows if name in ("lse", "grad_lse") else (*rows, columns)
             if name in self.arrays and self[name].shape != wanted:
                 raise ValueError(f"{name} has shape {self[name].shape}; accepted is {wanted}")
 
@@ -98,8 +102,7 @@ class Arrays:
         return self.arrays[name]
 
     def describe(self) -> Description:
-        alike: dict[str, Any] = {"layout": self.layout, "cu_seqlens": self.bounds}
-        alike |= self.asked
+        alike: dict[str, Any] = {"layout": self.layout, "cu_seqlens": self.bounds, **self.asked}
         for name in self.arrays:
             alike[f"{name}'s dtype"] = self[name].dtype.name
         for name in ("query", "key", "value"):

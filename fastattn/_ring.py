@@ -133,11 +133,7 @@ class Ring:
 
     def start(self) -> None:
         query, columns = self.arrays["query"], self.arrays["value"].shape[-1]
-        rows = query.shape[:-1]
-        if not self.arrays.packed:
-            batch = np.broadcast_shapes(*(self.arrays[name].shape[:-3] for name in ("query", "key", "value")))
-            rows = (*batch, *rows[-2:])
-        self.out, self.lse = empty_part(rows, columns, partial_dtype(query.dtype))
+        self.out, self.lse = empty_part(self.arrays.result_rows(), columns, partial_dtype(query.dtype))
         self.seen = np.zeros(query.shape[self.arrays.axis], bool)
         self.scratch = np.empty(0, self.out.dtype)
 
@@ -223,7 +219,7 @@ def go_round_with_gradients(comm: Any, ring: Ring, guard: Guard) -> tuple[Array,
     A rank adds its share while the sum of those before it is on its way.
     """
     to, source = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    dtype = np.dtype(np.float64 if ring.arrays["query"].dtype == np.float64 else np.float32)
+    dtype = partial_dtype(ring.arrays["query"].dtype)
     key, value = ring.arrays["key"], ring.arrays["value"]
     sums: list[Array] = []
     for step in range(comm.size):

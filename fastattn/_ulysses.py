@@ -82,14 +82,11 @@ class Ulysses:
 
     def result_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of out and lse, of all tokens of this rank's heads."""
-        query, value = self.arrays["query"], self.arrays["value"]
-        heads_axis, tokens_axis = self.axes(True)
+        heads_axis, tokens_axis = self.axes(columns=False)
         share = self.query_heads[0].stop - self.query_heads[0].start
-        rows = resized(query.shape, {heads_axis: share, tokens_axis: self.tokens["query"].bounds[-1]})[:-1]
-        if not self.arrays.packed:
-            batch = np.broadcast_shapes(*(self.arrays[name].shape[:-3] for name in ("query", "key", "value")))
-            rows = (*batch, *rows[-2:])
-        return (*rows, value.shape[-1]), rows
+        sizes = {heads_axis: share, tokens_axis: self.tokens["query"].bounds[-1]}
+        rows = resized(self.arrays.result_rows(), sizes)
+        return (*rows, self.arrays["value"].shape[-1]), rows
 
     def attend(self, guard: Callable[[Callable[[], None]], None]) -> tuple[Array, Array]:
         query, key, value = (self.by_heads(name) for name in ("query", "key", "value"))

@@ -30,7 +30,7 @@ except ImportError as _failure:
     raise ImportError("fastattn.dask needs the package dask: pip install 'fastattn[dask]'") from _failure
 
 from fastattn._arguments import misfit
-from fastattn._checks import Array, checked_integer
+from fastattn._checks import Array, checked_integer, gradient_dtype
 from fastattn._chunks import INPUTS, RESULTS, Call, DaskArray, Index
 from fastattn._keywords import SCORES, ScoreKeywords, takes
 from fastattn._partials import (
@@ -49,7 +49,7 @@ __all__ = ["FewKeysWarning", "attention", "attention_backward"]
 
 Graph = dict[Any, Any]
 
-# With fewer keys in a chunk, to merge its result takes more than a tenth of the time.
+# With fewer keys in a chunk, much of the time goes into merging its result.
 FEWEST_KEYS = 2048
 
 
@@ -364,8 +364,7 @@ def backward_of_sinks(call: Call, every: int) -> DaskArray:
         run = functools.partial(sinks_chunk, call.sinks(row))
         graph[key] = (run, *(call.task_key(x, (*row, 0)) for x in results))
         of_chunk.setdefault(row[call.heads_axis], []).append(key)
-    of_sinks = call.small["sinks"].dtype
-    dtype = of_sinks if of_sinks.kind in "fV" else np.dtype(np.float64)
+    dtype = gradient_dtype(call.small["sinks"])
     for i, size in enumerate(call.chunks[call.heads_axis]):
         finish = functools.partial(finish_sum, shape=(size,), dtype=dtype)
         graph[(name, i)] = (finish, tree(graph, f"{name}-sum", (i,), of_chunk.get(i, []), sum_arrays, every))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn.api import attention
 from fastattn.encoder import Encoder
 from fastattn.layer import MultiHeadAttention
 from fastattn.view import LEGEND, AttentionView, Certain, shown, stars
@@ -29,13 +30,13 @@ class Watched(Encoder):
 
     def attend(self, layer: MultiHeadAttention, x: NDArray[Any], cu_seqlens: NDArray[Any]) -> NDArray[Any]:
         """Apply an attention layer, and keep its weights (heads, tokens, tokens)."""
-        out, weights = layer(x, return_weights=True)
+        query, key, value = layer.project(x)
+        heads, weights = attention(query, key, value, return_weights=True)
         self.attended.append(weights)
-        query, key, _ = layer.project(x)
         self.projected.append((query, key))
         if self.progress:
             self.progress(len(self.attended), len(self.layers))
-        return out
+        return layer.output(heads)
 
     def watch(self, sentence: str, progress: Progress | None = None) -> tuple[list[str], NDArray[Any]]:
         """Return the tokens of a sentence, and the weights (layers, heads, tokens, tokens)."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastattn._arguments import misfit
-from fastattn._checks import Array, as_array, as_integer, checked_integer
+from fastattn._checks import Array, as_array, as_integer, checked_integer, gradient_dtype
 from fastattn._keywords import CausalKeywords, names_of, takes
 from fastattn._messages import Guard, RankError, agreed, exchange, or_abort, private
 from fastattn._partials import rounded
@@ -234,9 +234,8 @@ def ring_attention_backward(
         refuse_misfits(ring_attention_backward, others, scores, RING)
         if return_grad_sinks and scores.get("sinks") is None:
             raise ValueError("return_grad_sinks is given without sinks")
-        own = Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores))
-        own.asked = {"return_grad_sinks": bool(return_grad_sinks)}
-        return own
+        asked = {"return_grad_sinks": bool(return_grad_sinks)}
+        return Arrays(arrays | {"grad_lse": grad_lse}, layout, cu_seqlens, ring_scores(scores), **asked)
 
     own, descriptions = described(comm, prepare)
     ring = Ring(own, comm.rank, descriptions)
@@ -251,8 +250,7 @@ def ring_attention_backward(
         guard(lambda: results.append(own_gradient_of_sinks(ring)))
     guard.settle()
     if return_grad_sinks:
-        dtype = np.asarray(scores["sinks"]).dtype
-        results[-1] = rounded(comm.allreduce(results[-1]), dtype if dtype.kind in "fV" else np.dtype(np.float64))
+        results[-1] = rounded(comm.allreduce(results[-1]), gradient_dtype(as_array("sinks", scores["sinks"])))
     return tuple(results)
 
 

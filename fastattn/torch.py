@@ -418,9 +418,9 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Return whether a call is nothing but computation: nobody differentiates, maps, traces or counts it."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or is_transformed():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    if torch._C._is_tracing():
+    if torch._C._len_torch_dispatch_stack() or is_transformed():
         return False
     given = [x for x in tensors if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):

@@ -11,7 +11,7 @@ Examples
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 try:
     import torch
@@ -61,10 +61,8 @@ class _CompactMask(Tensor):  # type: ignore[misc]
     Whatever else is done with it than attention is done with a dense mask, made for that.
     """
 
-    reach: tuple[int | None, int | None]
-    query_offset: int
     padding: Tensor | None
-    scores: dict[str, Any]
+    scores: dict[str, Any]  # as arguments of fastattn.torch's operator
 
     @staticmethod
     def __new__(
@@ -75,7 +73,7 @@ class _CompactMask(Tensor):  # type: ignore[misc]
         padding: Tensor | None,
     ) -> _CompactMask:
         mask: _CompactMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device="cpu")
-        mask.reach, mask.query_offset, mask.padding = reach, query_offset, padding
+        mask.padding = padding
         left, right = reach
         mask.scores = {"left": left, "right": right, "query_offset": query_offset}
         if padding is not None and bool((padding[:, 1:] <= padding[:, :-1]).all()):
@@ -89,17 +87,21 @@ class _CompactMask(Tensor):  # type: ignore[misc]
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func._schema.is_mutable and isinstance(args[0], cls):
-            raise RuntimeError("a mask of fastattn is not changed in place: change a copy, mask.clone()")
+            cls.refuse_changes()
         return func(*tree_map_only(cls, cls.dense, args), **tree_map_only(cls, cls.dense, kwargs or {}))
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        self.refuse_changes()
+
+    @staticmethod
+    def refuse_changes() -> Never:
         raise RuntimeError("a mask of fastattn is not changed in place: change a copy, mask.clone()")
 
     def dense(self) -> Tensor:
         """Return the same mask with all its elements."""
         batch_size, _, q_length, kv_length = self.shape
-        left, right = self.reach
-        distance = torch.arange(kv_length) - torch.arange(q_length)[:, None] - self.query_offset
+        left, right, query_offset = (self.scores[name] for name in ("left", "right", "query_offset"))
+        distance = torch.arange(kv_length) - torch.arange(q_length)[:, None] - query_offset
         seen = torch.ones(q_length, kv_length, dtype=torch.bool)
         if left is not None:
             seen &= distance >= -left
@@ -187,7 +189,7 @@ def make_mask(
 # --- attention ------------------------------------------------------------------------------------
 
 
-def score_keywords(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
+def scores_of_mask(attention_mask: Tensor | None, position_bias: Tensor | None, causal: bool) -> dict[str, Any]:
     """Return what hides keys, and what is added to the scores, as arguments of fastattn.torch's operator."""
     if attention_mask is None:
         return {"causal": causal, "bias": position_bias}
@@ -223,7 +225,7 @@ def attention_forward(
     if isinstance(scaling, Tensor):  # whose gradient would be lost
         raise TypeError("scaling must be a float, not a tensor")
     scores = adapter.Scores(
-        **score_keywords(attention_mask, position_bias, causal),
+        **scores_of_mask(attention_mask, position_bias, causal),
         sinks=s_aux,
         seed=adapter.new_seed(dropout),
         dropout=dropout,

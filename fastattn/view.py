@@ -334,8 +334,8 @@ class AttentionView:
         As `fastattn.attention` returns them, in float32, float64, float16 or bfloat16, or cast from one of these to
         a wider one. They are copied. Each row is 0 or more and sums to 1, or is all 0 where a query sees no key. A
         head with a sink sums to less: give it the sink's share as one more key. The first of four axes is layers:
-        of a batch, (B, heads, Sq, Sk), give one item, as its items would be taken for layers; of the attentions
-        that a model of Hugging Face returns, one batch for each layer, ``[layer[0] for layer in attentions]``.
+        of a batch, (B, heads, Sq, Sk), give one item, as its items would be taken for layers. The attentions that
+        a model of Hugging Face returns are taken by `from_transformers`.
     tokens : sequence of str, of length Sq
         The words of the queries, as the tokenizer splits them.
     key_tokens : sequence of str, of length Sk, optional
