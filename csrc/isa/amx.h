@@ -16,21 +16,39 @@ FA_INLINE ivec ivec_max(ivec a, ivec b)
     return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b);
 }
 
-/* a · b - c, rounded once whatever else is made of a · b. */
-FA_INLINE vec vec_multiply_subtract(vec a, vec b, vec c)
+/* What x exceeds an integer by, in [0, 1): 2^x is 2^r of it, scaled by floor x. 0 of an infinite x. */
+FA_INLINE vec vec_fraction(vec x)
 {
-    return (vec)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+    return (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 }
 
-/* 2^x to 8.6e-5 of it, in 6 operations: q(x - floor x) · 2^floor x, with q of degree 3, minimax on [0, 1) but
- * for q(0) = 1, so that 2^0 is exact. 0 for x = -inf. Enough for what is then rounded to 8 bits. */
+/* q · 2^floor x: 0 for x = -inf, and NaN for a NaN, whatever q > 0 is. */
+FA_INLINE vec vec_scale_by_floor(vec q, vec x)
+{
+    return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
+}
+
+/* 2^r on [0, 1) to 1.4e-7 of it, which float32 shows no more than its own rounding: of degree 5, minimax but
+ * for 2^0, which is exact. */
+FA_INLINE vec vec_exp2_of_fraction(vec r)
+{
+    vec q = r * 0x1.e974fap-10f + 0x1.277856p-7f;
+    q = q * r + 0x1.c91ce6p-5f;
+    q = q * r + 0x1.ebdb56p-3f;
+    q = q * r + 0x1.62e4bap-1f;
+    return q * r + 1;
+}
+
+/* Of 2^r on [0, 1) to 8.6e-5 of it, likewise: enough for what is then rounded to 8 bits. */
+#define COARSE_TERMS 4
+static const real coarse_coefficients[COARSE_TERMS] = {1, 0.695116783f, 0.227644985f, 0.0770670526f};
+
+/* 2^x to as much, in 6 operations. 0 for x = -inf. */
 FA_INLINE vec vec_exp2_coarse(vec x)
 {
-    const vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    vec q = r * 0.0770670526f + 0.227644985f;
-    q = q * r + 0.695116783f;
-    q = q * r + 1;
-    return (vec)_mm512_scalef_ps((__m512)q, (__m512)x);
+    const real *c = coarse_coefficients;
+    const vec r = vec_fraction(x);
+    return vec_scale_by_floor(((c[3] * r + c[2]) * r + c[1]) * r + c[0], x);
 }
 
 /* Halves of a and b in turn, within each quarter of a vector: of its lower and of its upper four. */

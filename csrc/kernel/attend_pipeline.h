@@ -269,8 +269,10 @@ FA_INLINE softmax_stream begin_softmax(const superblock *b, const unit *u, const
                         .rows = num_keys(&u->range),
                         .parts = parts_of(p->query.dtype),
                         .income = num_keys(&u->range) / 2,
-                        .to_log2 = vec_splat(to_log2),
-                        .shift = vec_splat((real)probability_shift(p))};
+                        .to_log2 = vec_splat(to_log2)};
+#pragma GCC unroll 4
+    for (int i = 0; i < COARSE_TERMS; i++)
+        f.coarse[i] = vec_splat(coarse_coefficients[i] / shift_factor(p));
 #pragma GCC unroll 2
     for (int m = 0; m < MAX_VECTORS; m++)
         f.row_max[m] = finite_row_max(u->t, m);

@@ -53,8 +53,8 @@ FA_INLINE void soften_two(const vec *scores, vec reference, vec to_log2, vec *su
         high -= (vec)((uvec)high & 0xffff0000);
     }
 #elif IS_PIPELINED /* the same, rounded to one part */
-    const vec p = vec_exp2_coarse(vec_multiply_subtract(scores[0] - reference, to_log2, reference));
-    const vec q = vec_exp2_coarse(vec_multiply_subtract(scores[1] - reference, to_log2, reference));
+    const vec p = vec_exp2_coarse((scores[0] - reference) * to_log2);
+    const vec q = vec_exp2_coarse((scores[1] - reference) * to_log2);
     *largest = (vec)((uvec)*largest | round_pairs_fast(p, q));
 #else
     const vec p = vec_exp2((scores[0] - reference) * to_log2);

@@ -19,7 +19,8 @@ typedef struct {
     int rows;                  /* left to do */
     int parts;                 /* of probabilities */
     vec row_max[MAX_VECTORS], sum[MAX_VECTORS], exact_sum[MAX_VECTORS];
-    vec to_log2, shift;       /* probabilities, and their sum, are 2^-shift times as large */
+    vec to_log2;
+    vec coarse[COARSE_TERMS]; /* coefficients, 2^-shift times as large: so are probabilities, and their sum */
     int credit, income, cost; /* a product earns half as much as there are rows; two rows cost as much as
                                * there are products */
 } softmax_stream;
@@ -32,19 +33,24 @@ typedef enum {
     PACE_CREDIT  /* as the credit allows */
 } softmax_pace;
 
-/* Two rows of vector m, for one part. Sums are of what was not rounded. exact_sums: for lse, to float32's
- * precision, too; what is divided by remains the sum of the same exponentials as meet the values. */
+/* Of scores of vector m, the probabilities for one part, which are added to the sum before they are rounded.
+ * exact_sums: for lse, they are summed to float32's precision, too; what is divided by remains the sum of the
+ * same exponentials as meet the values. */
+FA_INLINE vec soften_scores(softmax_stream *f, bool exact_sums, int m, vec scores)
+{
+    const vec x = (scores - f->row_max[m]) * f->to_log2, r = vec_fraction(x), *c = f->coarse;
+    const vec p = vec_scale_by_floor(((c[3] * r + c[2]) * r + c[1]) * r + c[0], x);
+    if (exact_sums)
+        f->exact_sum[m] += vec_scale_by_floor(vec_exp2_of_fraction(r), x);
+    f->sum[m] += p;
+    return p;
+}
+
+/* Two rows of vector m. */
 FA_INLINE void soften_coarsely(softmax_stream *f, bool exact_sums, int m)
 {
-    const vec a = f->scores[m] - f->row_max[m], b = f->scores[MAX_VECTORS + m] - f->row_max[m];
-    const vec p = vec_exp2_coarse(vec_multiply_subtract(a, f->to_log2, f->shift));
-    const vec q = vec_exp2_coarse(vec_multiply_subtract(b, f->to_log2, f->shift));
-    if (exact_sums) {
-        f->exact_sum[m] += vec_exp2(a * f->to_log2);
-        f->exact_sum[m] += vec_exp2(b * f->to_log2);
-    }
-    f->sum[m] += p;
-    f->sum[m] += q;
+    const vec p = soften_scores(f, exact_sums, m, f->scores[m]);
+    const vec q = soften_scores(f, exact_sums, m, f->scores[MAX_VECTORS + m]);
     f->probabilities[m] = (packed_vec)round_pairs_fast(p, q);
 }
 
