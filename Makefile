@@ -93,7 +93,7 @@ lint:
 # Memory and arithmetic faults in the whole library, on each instruction set that is built with sanitizers and is there;
 # then races in the pool of threads.
 SANITIZED_TESTS = tests/test_attention.py tests/test_tails.py tests/test_masks.py tests/test_strides.py \
-    tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py
+    tests/test_errors.py tests/test_plan.py tests/test_top_keys.py tests/test_varlen.py tests/test_add_to.py
 sanitize: export CC = gcc
 sanitize: export FASTATTN_SANITIZE = address,undefined
 sanitize: export ASAN_OPTIONS = detect_leaks=0:allocator_may_return_null=1

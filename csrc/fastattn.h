@@ -60,6 +60,7 @@ typedef struct {
     fa_array key_scale, value_scale;    /* FA_FLOAT32 (..., head, row): factors of FA_INT8 keys and values */
     fa_array key_lengths, query_offset; /* int64 (batch...) */
     fa_array out, lse, weights;         /* lse is (batch..., head, row); weights start as zeros */
+    bool adds; /* out and lse are there of other keys, which these join; out is then as precise as sums */
 
     /* In place of all weights, each row's largest ones, and column sums over the rows. top_count is 0, and
      * column_sums absent, where they are not wanted. Column sums start as zeros; each weight adds itself

@@ -117,6 +117,12 @@ def check_floats(name: str, array: Array) -> None:
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats{how_to_convert(name, array.dtype)}")
 
 
+def refuse_plus_infinity(name: str, lse: Array) -> None:
+    if (lse == np.inf).any():
+        raise ValueError(f"{name} holds +inf, by which FlashAttention marks a query without keys; here that is -inf: "
+                         "give np.where(lse == np.inf, -np.inf, lse)")  # fmt: skip
+
+
 # --- integers, shapes, results --------------------------------------------------------------------
 
 

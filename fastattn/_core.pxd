@@ -145,6 +145,7 @@ cdef extern from "fastattn.h" nogil:
         fa_array top_indices, top_weights, column_sums
         double fixed_point_scale
         fa_array out, lse, weights
+        c_bool adds
         const int64_t *cu_seqlens_q
         const int64_t *cu_seqlens_k
         fa_array page_table

@@ -25,6 +25,7 @@ def attention_varlen(
     dropout: float,
     seed: int | None,
     out: NDArray[Any] | None,
+    add_to: tuple[NDArray[Any], NDArray[Any]] | None,
     unrounded: bool,
     return_lse: bool,
 ) -> Any: ...

@@ -1063,10 +1063,35 @@ cdef class Call:
         p.out.dtype = FA_FLOAT32 if is_float32(array) else p.query.dtype
         return array
 
-    cdef cnp.ndarray set_lse(self):
+    cdef cnp.dtype lse_dtype(self):
+        return np.dtype(np.float64 if self.problem.query.dtype == FA_FLOAT64 else np.float32)
+
+    cdef tuple set_result_before(self, object add_to):
+        """Results go to where one over other keys is, which they join."""
+        cdef cnp.ndarray array, lse
+        cdef cnp.npy_intp dims[MAX_AXES]
+        if not isinstance(add_to, (tuple, list)) or len(add_to) != 2:
+            raise TypeError(f"add_to must be (out, lse), as a call with return_lse=True returns them, not "
+                            f"{type(add_to).__name__}")
+        array, lse = self.target(add_to[0], "add_to[0]"), self.target(add_to[1], "add_to[1]")
+        for name, each in (("add_to[0]", array), ("add_to[1]", lse)):
+            if each.dtype != self.lse_dtype() or not each.dtype.isnative:
+                raise TypeError(f"{name} has dtype {each.dtype}; accepted is {self.lse_dtype()}"
+                                f"{', as of unrounded=True' if is_half(self.query) else ''}")
+        check_out(array, "add_to[0]", self.result_dims(self.problem.head_dim_v, dims), dims, self.inputs)
+        check_out(lse, "add_to[1]", self.result_dims(-1, dims), dims, self.inputs | {"add_to[0]": array})
+        _checks.refuse_plus_infinity("add_to[1]", lse)
+        self.problem.adds = True
+        return add_to[0], add_to[1]
+
+    cdef cnp.ndarray set_lse(self, object given):
         cdef fa_problem *p = &self.problem
         cdef bint double_precision = p.query.dtype == FA_FLOAT64
-        cdef cnp.ndarray array = self.new_array(np.dtype(np.float64 if double_precision else np.float32), -1)
+        cdef cnp.ndarray array
+        if given is None:
+            array = self.new_array(self.lse_dtype(), -1)
+        else:
+            array = self.target(given, "add_to[1]")
         if self.packed:
             describe_packed(&p.lse, array)
         else:
@@ -1136,20 +1161,26 @@ cdef int run(Call call, fa_pass compute) except -1:
     return raise_for(status)
 
 
-cdef object compute(Call call, object out, bint return_lse, bint return_weights):
+cdef object compute(Call call, object out, object add_to, bint return_lse, bint return_weights):
     """The results of a call of which all else is set."""
+    cdef object lse_before = None
+    if add_to is not None:
+        if out is not None or return_weights:
+            raise ValueError(f"{'out' if out is not None else 'return_weights'} cannot be given with add_to, into "
+                             "which results go, and whose weights are of other keys, too")
+        out, lse_before = call.set_result_before(add_to)
     cdef cnp.ndarray result = call.set_out(out)
-    cdef cnp.ndarray lse = call.set_lse() if return_lse else None
+    cdef cnp.ndarray lse = call.set_lse(lse_before) if return_lse or add_to is not None else None
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call, fa_forward)
-    if lse is None and weights is None:
+    if weights is None and not return_lse:
         return call.given(result)
     return tuple([call.given(x) for x in (result, lse, weights) if x is not None])
 
 
 def attention(query, key, value, *, scale=None, causal=False, query_offset=None, window=None, mask=None, bias=None,
               alibi_slopes=None, softcap=None, sinks=None, key_lengths=None, dropout=0.0, seed=None, out=None,
-              bint unrounded=False, bint return_lse=False, bint return_weights=False, num_threads=None):
+              add_to=None, bint unrounded=False, bint return_lse=False, bint return_weights=False, num_threads=None):
     """Exact multi-head attention, ``softmax(query @ key.T * scale + bias) @ value``.
 
     The order of the axes is (batch, heads, seqlen, head_dim). Arrays in the order (batch, seqlen, heads, head_dim)
@@ -1206,6 +1237,10 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result: in query's dtype, or float32 where that is half, of any strides, apart from the
         inputs in memory.
+    add_to : (out, lse), optional
+        What a call with ``return_lse=True`` and ``unrounded=True`` returned for the same queries and other keys, and
+        where to store the results: over the keys of both, as `merge` would make them, in one pass. A sink must take
+        part in one of the calls only.
     unrounded : bool
         Whether the result for a float16 or bfloat16 query stays in float32, in which it is accumulated: as one of
         several results for `merge`, after which it is rounded once.
@@ -1285,14 +1320,14 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     3
     """
     cdef Call call = Call.__new__(Call)
-    if out is not None:
+    if out is not None or add_to is not None:
         call.inputs = {}
     call.set_arrays(query, key, value)
     call.set_scores(scale, causal, query_offset, window, mask, bias, alibi_slopes, softcap, sinks, key_lengths,
                     num_threads)
     call.set_dropout(dropout, seed)
     call.unrounded = unrounded
-    return compute(call, out, return_lse, return_weights)
+    return compute(call, out, add_to, return_lse, return_weights)
 
 
 # `attention` as it is called: itself, and a function before it that looks at the arguments if it raised a TypeError.
@@ -1405,15 +1440,15 @@ cdef int64_t top_count(object k) except -1:
 
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, dict scores not None, dropout, seed, out,
-                     bint unrounded, bint return_lse):
+                     add_to, bint unrounded, bint return_lse):
     cdef Call call = Call.__new__(Call)
-    if out is not None:
+    if out is not None or add_to is not None:
         call.inputs = {}
     call.set_packed_arrays(query, key, value, cu_seqlens_q, cu_seqlens_k)
     call.read_scores(scores)
     call.set_dropout(dropout, seed)
     call.unrounded = unrounded
-    return compute(call, out, return_lse, False)
+    return compute(call, out, add_to, return_lse, False)
 
 
 def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.ndarray value_pages not None,
@@ -1431,7 +1466,7 @@ def attention_paged(query, cu_seqlens_q, cnp.ndarray key_pages not None, cnp.nda
     scale, causal, query_offset, window, alibi_slopes, softcap, sinks, num_threads = scores
     call.set_scores(scale, causal, query_offset, window, None, None, alibi_slopes, softcap, sinks, None, num_threads)
     call.unrounded = unrounded
-    return compute(call, out, return_lse, return_weights)
+    return compute(call, out, None, return_lse, return_weights)
 
 
 # --- merging --------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class AttentionKeywords(ScoreKeywords, DropoutKeywords, total=False):
     """Keywords of `attention` that do not change what it returns."""
 
     out: Array | None
+    add_to: tuple[Array, Array] | None
     unrounded: bool
 
 
@@ -88,6 +89,7 @@ class VarlenKeywords(PackedKeywords, DropoutKeywords, total=False):
     """Keywords of `attention_varlen` that do not change what it returns."""
 
     out: Array | None
+    add_to: tuple[Array, Array] | None
     unrounded: bool
 
 
@@ -174,6 +176,7 @@ class AttentionFunction(Protocol):
         dropout: float = 0.0,
         seed: int | None = None,
         out: Array | None = None,
+        add_to: tuple[Array, Array] | None = None,
         unrounded: bool = False,
         return_lse: bool = False,
         return_weights: bool = False,

@@ -8,16 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn import _core
-from fastattn._checks import Array, as_array, check_dtype, in_kind_of
+from fastattn._checks import Array, as_array, check_dtype, in_kind_of, refuse_plus_infinity
 
 MAX_AXES = 18  # of lses: heads and positions, and what the C library has of batch axes
-
-
-def refuse_plus_infinity(lses: Sequence[Array]) -> None:
-    for i, lse in enumerate(lses):
-        if (lse == np.inf).any():
-            raise ValueError(f"lses[{i}] holds +inf, by which FlashAttention marks a query without keys; here that is "
-                             "-inf: give np.where(lse == np.inf, -np.inf, lse)")  # fmt: skip
 
 
 def check_parts(outs: list[Array], lses: list[Array]) -> None:
@@ -37,7 +30,8 @@ def check_parts(outs: list[Array], lses: list[Array]) -> None:
         if out.shape[-1] != outs[0].shape[-1]:
             raise ValueError(f"outs must share their last axis, but outs[0] has shape {outs[0].shape} and outs[{i}] "
                              f"{out.shape}")  # fmt: skip
-    refuse_plus_infinity(lses)
+    for i, lse in enumerate(lses):
+        refuse_plus_infinity(f"lses[{i}]", lse)
 
 
 def sequence_of(name: str, x: Sequence[ArrayLike]) -> list[ArrayLike]:

@@ -23,7 +23,10 @@ def partial_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def partial_attention(query: Array, key: Array, value: Array, bounds: Any = None, **scores: Any) -> Part:
-    """Return out and lse of some keys; bounds are the cumulative lengths of queries and keys, if these are packed."""
+    """Return out and lse of some keys, or with ``add_to=`` of these and those before them.
+
+    `bounds` are the cumulative lengths of queries and keys, if these are packed.
+    """
     attend: Any = fastattn.attention if bounds is None else fastattn.attention_varlen
     part: Part = attend(query, key, value, *(bounds or ()), unrounded=True, return_lse=True, **scores)
     return part
@@ -53,12 +56,6 @@ def merge_parts(parts: Sequence[Part], num_threads: int | None = None) -> Part:
     if len(parts) == 1:
         return parts[0]
     return fastattn.merge(*zip(*parts, strict=True), num_threads=num_threads)
-
-
-def merge_into(part: Part, new: Part, num_threads: int | None = None) -> None:
-    """Add to a result that over other keys."""
-    out, lse = part
-    _, lse[...] = fastattn.merge([out, new[0]], [lse, new[1]], out=out, num_threads=num_threads)
 
 
 def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False, num_threads: int | None = None) -> Part:

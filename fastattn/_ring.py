@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from fastattn._partials import (
     Part,
     empty_part,
     gradient_of_sinks,
-    merge_into,
     partial_attention,
     partial_backward,
     partial_dtype,
@@ -134,26 +132,13 @@ class Ring:
     def start(self) -> None:
         query, columns = self.arrays["query"], self.arrays["value"].shape[-1]
         self.out, self.lse = empty_part(self.arrays.result_rows(), columns, partial_dtype(query.dtype))
-        self.seen = np.zeros(query.shape[self.arrays.axis], bool)
-        self.scratch = np.empty(0, self.out.dtype)
 
     def attend(self, source: int, key: Array, value: Array) -> None:
         for rows, part, scores in self.meetings(source):
             arrays = {"query": self.cut(self.arrays["query"], rows)}
             arrays |= {"key": self.cut(key, part), "value": self.cut(value, part)}
-            call = functools.partial(partial_attention, **arrays, **scores, **self.scores)
-            out, lse = self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)
-            if self.seen[rows].any():
-                merge_into((out, lse), call(out=self.room(out)), self.num_threads)
-            else:
-                _, lse[...] = call(out=out)
-            self.seen[rows] = True
-
-    def room(self, out: Array) -> Array:
-        """Return memory for one more result, which the next one takes again: new pages take as long as merging."""
-        if self.scratch.size < out.size:
-            self.scratch = np.empty(out.size, out.dtype)
-        return self.scratch[: out.size].reshape(out.shape)
+            before = self.cut(self.out, rows), self.cut(self.lse, rows, columns=False)
+            partial_attention(**arrays, **scores, **self.scores, add_to=before)
 
     def finish(self) -> Part:
         packed, threads = self.arrays.packed, self.num_threads

@@ -81,6 +81,7 @@ def attention_varlen(
     dropout: float = 0.0,
     seed: int | None = None,
     out: Array | None = None,
+    add_to: tuple[Array, Array] | None = None,
     unrounded: bool = False,
     return_lse: bool = False,
     **scores: Unpack[PackedKeywords],
@@ -106,6 +107,8 @@ def attention_varlen(
     out : ndarray, shape (total_q, H, Dv), optional
         Where to store the result: in query's dtype, or float32 where that is half, of any strides, apart from the
         inputs in memory.
+    add_to : (out, lse), optional
+        Results over other keys, which these join in place, as for `attention`.
     unrounded : bool
         Whether the result for a float16 or bfloat16 query stays in float32.
     return_lse : bool
@@ -143,7 +146,7 @@ def attention_varlen(
     if others or not scores.keys() <= PACKED:
         raise misfit(attention_varlen, others, scores)
     return _core.attention_varlen(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, unrounded, return_lse
+        query, key, value, cu_seqlens_q, cu_seqlens_k, scores, dropout, seed, out, add_to, unrounded, return_lse
     )
 
 
@@ -571,7 +574,8 @@ def merge(
 
     For a prefix that many sequences share, or keys that do not fit in memory: attend each set with
     ``return_lse=True``, and merge. A sink must take part in one of the sets only. Under half queries each set is best
-    attended with ``unrounded=True``: merged sets are then as accurate as one call.
+    attended with ``unrounded=True``: merged sets are then as accurate as one call. Where sets come one after the other,
+    ``attention(..., add_to=(out, lse))`` adds each to those before it, in one pass.
 
     Parameters
     ----------

@@ -44,9 +44,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn._arguments import misfit, typed_like
-from fastattn._checks import HALF, as_array, as_grads, refuse_masked
+from fastattn._checks import HALF, as_array, as_grads, refuse_masked, refuse_plus_infinity
 from fastattn._keywords import PACKED, SCORES, Array, Grads, PackedKeywords, ScoreKeywords, Window, takes
-from fastattn._merge import refuse_plus_infinity
 from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
 from fastattn.api import attention as fast_attention
 from fastattn.api import attention_backward as fast_backward
@@ -134,6 +133,7 @@ def attention(
     value: ArrayLike,
     *others: Never,
     out: Array | None = None,
+    add_to: tuple[Array, Array] | None = None,
     unrounded: bool = False,
     return_lse: bool = False,
     return_weights: bool = False,
@@ -154,6 +154,8 @@ def attention(
         As in `fastattn.attention`.
     out : ndarray, shape (..., H, Sq, Dv), optional
         Where to store the result.
+    add_to : (out, lse), optional
+        Results over other keys, which these join in place, as by `merge`.
     unrounded : bool
         Whether the result for a float16 or bfloat16 query is float32.
     return_lse, return_weights : bool
@@ -197,17 +199,32 @@ def attention(
         raise misfit(attention, others, scores)
     kept = checked_dropout(dropout, seed)
     refuse_masked("out", out)
-    dtype = dtype_of_result(as_array("query", query), out, unrounded)
+    dtype = dtype_of_result(as_array("query", query), out, add_to, unrounded)
     result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept, dtype=dtype)
-    if out is not None:
+    if add_to is not None:
+        result, lse = joined(add_to, (result, lse))
+    elif out is not None:
         np.copyto(out, result)
         result = out
     extras = [lse] * return_lse + [weights] * return_weights
     return (result, *extras) if extras else result
 
 
-def dtype_of_result(like: Array, out: Array | None, unrounded: bool) -> np.dtype[Any]:
-    """Return that of `out`, if it is given, else that of the array, or for half arrays float32 if not rounded."""
+def joined(before: tuple[Array, Array], new: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Add to a result that over other keys, in place."""
+    before[0][...], before[1][...] = merge(*zip(before, new, strict=True))
+    return before
+
+
+def dtype_of_result(
+    like: Array, out: Array | None, add_to: tuple[Array, Array] | None, unrounded: bool
+) -> np.dtype[Any]:
+    """Return that of `out`, if it is given, else that of the array, or for half arrays float32 if not rounded.
+
+    What is added to another result is not rounded before.
+    """
+    if add_to is not None:
+        return np.dtype(np.float64)
     if out is not None:
         return out.dtype
     return np.dtype(np.float32) if unrounded and like.dtype.name in HALF else like.dtype
@@ -359,6 +376,7 @@ def attention_varlen(
     cu_seqlens_k: ArrayLike,
     *others: Never,
     out: Array | None = None,
+    add_to: tuple[Array, Array] | None = None,
     unrounded: bool = False,
     return_lse: bool = False,
     dropout: float = 0.0,
@@ -379,7 +397,7 @@ def attention_varlen(
     alibi_slopes : array_like, shape (H,) or (B, H), optional
     **scores
         As in `fastattn.attention`.
-    out, unrounded, return_lse
+    out, add_to, unrounded, return_lse
         As in `fastattn.attention_varlen`.
     dropout, seed
         As in `reference.attention`, where sequence ``b`` is batch item ``b``.
@@ -407,7 +425,7 @@ def attention_varlen(
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
     kept = checked_dropout(dropout, seed)
-    dtype = dtype_of_result(query, out, unrounded)
+    dtype = dtype_of_result(query, out, add_to, unrounded)
     result = np.zeros((*query.shape[:2], value.shape[-1]), dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
     sequences = sequences_of(cu_seqlens_q, cu_seqlens_k, query.shape[1], scores)
@@ -424,6 +442,8 @@ def attention_varlen(
                 dtype=dtype,
             )[:2]
         )
+    if add_to is not None:
+        result, lse = joined(add_to, (result, lse))
     return (result, lse) if return_lse else result
 
 
@@ -565,7 +585,7 @@ def returned_gradients(
     for name, target in itertools.zip_longest(names, targets):
         refuse_masked(f"grads' {name}", target)
         of_query_key_value = name in names[:3]
-        dtype = dtype_of_result(as_array(name, inputs[name]), target, unrounded and of_query_key_value)
+        dtype = dtype_of_result(as_array(name, inputs[name]), target, None, unrounded and of_query_key_value)
         with np.errstate(over="ignore"):
             grad = grads[name].astype(dtype)
         if target is not None:
@@ -808,7 +828,8 @@ def merge(outs: Any, lses: Any, *, out: Array | None = None, num_threads: int | 
     """
     outs = [as_array(f"outs[{i}]", part) for i, part in enumerate(outs)]
     lses = [as_array(f"lses[{i}]", lse) for i, lse in enumerate(lses)]
-    refuse_plus_infinity(lses)
+    for i, log in enumerate(lses):
+        refuse_plus_infinity(f"lses[{i}]", log)
     dtypes = outs[0].dtype, np.result_type(*lses)
     logs = np.stack(np.broadcast_arrays(*lses)).astype(np.float64)
     parts = np.stack(np.broadcast_arrays(*outs)).astype(np.float64)

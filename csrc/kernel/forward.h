@@ -117,8 +117,12 @@ static void attend_keys(item_state *s, int64_t key_lo, int64_t key_hi, bool with
 static bool finish_tiles(item_state *s)
 {
     bool finite = true;
-    for (int i = 0; i < s->num_tiles; i++)
-        finite &= finish_tile(s->problem, &s->w.tiles[i]);
+    for (int i = 0; i < s->num_tiles; i++) {
+        tile *t = &s->w.tiles[i];
+        if (s->problem->adds)
+            share_results(s->problem, &s->arrays, t);
+        finite &= finish_tile(s->problem, t);
+    }
     return finite;
 }
 
@@ -135,9 +139,11 @@ static bool are_finite_outs(const item_state *s)
 static void attend_whole(item_state *s)
 {
     attend_keys(s, s->key_lo, s->key_hi, true, false);
-    if (finish_tiles(s) || are_finite_outs(s))
+    const bool tries = !s->problem->adds; /* what is added to what is there is so once */
+    if (tries && (finish_tiles(s) || are_finite_outs(s)))
         return;
-    attend_keys(s, s->key_lo, s->key_hi, true, true);
+    if (tries || !are_finite_outs(s))
+        attend_keys(s, s->key_lo, s->key_hi, true, true);
     finish_tiles(s);
 }
 
@@ -254,7 +260,7 @@ static void attend_item(item_state *s)
             return;
         finish_tiles(s);
     }
-    if (p->lse.data)
+    if (p->lse.data && !p->adds)
         for (int i = 0; i < s->num_tiles; i++)
             store_lse(p, &s->arrays, &s->w.tiles[i]);
     if (p->top_count > 0)

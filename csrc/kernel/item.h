@@ -275,19 +275,69 @@ static bool is_finite_out(const fa_problem *p, const tile *t)
     return are_finite(zeros);
 }
 
+FA_INLINE double lse_of_row(const fa_problem *p, const tile *t, int j)
+{
+    const double row_max = t->row_max[j / LANES][j % LANES], exact_sum = t->exact_sum[j / LANES][j % LANES];
+    return row_max * deferred_scale(p) + log(exact_sum);
+}
+
+FA_INLINE char *place_of_lse(const fa_problem *p, const item_arrays *a, const tile *t, int j)
+{
+    return a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
+}
+
+static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
+{
+    for (int j = 0; j < t->rows; j++)
+        store_element(place_of_lse(p, a, t, j), p->lse.dtype, (real)lse_of_row(p, t, j));
+}
+
+/* The shares of a row's results that are there and of those of the tile's keys, by the lse of each; stores
+ * that of both. */
+static void share_results(const fa_problem *p, const item_arrays *a, tile *t)
+{
+    vec before[MAX_VECTORS] = {{0}}, now[MAX_VECTORS] = {{0}};
+    for (int j = 0; j < t->rows; j++) {
+        before[j / LANES][j % LANES] = (real)load_element(place_of_lse(p, a, t, j), p->lse.dtype);
+        now[j / LANES][j % LANES] = (real)lse_of_row(p, t, j);
+    }
+    for (int m = 0; m < t->vectors; m++) {
+        vec largest = vec_max(before[m], now[m]);
+        largest = vec_select(vec_equal(largest, vec_splat(-(real)INFINITY)), vec_splat(0), largest);
+        const vec of_before = vec_exp2((before[m] - largest) * (real)LOG2E);
+        const vec of_now = vec_exp2((now[m] - largest) * (real)LOG2E);
+        const vec sum = of_before + of_now, inverse_sum = inverse_or_zero(sum);
+        t->share_before[m] = of_before * inverse_sum;
+        t->share[m] = of_now * inverse_sum;
+        for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
+            store_element(place_of_lse(p, a, t, j), p->lse.dtype,
+                          (real)(largest[j % LANES] + log(sum[j % LANES])));
+    }
+}
+
+/* What is there of results, of which nothing remains where its share is 0: it may not even be finite. */
+FA_INLINE vec share_of(vec before, vec share)
+{
+    const vec zero = vec_splat(0);
+    return vec_select(vec_equal(share, zero), zero, before * share);
+}
+
 /* Normalises and stores a decode tile; the results' sums. */
 FA_INLINE vec finish_decode_rows(const fa_problem *p, const tile *t, ptrdiff_t col, fa_dtype dtype)
 {
     vec sums = {0};
     real inverse_sum[LANES];
-    vec_store(inverse_sum, inverse_or_zero(t->row_sum[0]));
+    vec_store(inverse_sum, inverse_or_zero(t->row_sum[0]) * (p->adds ? t->share[0] : vec_splat(1)));
     const int vectors = vectors_of(p->head_dim_v);
     for (int r = 0; r < t->rows; r++) {
         for (int i = 0; i < vectors; i++) {
             int count = (int)min_i64(LANES, p->head_dim_v - i * LANES);
+            char *to = t->out_row[r] + i * LANES * col;
             vec x = t->out[r * vectors + i] * inverse_sum[r];
+            if (p->adds)
+                x += share_of(load_elements(to, col, count, dtype), vec_splat(t->share_before[0][r]));
             sums += x;
-            store_elements(t->out_row[r] + i * LANES * col, col, count, dtype, x);
+            store_elements(to, col, count, dtype, x);
         }
     }
     return sums;
@@ -319,12 +369,38 @@ FA_INLINE vec finish_lanes(const fa_problem *p, const tile *t, int m, int e, int
     return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
+/* finish_lanes of results that join those that are there. */
+static void add_lanes(const fa_problem *p, const tile *t, int m, int e, int count, vec inverse_sum)
+{
+    char *const *rows = t->out_row + m * LANES;
+    vec x[LANES] = {{0}};
+    load_transposed(rows, e * p->out.col, p->out.col, count, FA_REAL_DTYPE, x);
+    for (int i = 0; i < count; i++)
+        x[i] = share_of(x[i], t->share_before[m]) + t->out[(e + i) * t->vectors + m] * inverse_sum;
+    store_transposed(rows, rows_of_vector(t, m), e * p->out.col, p->out.col, count, FA_REAL_DTYPE, x);
+}
+
+/* As finish_tile, of a wide tile. */
+static void add_tile(const fa_problem *p, const tile *t)
+{
+    for (int m = 0; m < t->vectors; m++) {
+        const vec factor = t->share[m] * (shift_factor(p) * kept_factor(p));
+        for (int e = 0; e < p->head_dim_v; e += LANES)
+            add_lanes(p, t, m, e, (int)min_i64(LANES, p->head_dim_v - e),
+                      inverse_or_zero(t->row_sum[m]) * factor);
+    }
+}
+
 static bool finish_tile(const fa_problem *p, tile *t)
 {
     vec sums = {0};
     fill_if_empty(p, t);
     if (is_decode(t))
         return finish_decode_tile(p, t);
+    if (p->adds) {
+        add_tile(p, t);
+        return true;
+    }
     for (int m = 0; m < t->vectors; m++) {
         vec inverse_sum = inverse_or_zero(t->row_sum[m]) * (shift_factor(p) * kept_factor(p));
         int e = 0;
@@ -334,15 +410,6 @@ static bool finish_tile(const fa_problem *p, tile *t)
             sums += finish_lanes(p, t, m, e, (int)p->head_dim_v - e, inverse_sum);
     }
     return are_finite(sums);
-}
-
-static void store_lse(const fa_problem *p, const item_arrays *a, const tile *t)
-{
-    for (int j = 0; j < t->rows; j++) {
-        double row_max = t->row_max[j / LANES][j % LANES], row_sum = t->exact_sum[j / LANES][j % LANES];
-        char *lse = a->lse + t->head[j] * p->lse.head + t->row[j] * p->lse.row;
-        store_element(lse, p->lse.dtype, (real)(row_max * deferred_scale(p) + log(row_sum)));
-    }
 }
 
 #endif
