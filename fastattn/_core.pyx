@@ -1270,12 +1270,12 @@ def attention(query, key, value, *, scale=None, causal=False, query_offset=None,
     TypeError
         A dtype or kind that is not accepted.
     ValueError
-        A shape or a value that is not accepted, or `out` that overlaps an input.
+        A shape or a value that is not accepted, or `out` or `add_to` that overlaps an input.
     MemoryError
         No memory for a result or for scratch.
         In each of these cases nothing has been written.
     KeyboardInterrupt
-        After Ctrl-C, within a fraction of a second; `out` is then partly written.
+        After Ctrl-C, within a fraction of a second; `out` is then partly written, and so is what `add_to` holds.
 
     See Also
     --------
