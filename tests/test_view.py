@@ -13,7 +13,7 @@ from oracle import make_rng
 
 import fastattn
 from fastattn import AttentionView
-from fastattn.view import SCRIPTS
+from fastattn._page import SCRIPTS
 
 TOKENS = ["[CLS]", "the", "tiger", "it"]
 # Head (0, 0) looks ahead; (0, 1) is certain of a special token; (1, 0) of the word itself; (1, 1) takes "it" for

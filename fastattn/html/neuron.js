@@ -3,7 +3,7 @@
 const vectors = data.vectors && { queries: decodeVectors(data.vectors.queries), keys: decodeVectors(data.vectors.keys) };
 const fixed = (value) => value.toFixed(2).replace(/^-(0\.00)$/, "$1");
 
-// Each vector is bytes, and how much 127 of them stands for: see coded_vectors in view.py.
+// Each vector is bytes, and how much 127 of them stands for: see coded_vectors in _page.py.
 function decodeVectors({ largest, scales, code }) {
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const pairs = bytes(scales);

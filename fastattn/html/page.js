@@ -23,7 +23,7 @@ const state = {
   marks: false, // whether marks of blanks are shown as they are
 };
 
-// Each count is a quotient by 2**k in unary, ended by a 0, and a remainder of k bits: see rice_code in view.py.
+// Each count is a quotient by 2**k in unary, ended by a 0, and a remainder of k bits: see rice_code in _page.py.
 function decode(code, k, size) {
   const bytes = Uint8Array.from(atob(code), (c) => c.charCodeAt(0));
   let at = 0;
