@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
+from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._checks import Array
+from fastattn._part import Part
 from fastattn._weights import Integers
 
 # A page draws every token, and a browser keeps every head: beyond these it would be slow, not merely large.
@@ -36,7 +39,7 @@ SCRIPTS = ("page.js", "drawing.js", "share.js", "neuron.js", "start.js")
 # --- weights and vectors --------------------------------------------------------------------------
 
 
-def rice_code(counts: Integers, limit: int) -> tuple[int, str]:
+def rice_code(counts: Integers, limit: float) -> tuple[int, str]:
     """Code counts in base64, each as a quotient by ``2**k`` in unary and ``k`` bits of remainder.
 
     The best ``k`` is found and returned, too. Counts of one row sum to about the number of steps, and so do
@@ -62,15 +65,10 @@ def coded(weights: Array) -> dict[str, Any]:
     """Code weights for the page, in the finest steps that leave it small."""
     for steps in STEPS:
         counts = np.rint(weights.reshape(-1) * steps).astype(np.int32)
-        k, code = rice_code(counts, MAX_PAGE_WEIGHTS if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
+        k, code = rice_code(counts, math.inf if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
         if code:
-            return {"steps": steps, "rice": k, "code": code}
-    raise too_many("weights")
-
-
-def too_many(what: str) -> ValueError:
-    return ValueError(f"{what} take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may hold: "
-                      "show fewer layers or heads")  # fmt: skip
+            break
+    return {"steps": steps, "rice": k, "code": code}
 
 
 def coded_vectors(vectors: Array) -> dict[str, Any]:
@@ -88,10 +86,13 @@ def coded_vectors(vectors: Array) -> dict[str, Any]:
     }
 
 
-def coded_pair(queries: Array, keys: Array) -> dict[str, Any]:
-    if (queries.size + keys.size) * 4 // 3 > MAX_PAGE_WEIGHTS:
-        raise too_many("queries and keys")
-    return {"queries": coded_vectors(queries), "keys": coded_vectors(keys)}
+def may_hold(heads: int, whole: Part, vectors: Sequence[Array]) -> bool:
+    """Return whether a page can hold all of a text, as far as that is known before it is coded."""
+    queries, keys = map(len, whole)
+    # A weight takes at least one bit, and a character holds six.
+    weights_fit = heads * queries * keys <= 6 * MAX_PAGE_WEIGHTS
+    vectors_fit = sum(each.size for each in vectors) * 4 // 3 <= MAX_PAGE_WEIGHTS
+    return max(queries, keys) <= MAX_PAGE_TOKENS and weights_fit and vectors_fit
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -86,17 +86,30 @@ def check_keys(indices: Integers, weights: Array, num_keys: int) -> None:
         raise ValueError("indices must list a key at most once in a row")
 
 
-def checked_vectors(name: str, vectors: ArrayLike, weights: Array) -> Array:
+def dense(places: Integers, weights: Array, size: int, complete: bool) -> Array:
+    """Return rows of so many keys, each weight at its place, and behind them the share of all other keys.
+
+    Whatever belongs there has a place behind the last, or -1. Where not every weight is listed, a row sums to 1.
+    """
+    rows = np.zeros((*weights.shape[:-1], size + 1), weights.dtype)
+    np.put_along_axis(rows, places, weights, axis=-1)
+    sums = weights.sum(axis=-1)
+    totals = sums if complete else np.where(sums > 0, 1, 0)
+    rows[..., -1] = np.maximum(totals - rows[..., :-1].sum(axis=-1), 0)
+    return rows
+
+
+def checked_vectors(name: str, vectors: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Return queries or keys as float32, with as many axes as the weights, of which they have the layers and tokens."""
     array = as_array(name, vectors)
     check_dtype(name, array, native=False)
     axis = -2 if name == "queries" else -1
-    like = (*weights.shape[:-2], weights.shape[axis], "D")
+    like = (*shape[:-2], shape[axis], "D")
     shared = "" if name == "queries" else ", or with fewer heads that each serve several"
     wrong = ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, like))}){shared}")
-    if array.ndim != weights.ndim or 0 in array.shape or array.shape[-2] != weights.shape[axis]:
+    if array.ndim != len(shape) or 0 in array.shape or array.shape[-2] != shape[axis]:
         raise wrong
-    *layers, heads = weights.shape[:-2] or (1,)
+    *layers, heads = shape[:-2] or (1,)
     *own_layers, own_heads = array.shape[:-2] or (1,)
     if layers != own_layers or heads % own_heads or (name == "queries" and heads != own_heads):
         raise wrong

@@ -17,12 +17,15 @@ from fastattn._weights import (
     check_keys,
     checked_floats,
     checked_vectors,
+    dense,
     layer_of_transformers,
 )
 from fastattn._words import SPECIAL_TOKENS, checked_tokens, is_word, joined_words, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from fastattn._part import Part
 
 __all__ = ["AttentionView"]
 
@@ -154,7 +157,9 @@ class AttentionView:
                              f"{self._num_keys}")  # fmt: skip
         check_distributions(array, self._num_keys, complete=True)
         self._check_queries(array)
-        self._vectors = self._pair(queries, keys, array, merge_subwords)
+        if merge_subwords and (queries is not None or keys is not None):
+            raise ValueError("queries and keys are those of tokens: not with merge_subwords=True")
+        self._vectors = self._pair(queries, keys, array.shape)
         if merge_subwords:
             array = self._merge_subwords(array)
         self._hold(np.broadcast_to(np.arange(self._num_keys, dtype=np.int32), array.shape), array)
@@ -169,6 +174,8 @@ class AttentionView:
         *,
         key_tokens: Sequence[str] | None = None,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        queries: ArrayLike | None = None,
+        keys: ArrayLike | None = None,
     ) -> AttentionView:
         """Make a view of only the keys that are attended most, for sequences whose weights would not fit in memory.
 
@@ -182,7 +189,7 @@ class AttentionView:
             The keys, as `fastattn.top_keys` returns them; -1 where there are fewer than ``k``.
         weights : array_like, of the same shape
             Their weights.
-        tokens, key_tokens, special_tokens
+        tokens, key_tokens, special_tokens, queries, keys
             As for the class. Without `key_tokens`, Sk is the number of `tokens`.
 
         Returns
@@ -204,15 +211,16 @@ class AttentionView:
         >>> view.table(5, count=1)  # doctest: +ELLIPSIS
         'Head 0: "word5" attends to\\n  word...'
         """
-        array, keys = checked_floats(weights), as_array("indices", indices)
+        array, listed = checked_floats(weights), as_array("indices", indices)
         view = cls.__new__(cls)
         view._name(tokens, key_tokens, special_tokens)
-        check_keys(keys, array, view._num_keys)
+        check_keys(listed, array, view._num_keys)
         # A row that has room for more keys lists all that it sees.
-        listed = (keys == -1).any(axis=-1) | (keys.shape[-1] == view._num_keys)
-        check_distributions(array, view._num_keys, complete=listed)
+        complete = (listed == -1).any(axis=-1) | (listed.shape[-1] == view._num_keys)
+        check_distributions(array, view._num_keys, complete=complete)
         view._check_queries(array)
-        view._hold(keys.astype(np.int32), array)
+        view._vectors = view._pair(queries, keys, array.shape)
+        view._hold(listed.astype(np.int32), array)
         view._complete = False
         return view
 
@@ -291,16 +299,15 @@ class AttentionView:
                              f"{len(self._tokens)}")  # fmt: skip
 
     def _pair(
-        self, queries: ArrayLike | None, keys: ArrayLike | None, weights: Array, merge_subwords: bool
+        self, queries: ArrayLike | None, keys: ArrayLike | None, shape: tuple[int, ...]
     ) -> tuple[Array, Array] | None:
         if queries is None or keys is None:
             if queries is not keys:
                 missing = "queries" if queries is None else "keys"
                 raise ValueError(f"{missing} must be given, too: a weight comes about by queries and keys")
             return None
-        if merge_subwords:
-            raise ValueError("queries and keys are those of tokens: not with merge_subwords=True")
-        pair = checked_vectors("queries", queries, weights), checked_vectors("keys", keys, weights)
+        shape = (*shape[:-1], self._num_keys)
+        pair = checked_vectors("queries", queries, shape), checked_vectors("keys", keys, shape)
         if pair[0].shape[-1] != pair[1].shape[-1]:
             raise ValueError(
                 f"queries has shape {pair[0].shape} and keys {pair[1].shape}: their last axes must be alike"
@@ -549,13 +556,7 @@ class AttentionView:
         """Return weights (layers, heads, queries, Sk + 1), dense; the last column is that of all other keys."""
         layers, heads = (slice(None) if i is None else slice(i, i + 1) for i in (layer, head))
         keys, weights = self._keys[layers, heads, queries], self._weights[layers, heads, queries]
-        rows = np.zeros((*weights.shape[:3], self._num_keys + 1), weights.dtype)
-        # Key -1, which is no key and has weight 0, is the last column.
-        np.put_along_axis(rows, keys, weights, axis=-1)
-        if not self._complete:
-            sums = weights.sum(axis=-1)
-            rows[..., -1] = np.where(sums > 0, np.maximum(1 - sums, 0), 0)
-        return rows
+        return dense(keys, weights, self._num_keys, self._complete)
 
     def _title(self, layer: int | None, head: int | None) -> str:
         layers = self._weights.shape[0]
@@ -774,7 +775,48 @@ class AttentionView:
         longest = max(len(self._tokens), self._num_keys)
         if longest > MAX_PAGE_TOKENS:
             raise ValueError(f"tokens are {longest}; at most {MAX_PAGE_TOKENS} can be drawn: use table() and heads(), "
-                             "or a view of a part")  # fmt: skip
+                             "or save(), whose page then shows a part")  # fmt: skip
+
+    def _held_on_page(self, query: int) -> dict[str, Any]:
+        """Return what the page holds of the text: all of it or, where that is too much, the part around a query."""
+        from fastattn import _page, _part
+
+        heads = self._weights[..., 0, 0].size
+        vectors = self._vectors or ()
+        part = _part.Part(np.arange(len(self._tokens)), np.arange(self._num_keys))
+        if _page.may_hold(heads, part, vectors):
+            held = self._coded(part)
+            if len(held["code"]) <= _page.MAX_PAGE_WEIGHTS:
+                return {**held, "query": query, "part": None}
+        size = _part.size_of_part(heads, [each[..., 0, :].size for each in vectors])
+        part = _part.part_of(self._keys, self._weights, self._num_keys, self._complete, query, size)
+        told = {
+            "queries": part.queries.tolist(),
+            "keys": part.keys.tolist(),
+            "of": {"queries": len(self._tokens), "keys": self._num_keys},
+        }
+        return {**self._coded(part), "query": query - int(part.queries[0]), "part": told}
+
+    def _coded(self, part: Part) -> dict[str, Any]:
+        """Return what the page holds of a part: its tokens, and its weights and vectors in code."""
+        from fastattn import _page, _part
+
+        rows = _part.rows_of_part(self._keys, self._weights, part, self._complete)
+        complete = self._complete and len(part.keys) == self._num_keys
+        vectors = None
+        if self._vectors is not None:
+            queries, keys = self._vectors
+            vectors = {
+                "queries": _page.coded_vectors(queries[..., part.queries, :]),
+                "keys": _page.coded_vectors(keys[..., part.keys, :]),
+            }
+        return {
+            "tokens": [shown(self._tokens[at]) for at in part.queries],
+            "keys": [shown(self._key_tokens[at]) for at in part.keys],
+            "complete": complete,
+            "vectors": vectors,
+            **_page.coded(rows[..., :-1] if complete else rows),
+        }
 
     def _page(self, title: str | None, word: str | int | None, layer: int | None, head: int | str) -> bytes:
         # What a page is made with takes a while to import, and is not needed otherwise.
@@ -786,24 +828,14 @@ class AttentionView:
         if chosen_layer is None:
             chosen_layer = self.most_certain(query).layer
         layers, heads = self._weights.shape[:2]
-        self._check_drawable()
-        # A weight takes at least one bit, and a character holds six: seen before anything is built.
-        if self._weights[..., 0].size * self._num_keys > 6 * _page.MAX_PAGE_WEIGHTS:
-            raise _page.too_many("weights")
-        rows = self._rows(None, None, slice(None))
         data = {
-            "tokens": [shown(token) for token in self._tokens],
-            "keys": [shown(token) for token in self._key_tokens],
             "crossed": self._crossed,
-            "complete": self._complete,
             "stars": STARS,
             "layers": layers,
             "heads": heads,
-            "query": query,
             "layer": chosen_layer,
             "head": "mean" if chosen_head is None else chosen_head,
-            "vectors": None if self._vectors is None else _page.coded_pair(*self._vectors),
-            **_page.coded(rows[..., :-1] if self._complete else rows),
+            **self._held_on_page(query),
         }
         return _page.page_of(title or "Attention", data)
 
@@ -818,6 +850,10 @@ class AttentionView:
     ) -> None:
         """Write a page for the browser: one file that needs no network, with every layer and head.
 
+        Of texts of more than 1024 tokens, and of weights or vectors that would take more than 4,000,000 characters, it
+        holds a part, and says so: the queries around a word, at most 64, and the keys that get most from them in any
+        head, at most 128. What other keys get is then told as that of other words.
+
         Parameters
         ----------
         path : str or path
@@ -826,13 +862,13 @@ class AttentionView:
         title : str, optional
             Default "Attention".
         word, layer, head
-            What the page shows first, as for `table`. The mean over heads is that of one layer.
+            What the page shows first, as for `table`. The mean over heads is that of one layer. A part is that around
+            this word.
 
         Raises
         ------
         TypeError, ValueError
-            A title, word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than
-            4,000,000 characters on the page. Nothing has then been written.
+            A title, word, layer or head that is not accepted. Nothing has then been written.
         OSError
             As from `open`.
 
@@ -841,9 +877,13 @@ class AttentionView:
         Weights are rounded to 4095ths, 1023rds or 255ths, the finest whose code has at most 400,000 characters
         (255ths if none has), so they are off by at most 1/510. The code is that of Golomb and Rice [1]_, in base64.
         As counts of 255ths in a row sum to about 255, ``Sk`` of them take at most ``3 Sk + (255 + Sk / 2) / 4``
-        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights. Queries and
-        keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the largest in
-        each vector: those of 64 dimensions add 1.6 million characters.
+        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights, and a part has
+        as many queries and keys as take at most 400,000.
+
+        Queries and keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the
+        largest in each vector: those of 64 dimensions add 1.6 million characters to these 12 layers, and as much at
+        most to a part. With fewer bits, the scores that the page tells would be wrong in the first decimal; where it
+        must be smaller, give a view of fewer layers.
 
         References
         ----------
@@ -868,14 +908,9 @@ class AttentionView:
 
     def _repr_html_(self) -> str:
         """Return the page in a frame."""
-        import html
-
         from fastattn._page import frame_of
 
-        try:
-            return frame_of(self._page(None, None, None, "certain").decode())
-        except ValueError as reason:
-            return f"<pre>{html.escape(str(self))}\n\n{html.escape(str(reason))}</pre>"
+        return frame_of(self._page(None, None, None, "certain").decode())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Return the page, text and, where matplotlib is installed, a picture for what shows no frames."""

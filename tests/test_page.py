@@ -51,7 +51,7 @@ def shares(page, side="keys"):
 
 def table(page):
     """The rows as (word, position, weight), read by header cells as a screen reader does."""
-    rows = page.locator("tbody tr")
+    rows = page.locator("#rows tr")
     cells = [(row.locator("th[scope=row]").inner_text(), *row.locator("td").all_inner_texts()) for row in rows.all()]
     return [(word, int(at) if at else None, float(share)) for word, at, share, _stars in cells]
 
@@ -452,3 +452,96 @@ def test_dark_mode_is_followed_while_the_page_is_open(open_page):
     # Queries of media are told of a change when the next frame is drawn.
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert page.evaluate(first) != before
+
+
+LONG = 65_536
+
+
+def long_view():
+    """Two heads of a long text, whose words give their shares to the one before, and to one far before."""
+    at = np.arange(LONG)
+    indices = np.stack([np.maximum(at - 1, 0), np.maximum(at - 20_000, -1)], axis=-1)
+    indices[0, 1] = -1
+    weights = np.where(indices < 0, 0, [0.5, 0.25])
+    weights[indices[:, 1] == -1] = [1, 0]
+    queries, keys = make_rng().standard_normal((2, 2, LONG, 4), np.float32)
+    both = [np.broadcast_to(each, (2, LONG, 2)) for each in (indices, weights)]
+    tokens = [f"Ġword{i % 1000}" for i in range(LONG)]
+    return AttentionView.from_top_keys(*both, tokens, queries=queries, keys=keys), queries, keys
+
+
+def test_a_part_of_a_long_text(open_page):
+    page = open_page(long_view()[0], {"word": 40_000, "head": 1})
+    assert page.inner_text("#part").startswith(
+        "This page holds a part of the text: 64 of 65536 queries, at positions 39984 to 40047, and 128 of 65536 keys"
+    )
+    assert (
+        page.inner_text("#status") == "Head 1: “word0” (position 40000) looks most at “word999” (position 39999), 0.50."
+    )
+    assert table(page) == [("word999", 39_999, 0.5), ("word0", 20_000, 0.25), ("other words", None, 0.25)]
+    assert page.locator("#queries .at").all_inner_texts() == [str(at) for at in range(39_984, 40_048)]
+    assert page.inner_text('#keys .word:has-text("word999") .at >> nth=0') == "19999"
+    page.fill("#find", "word7")
+    assert "“word7” (position 40007)" in page.inner_text("#status")
+    page.fill("#find", "word500")
+    assert page.inner_text("#status") == "No query of this part holds “word500”."
+    page.click("#all")
+    assert page.locator("tbody tr >> nth=0").locator("td >> nth=0").inner_text() == "39984 → 39983"
+
+
+def test_the_address_of_a_part_holds_positions_in_the_text(open_page):
+    view = long_view()[0]
+    page = open_page(view, {"word": 40_000, "head": 1})
+    page.click("#keys .word >> nth=2")
+    address = page.evaluate("location.hash")
+    assert address == "#layer=0&head=1&key=19986"
+    assert "which words of this part look at “word986” (position 19986)" in page.inner_text("caption")
+    again = open_page(view, {"word": 40_000, "head": 0}, address=address)
+    assert again.evaluate("location.hash") == address
+    # A position that is not in the part is passed over.
+    other = open_page(view, {"word": 40_000, "head": 0}, address="#query=3")
+    assert other.evaluate("location.hash") == "#layer=0&head=0&query=40000"
+
+
+def test_a_part_does_not_call_a_key_the_strongest_where_another_may_be(open_page):
+    weights = np.full((2000, 2000), 1 / 2000)
+    weights[7] = 0
+    page = open_page(AttentionView(weights, ["a"] * 2000), {"word": 1})
+    assert page.inner_text("#status").endswith("0.00, of the keys on this page.")
+    page.click("#keys .word >> nth=0")
+    assert page.inner_text("#status").endswith("0.00, of the queries on this page.")
+    page.click("#queries .word >> nth=7")
+    assert page.inner_text("#status") == "Head 0: “a” (position 7) looks at nothing."
+
+
+def test_how_a_weight_of_a_part_comes_about(open_page):
+    view, queries, keys = long_view()
+    page = open_page(view, {"word": 40_000, "head": 1})
+    product = float(queries[1, 40_000] @ keys[1, 39_999])
+    assert np.allclose(steps(page), [product, product / 2, 0.5], atol=0.06)
+    assert "the scores of all keys, of which this page holds a part" in page.inner_text("#steps")
+    page.select_option("#partner", label="word990 (19990)")
+    assert page.inner_text("#steps td >> nth=-1") == "next to nothing, or not at all"
+    product = float(queries[1, 40_000] @ keys[1, 19_990])
+    assert abs(float(page.inner_text("#steps td >> nth=0")) - product) < 0.06
+
+
+def test_a_part_that_has_every_key_tells_all_steps(open_page):
+    queries, keys = make_rng().standard_normal((2000, 8)), make_rng(1).standard_normal((3, 8))
+    _, weights = attention(queries, keys, keys, return_weights=True)
+    view = AttentionView(weights, ["a"] * 2000, key_tokens=["b", "c", "d"], queries=queries, keys=keys)
+    page = open_page(view, {"word": 1500})
+    assert abs(steps(page)[-1] - view.row(1500).max()) < 0.01
+    assert len(steps(page)) == 5
+
+
+def test_a_small_view_of_the_top_keys_tells_all_steps(open_page):
+    queries, keys = make_rng().standard_normal((2, 5, 8))
+    _, weights = attention(queries, keys, keys, return_weights=True)
+    order = np.argsort(-weights, axis=-1)[:, :2]
+    listed = np.take_along_axis(weights, order, axis=-1)
+    page = open_page(AttentionView.from_top_keys(order, listed, TOKENS, queries=queries, keys=keys), {"word": 2})
+    for key in range(5):
+        page.select_option("#partner", str(key))
+        assert abs(steps(page)[-1] - weights[2, key]) < 0.01
+        assert "differs" not in page.inner_text("#steps")
