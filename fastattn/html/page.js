@@ -94,7 +94,6 @@ function makeWord(side, text, index) {
   const here = { side, index };
   button.addEventListener("pointerenter", () => point(here));
   button.addEventListener("pointerleave", () => point(null));
-  button.addEventListener("focus", () => choose(here));
   button.addEventListener("click", () => choose(here));
   return button;
 }
@@ -112,8 +111,8 @@ function makeHead(layer, head) {
   return button;
 }
 
-// One of a group can be reached by Tab; arrow keys move within it.
-function moveFocus(event, items, steps) {
+// One of a group can be reached by Tab, which changes nothing; arrow keys move within it.
+function moveFocus(event, items, steps, arrived = () => {}) {
   const at = items.indexOf(event.target);
   const to = { Home: 0, End: items.length - 1 }[event.key] ?? at + steps[event.key];
   if (at < 0 || !(to in items)) return;
@@ -121,6 +120,7 @@ function moveFocus(event, items, steps) {
   items[at].tabIndex = -1;
   items[to].tabIndex = 0;
   items[to].focus();
+  arrived(to);
 }
 
 // A figure of one head: its words, and the lines between them.
@@ -131,7 +131,8 @@ function makeFigure(id) {
     const words = wordsOf(side).map((text, i) => makeWord(side, text, i));
     figure.buttons[side] = words;
     figure[side].append(...words);
-    figure[side].addEventListener("keydown", (event) => moveFocus(event, words, { ArrowDown: 1, ArrowUp: -1 }));
+    figure[side].addEventListener("keydown", (event) =>
+      moveFocus(event, words, { ArrowDown: 1, ArrowUp: -1 }, (index) => choose({ side, index })));
     words[0].tabIndex = 0;
   }
   return figure;
