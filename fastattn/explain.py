@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._words import shown
 from fastattn.api import attention
 from fastattn.encoder import Encoder
 from fastattn.layer import MultiHeadAttention
-from fastattn.view import LEGEND, AttentionView, Certain, shown, stars
+from fastattn.view import LEGEND, AttentionView, Certain, stars
 
 __all__ = ["INSTALL", "as_dict", "report", "view_sentence"]
 

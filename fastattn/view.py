@@ -7,44 +7,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from fastattn import _tensors
-from fastattn._checks import EPSILON, Array, as_array, check_dtype, checked_integer
+from fastattn._checks import Array, as_array, checked_integer
 from fastattn._files import File, atomic_write
+from fastattn._weights import (
+    Integers,
+    check_distributions,
+    check_keys,
+    checked_floats,
+    checked_vectors,
+    dense,
+    layer_of_transformers,
+)
+from fastattn._words import SPECIAL_TOKENS, checked_tokens, is_word, joined_words, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from fastattn._part import Part
+
 __all__ = ["AttentionView"]
-
-Integers = NDArray[np.integer[Any]]
-
-SPECIAL_TOKENS = (
-    "[CLS]", "[SEP]", "[PAD]", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<|endoftext|>", "<|begin_of_text|>",
-    "<|end_of_text|>", "<|im_start|>", "<|im_end|>",
-)  # fmt: skip
 
 # Less would read 0.000.
 VISIBLE = 0.0005
-
-# A page draws every token, and a browser keeps every head: beyond these it would be slow, not merely large.
-MAX_PAGE_TOKENS = 1024
-MAX_PAGE_WEIGHTS = 4_000_000
-# The finest steps whose code has at most so many characters are taken. The coarsest are for whatever is left.
-STEPS = (4095, 1023, 255)
-SMALL_PAGE_WEIGHTS = 400_000
-
-# A frame in a notebook becomes as high as its page, which tells its height when asked and whenever it changes. Each
-# frame listens to its own page alone. Where this may not run, the frame scrolls.
-FIT_FRAME = (
-    "const frame = this; window.addEventListener('message', ({source, data}) => {"
-    " if (source === frame.contentWindow && data.pageHeight > 0) frame.style.height = data.pageHeight + 'px'; });"
-    " frame.contentWindow.postMessage('height', '*')"
-)
-
-# The parts of the page's script, in order.
-SCRIPTS = ("page.js", "drawing.js", "share.js", "neuron.js", "start.js")
 
 
 class Certain(NamedTuple):
@@ -78,120 +64,7 @@ class HeadSummaries(list[HeadSummary]):
         return "\n".join(["  ".join(titles), *lines])
 
 
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def checked_tokens(name: str, tokens: Sequence[str]) -> list[str]:
-    if isinstance(tokens, str):
-        raise TypeError(f"{name} must be a sequence of str, one for each token, not the one str {tokens!r}")
-    try:
-        listed = list(tokens)
-    except TypeError:
-        raise TypeError(f"{name} must be a sequence of str, one for each token, not {tokens!r}") from None
-    for i, token in enumerate(listed):
-        if not isinstance(token, str):
-            raise TypeError(f"{name}[{i}] must be a str, not {token!r}")
-    return listed
-
-
-def checked_floats(weights: ArrayLike) -> Array:
-    array = as_array("weights", weights)
-    check_dtype("weights", array, native=False)
-    if not 2 <= array.ndim <= 4:
-        batch = (
-            "; if its second axis is the batch, give one item, as weights[:, 0], or as [layer[0] for layer in weights]"
-        )
-        raise ValueError(
-            f"weights has shape {array.shape}; accepted are (Sq, Sk), (heads, Sq, Sk) and (layers, heads, Sq, Sk)"
-            f"{batch if array.ndim == 5 else ''}"
-        )
-    if 0 in array.shape:
-        raise ValueError(f"weights has shape {array.shape}; at least one of everything is needed")
-    return array
-
-
-def place(shape: tuple[int, ...], flat: np.intp) -> str:
-    """Say where an element or a row is, by the indices that the caller's own array has."""
-    return f"weights[{', '.join(str(int(i)) for i in np.unravel_index(flat, shape))}]"
-
-
-def precision_of(weights: Array) -> float:
-    """Return the epsilon of the weights: that of their dtype or, where they were cast from a half type, of that one.
-
-    It is found from the last bit that any of them uses, and is at most bfloat16's.
-    """
-    wide = weights.astype(np.float64 if weights.dtype == np.float64 else np.float32)
-    unsigned, epsilon = (np.uint64, EPSILON["float64"]) if wide.itemsize == 8 else (np.uint32, EPSILON["float32"])
-    bits = int(np.bitwise_or.reduce(wide.view(unsigned), axis=None))
-    last = bits & -bits
-    return max(EPSILON[weights.dtype.name], min(last * epsilon, EPSILON["bfloat16"]))
-
-
-def check_distributions(weights: Array, num_keys: int, complete: bool | Array) -> None:
-    """Raise unless each row is 0 or sums to 1; to at most 1 where it may lack keys, which is not complete.
-
-    Rounding each weight moves a row's sum by at most half the epsilon of what they were rounded to; so does a sum of
-    exponentials that was itself rounded before they were divided by it. Sums over keys and logarithms of sums, which
-    are up to 2**10, are rounded in float32, or float64 for float64; that also bounds what is lost of weights below
-    float16's normal range, at most 2**-25 each.
-    """
-    # Written so that NaN is found, too.
-    wrong = ~(weights >= 0)
-    if wrong.any():
-        first = np.argmax(wrong)
-        raise ValueError(f"{place(weights.shape, first)} is {weights.flat[first]}; weights must be 0 or more")
-    epsilon = precision_of(weights)
-    tolerance = epsilon + (num_keys + 2**10) * min(epsilon, EPSILON["float32"])
-    sums = weights.sum(axis=-1, dtype=np.float64)
-    wrong = ~(sums <= 1 + tolerance) | (complete & (sums != 0) & (sums < 1 - tolerance))
-    if wrong.any():
-        first = np.argmax(wrong)
-        accepted = "at most 1, and to 1 where all keys that are seen are listed: give a sink's share as one more key"
-        if complete is True:
-            accepted = "1, or 0 where no key is seen"
-        raise ValueError(f"{place(sums.shape, first)} sums to {sums.flat[first]:.6g}; a row must sum to {accepted}")
-
-
-def check_keys(indices: Integers, weights: Array, num_keys: int) -> None:
-    """Raise unless each row lists different keys that exist, or -1 with weight 0."""
-    if indices.dtype.kind not in "iu":
-        raise TypeError(f"indices has dtype {indices.dtype}; accepted are integers")
-    if indices.shape != weights.shape:
-        raise ValueError(f"indices and weights must have one shape, but have {indices.shape} and {weights.shape}")
-    if indices.min() < -1 or indices.max() >= num_keys:
-        raise ValueError(f"indices must be from -1 to {num_keys - 1}, but are {indices.min()} to {indices.max()}")
-    if weights[indices == -1].any():
-        raise ValueError("weights must be 0 where indices are -1")
-    ordered = np.sort(indices, axis=-1)
-    if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-        raise ValueError("indices must list a key at most once in a row")
-
-
-def checked_vectors(name: str, vectors: ArrayLike, weights: Array) -> Array:
-    """Return queries or keys as float32, with as many axes as the weights, of which they have the layers and tokens."""
-    array = as_array(name, vectors)
-    check_dtype(name, array, native=False)
-    axis = -2 if name == "queries" else -1
-    like = (*weights.shape[:-2], weights.shape[axis], "D")
-    shared = "" if name == "queries" else ", or with fewer heads that each serve several"
-    wrong = ValueError(f"{name} has shape {array.shape}; accepted is ({', '.join(map(str, like))}){shared}")
-    if array.ndim != weights.ndim or 0 in array.shape or array.shape[-2] != weights.shape[axis]:
-        raise wrong
-    *layers, heads = weights.shape[:-2] or (1,)
-    *own_layers, own_heads = array.shape[:-2] or (1,)
-    if layers != own_layers or heads % own_heads or (name == "queries" and heads != own_heads):
-        raise wrong
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite")
-    return array.astype(np.float32)
-
-
 # --- text -----------------------------------------------------------------------------------------
-
-
-def shown(token: str) -> str:
-    """A token as it can be printed on one line: blanks, newlines and control characters as Python writes them."""
-    return token if token.isprintable() and token.strip() else repr(token)
 
 
 # Of so much weight or more: so many stars. Less gets none.
@@ -201,122 +74,6 @@ LEGEND = ", ".join(f"{'*' * count} from {least:g}" for least, count in STARS)
 
 def stars(weight: float) -> str:
     return next(("*" * count for least, count in STARS if weight >= least), "")
-
-
-def is_word(token: str) -> bool:
-    """Return whether a token is more than punctuation and blanks."""
-    return any(character.isalnum() for character in token)
-
-
-# --- tokens ---------------------------------------------------------------------------------------
-
-
-def text_of_bytes() -> dict[str, int]:
-    """Return the bytes that the characters of GPT's tokenizers stand for: those that print stand for themselves."""
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printed]
-    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def joined_words(tokens: Sequence[str], special: frozenset[str]) -> tuple[list[int], list[str]]:
-    """Return where the words of tokens begin, and the words."""
-    blank = next((mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in tokens)), None)
-    starts: list[int] = []
-    for i, token in enumerate(tokens):
-        before = tokens[i - 1] if i > 0 else ""
-        continues = token.startswith("##") if blank is None else not token.startswith(blank)
-        # Punctuation is a word of its own.
-        alone = token in special or before in special or not is_word(token) or not is_word(before)
-        if not continues or alone:
-            starts.append(i)
-    pieces = [tokens[begin:end] for begin, end in itertools.pairwise([*starts, len(tokens)])]
-    return starts, [word_of(piece, blank, special) for piece in pieces]
-
-
-def word_of(pieces: Sequence[str], blank: str | None, special: frozenset[str]) -> str:
-    if pieces[0] in special:
-        return pieces[0]
-    if blank is None:
-        return pieces[0] + "".join(piece.removeprefix("##") for piece in pieces[1:])
-    text = "".join(pieces).removeprefix(blank)
-    if blank == "▁":
-        return text.replace(blank, " ") or " "
-    known = text_of_bytes()
-    if not all(character in known for character in text):
-        return text
-    return bytes(known[character] for character in text).decode("utf-8", "replace") or " "
-
-
-def layer_of_transformers(index: int, layer: Any, item: int) -> Array:
-    """Return the weights (heads, Sq, Sk) of an item of the batch."""
-    name = f"attentions[{index}]"
-    if layer is None:
-        raise ValueError(f'{name} is None: the model gave no weights, as only attn_implementation="eager" does')
-    array = as_array(name, layer.detach() if hasattr(layer, "detach") else layer)
-    if array.ndim != 4:
-        raise ValueError(f"{name} has shape {array.shape}; accepted is (batch, heads, Sq, Sk)")
-    checked_integer("item", item, 0, len(array) - 1)
-    return _tensors.converted(array[item], np.dtype(np.float32)) if _tensors.is_bits(array.dtype) else array[item]
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-
-def rice_code(counts: Integers, limit: int) -> tuple[int, str]:
-    """Code counts in base64, each as a quotient by ``2**k`` in unary and ``k`` bits of remainder.
-
-    The best ``k`` is found and returned, too. Counts of one row sum to about the number of steps, and so do
-    the lengths of their unary parts divided by ``2**k``: that bounds the code, whatever the weights are.
-    """
-    import base64
-
-    def length(k: int) -> int:
-        return int((counts >> k).sum(dtype=np.int64)) + (k + 1) * counts.size
-
-    k = min(range(12), key=length)
-    if length(k) > 6 * limit:
-        return k, ""
-    quotients = counts >> k
-    ends = np.cumsum(quotients + (k + 1), dtype=np.int64)
-    bits = np.ones(length(k), np.uint8)
-    bits[ends - (k + 1)] = 0
-    for i in range(k):
-        bits[ends - (k - i)] = (counts >> (k - 1 - i)) & 1
-    return k, base64.b64encode(np.packbits(bits).tobytes()).decode()
-
-
-def coded(weights: Array) -> dict[str, Any]:
-    """Code weights for the page, in the finest steps that leave it small."""
-    for steps in STEPS:
-        counts = np.rint(weights.reshape(-1) * steps).astype(np.int32)
-        k, code = rice_code(counts, MAX_PAGE_WEIGHTS if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
-        if code:
-            return {"steps": steps, "rice": k, "code": code}
-    raise ValueError(f"weights take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may hold: "
-                     "show fewer layers or heads")  # fmt: skip
-
-
-def coded_vectors(vectors: Array) -> dict[str, Any]:
-    """Code vectors for the page: a byte for each component, and for each vector what 127 stands for.
-
-    That is coded as a 65535th of the largest component of all, in two bytes, low byte first.
-    """
-    import base64
-
-    largest = float(np.abs(vectors).max()) or 1.0
-    units = np.ceil(np.abs(vectors).max(axis=-1, keepdims=True) / largest * 65535)
-    steps = np.rint(vectors * 127 / np.maximum(units * (largest / 65535), np.finfo(np.float32).tiny))
-    return {
-        "largest": largest,
-        "scales": base64.b64encode(np.minimum(units, 65535).astype("<u2").tobytes()).decode(),
-        "code": base64.b64encode(np.clip(steps, -127, 127).astype(np.int8).tobytes()).decode(),
-    }
-
-
-def page_asset(name: str) -> str:
-    from importlib.resources import files
-
-    return files("fastattn").joinpath("html", name).read_text(encoding="utf-8")
 
 
 # --- the view -------------------------------------------------------------------------------------
@@ -400,7 +157,9 @@ class AttentionView:
                              f"{self._num_keys}")  # fmt: skip
         check_distributions(array, self._num_keys, complete=True)
         self._check_queries(array)
-        self._vectors = self._pair(queries, keys, array, merge_subwords)
+        if merge_subwords and (queries is not None or keys is not None):
+            raise ValueError("queries and keys are those of tokens: not with merge_subwords=True")
+        self._vectors = self._pair(queries, keys, array.shape)
         if merge_subwords:
             array = self._merge_subwords(array)
         self._hold(np.broadcast_to(np.arange(self._num_keys, dtype=np.int32), array.shape), array)
@@ -415,6 +174,8 @@ class AttentionView:
         *,
         key_tokens: Sequence[str] | None = None,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
+        queries: ArrayLike | None = None,
+        keys: ArrayLike | None = None,
     ) -> AttentionView:
         """Make a view of only the keys that are attended most, for sequences whose weights would not fit in memory.
 
@@ -428,7 +189,7 @@ class AttentionView:
             The keys, as `fastattn.top_keys` returns them; -1 where there are fewer than ``k``.
         weights : array_like, of the same shape
             Their weights.
-        tokens, key_tokens, special_tokens
+        tokens, key_tokens, special_tokens, queries, keys
             As for the class. Without `key_tokens`, Sk is the number of `tokens`.
 
         Returns
@@ -450,15 +211,16 @@ class AttentionView:
         >>> view.table(5, count=1)  # doctest: +ELLIPSIS
         'Head 0: "word5" attends to\\n  word...'
         """
-        array, keys = checked_floats(weights), as_array("indices", indices)
+        array, listed = checked_floats(weights), as_array("indices", indices)
         view = cls.__new__(cls)
         view._name(tokens, key_tokens, special_tokens)
-        check_keys(keys, array, view._num_keys)
+        check_keys(listed, array, view._num_keys)
         # A row that has room for more keys lists all that it sees.
-        listed = (keys == -1).any(axis=-1) | (keys.shape[-1] == view._num_keys)
-        check_distributions(array, view._num_keys, complete=listed)
+        complete = (listed == -1).any(axis=-1) | (listed.shape[-1] == view._num_keys)
+        check_distributions(array, view._num_keys, complete=complete)
         view._check_queries(array)
-        view._hold(keys.astype(np.int32), array)
+        view._vectors = view._pair(queries, keys, array.shape)
+        view._hold(listed.astype(np.int32), array)
         view._complete = False
         return view
 
@@ -537,16 +299,15 @@ class AttentionView:
                              f"{len(self._tokens)}")  # fmt: skip
 
     def _pair(
-        self, queries: ArrayLike | None, keys: ArrayLike | None, weights: Array, merge_subwords: bool
+        self, queries: ArrayLike | None, keys: ArrayLike | None, shape: tuple[int, ...]
     ) -> tuple[Array, Array] | None:
         if queries is None or keys is None:
             if queries is not keys:
                 missing = "queries" if queries is None else "keys"
                 raise ValueError(f"{missing} must be given, too: a weight comes about by queries and keys")
             return None
-        if merge_subwords:
-            raise ValueError("queries and keys are those of tokens: not with merge_subwords=True")
-        pair = checked_vectors("queries", queries, weights), checked_vectors("keys", keys, weights)
+        shape = (*shape[:-1], self._num_keys)
+        pair = checked_vectors("queries", queries, shape), checked_vectors("keys", keys, shape)
         if pair[0].shape[-1] != pair[1].shape[-1]:
             raise ValueError(
                 f"queries has shape {pair[0].shape} and keys {pair[1].shape}: their last axes must be alike"
@@ -795,13 +556,7 @@ class AttentionView:
         """Return weights (layers, heads, queries, Sk + 1), dense; the last column is that of all other keys."""
         layers, heads = (slice(None) if i is None else slice(i, i + 1) for i in (layer, head))
         keys, weights = self._keys[layers, heads, queries], self._weights[layers, heads, queries]
-        rows = np.zeros((*weights.shape[:3], self._num_keys + 1), weights.dtype)
-        # Key -1, which is no key and has weight 0, is the last column.
-        np.put_along_axis(rows, keys, weights, axis=-1)
-        if not self._complete:
-            sums = weights.sum(axis=-1)
-            rows[..., -1] = np.where(sums > 0, np.maximum(1 - sums, 0), 0)
-        return rows
+        return dense(keys, weights, self._num_keys, self._complete)
 
     def _title(self, layer: int | None, head: int | None) -> str:
         layers = self._weights.shape[0]
@@ -1015,23 +770,57 @@ class AttentionView:
     # --- pictures ---------------------------------------------------------------------------------
 
     def _check_drawable(self) -> None:
+        from fastattn._page import MAX_PAGE_TOKENS
+
         longest = max(len(self._tokens), self._num_keys)
         if longest > MAX_PAGE_TOKENS:
             raise ValueError(f"tokens are {longest}; at most {MAX_PAGE_TOKENS} can be drawn: use table() and heads(), "
-                             "or a view of a part")  # fmt: skip
+                             "or save(), whose page then shows a part")  # fmt: skip
 
-    def _coded_vectors(self) -> dict[str, Any] | None:
-        if self._vectors is None:
-            return None
-        if sum(vectors.size for vectors in self._vectors) * 4 // 3 > MAX_PAGE_WEIGHTS:
-            raise ValueError(f"queries and keys take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may "
-                             "hold: show fewer layers or heads")  # fmt: skip
-        return {name: coded_vectors(part) for name, part in zip(("queries", "keys"), self._vectors, strict=True)}
+    def _held_on_page(self, query: int) -> dict[str, Any]:
+        """Return what the page holds of the text: all of it or, where that is too much, the part around a query."""
+        from fastattn import _page, _part
+
+        heads = self._weights[..., 0, 0].size
+        vectors = self._vectors or ()
+        part = _part.Part(np.arange(len(self._tokens)), np.arange(self._num_keys))
+        if _page.may_hold(heads, part, vectors):
+            held = self._coded(part)
+            if len(held["code"]) <= _page.MAX_PAGE_WEIGHTS:
+                return {**held, "query": query, "part": None}
+        size = _part.size_of_part(heads, [each[..., 0, :].size for each in vectors])
+        part = _part.part_of(self._keys, self._weights, self._num_keys, self._complete, query, size)
+        told = {
+            "queries": part.queries.tolist(),
+            "keys": part.keys.tolist(),
+            "of": {"queries": len(self._tokens), "keys": self._num_keys},
+        }
+        return {**self._coded(part), "query": query - int(part.queries[0]), "part": told}
+
+    def _coded(self, part: Part) -> dict[str, Any]:
+        """Return what the page holds of a part: its tokens, and its weights and vectors in code."""
+        from fastattn import _page, _part
+
+        rows = _part.rows_of_part(self._keys, self._weights, part, self._complete)
+        complete = self._complete and len(part.keys) == self._num_keys
+        vectors = None
+        if self._vectors is not None:
+            queries, keys = self._vectors
+            vectors = {
+                "queries": _page.coded_vectors(queries[..., part.queries, :]),
+                "keys": _page.coded_vectors(keys[..., part.keys, :]),
+            }
+        return {
+            "tokens": [shown(self._tokens[at]) for at in part.queries],
+            "keys": [shown(self._key_tokens[at]) for at in part.keys],
+            "complete": complete,
+            "vectors": vectors,
+            **_page.coded(rows[..., :-1] if complete else rows),
+        }
 
     def _page(self, title: str | None, word: str | int | None, layer: int | None, head: int | str) -> bytes:
-        import html
-        import json
-        from string import Template
+        # What a page is made with takes a while to import, and is not needed otherwise.
+        from fastattn import _page
 
         if title is not None and not isinstance(title, str):
             raise TypeError(f"title must be a str, not {title!r}")
@@ -1039,34 +828,16 @@ class AttentionView:
         if chosen_layer is None:
             chosen_layer = self.most_certain(query).layer
         layers, heads = self._weights.shape[:2]
-        self._check_drawable()
-        # A weight takes at least one bit, and a character holds six: seen before anything is built.
-        if self._weights[..., 0].size * self._num_keys > 6 * MAX_PAGE_WEIGHTS:
-            raise ValueError(f"weights take more than the {MAX_PAGE_WEIGHTS:,} characters that a page may hold: "
-                             "show fewer layers or heads")  # fmt: skip
-        rows = self._rows(None, None, slice(None))
         data = {
-            "tokens": [shown(token) for token in self._tokens],
-            "keys": [shown(token) for token in self._key_tokens],
             "crossed": self._crossed,
-            "complete": self._complete,
             "stars": STARS,
             "layers": layers,
             "heads": heads,
-            "query": query,
             "layer": chosen_layer,
             "head": "mean" if chosen_head is None else chosen_head,
-            "vectors": self._coded_vectors(),
-            **coded(rows[..., :-1] if self._complete else rows),
+            **self._held_on_page(query),
         }
-        page = Template(page_asset("page.html")).substitute(
-            title=html.escape(title or "Attention"),
-            style=page_asset("page.css"),
-            # Nothing in the data can then end the script element.
-            data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-            script="\n".join(map(page_asset, SCRIPTS)),
-        )
-        return page.encode("utf-8", "replace")
+        return _page.page_of(title or "Attention", data)
 
     def save(
         self,
@@ -1079,6 +850,10 @@ class AttentionView:
     ) -> None:
         """Write a page for the browser: one file that needs no network, with every layer and head.
 
+        Of texts of more than 1024 tokens, and of weights or vectors that would take more than 4,000,000 characters, it
+        holds a part, and says so: the queries around a word, at most 64, and the keys that get most from them in any
+        head, at most 128. What other keys get is then told as that of other words.
+
         Parameters
         ----------
         path : str or path
@@ -1087,13 +862,13 @@ class AttentionView:
         title : str, optional
             Default "Attention".
         word, layer, head
-            What the page shows first, as for `table`. The mean over heads is that of one layer.
+            What the page shows first, as for `table`. The mean over heads is that of one layer. A part is that around
+            this word.
 
         Raises
         ------
         TypeError, ValueError
-            A title, word, layer or head that is not accepted, more than 1024 tokens, or weights that take more than
-            4,000,000 characters on the page. Nothing has then been written.
+            A title, word, layer or head that is not accepted. Nothing has then been written.
         OSError
             As from `open`.
 
@@ -1102,9 +877,13 @@ class AttentionView:
         Weights are rounded to 4095ths, 1023rds or 255ths, the finest whose code has at most 400,000 characters
         (255ths if none has), so they are off by at most 1/510. The code is that of Golomb and Rice [1]_, in base64.
         As counts of 255ths in a row sum to about 255, ``Sk`` of them take at most ``3 Sk + (255 + Sk / 2) / 4``
-        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights. Queries and
-        keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the largest in
-        each vector: those of 64 dimensions add 1.6 million characters.
+        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights, and a part has
+        as many queries and keys as take at most 400,000.
+
+        Queries and keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the
+        largest in each vector: those of 64 dimensions add 1.6 million characters to these 12 layers, and as much at
+        most to a part. With fewer bits, the scores that the page tells would be wrong in the first decimal; where it
+        must be smaller, give a view of fewer layers.
 
         References
         ----------
@@ -1128,17 +907,10 @@ class AttentionView:
             file.write(content)
 
     def _repr_html_(self) -> str:
-        """Return the page in a frame, where neither styles nor names can clash with those of a notebook."""
-        import html
+        """Return the page in a frame."""
+        from fastattn._page import frame_of
 
-        try:
-            page = self._page(None, None, None, "certain").decode()
-        except ValueError as reason:
-            return f"<pre>{html.escape(str(self))}\n\n{html.escape(str(reason))}</pre>"
-        return (
-            '<iframe title="Attention" sandbox="allow-scripts" style="width: 100%; height: 44rem; border: 0" '
-            f'onload="{html.escape(FIT_FRAME)}" srcdoc="{html.escape(page)}"></iframe>'
-        )
+        return frame_of(self._page(None, None, None, "certain").decode())
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Return the page, text and, where matplotlib is installed, a picture for what shows no frames."""

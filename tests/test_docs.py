@@ -154,12 +154,28 @@ def test_python_in_the_tutorial(tmp_path, monkeypatch):
     assert "head.png" in {path.name for path in tmp_path.iterdir()}
 
 
+def pictures_of(page):
+    """The pictures of a page as (name, mode), with "" for what has one mode, which another program drew."""
+    return re.findall(
+        r"^!\[.*\]\((?:\.\./)?pictures/(.*?)\)(?:\{\.only-(light|dark)\})?$", page.read_text(), re.MULTILINE
+    )
+
+
 @pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
-def test_the_pictures_of_the_tutorial_are_there_in_both_modes():
-    shown = re.findall(r"^!\[.*\]\(pictures/(.*)\)\{\.only-(light|dark)\}$", TUTORIAL.read_text(), re.MULTILINE)
-    assert {name for name, _ in shown} == {path.name for path in (DOCS / "pictures").iterdir()}
-    assert all(Path(name).stem.endswith(f"-{mode}") for name, mode in shown)
-    assert sorted({mode for _, mode in shown}) == ["dark", "light"]
+@pytest.mark.parametrize("page", [TUTORIAL, GUIDE / "bertviz.md"], ids=lambda page: page.stem)
+def test_the_pictures_of_a_page_are_there_in_both_modes(page):
+    shown = pictures_of(page)
+    assert all((DOCS / "pictures" / name).is_file() for name, _ in shown)
+    assert all(Path(name).stem.endswith(f"-{mode}") if mode else name.startswith("bertviz-") for name, mode in shown)
+    light, dark = ([name.removesuffix(".svg").removesuffix(".png")[: -len(mode)] for name, of in shown if of == mode]
+                   for mode in ("light", "dark"))  # fmt: skip
+    assert light == dark != []
+
+
+@pytest.mark.skipif(not TUTORIAL.exists(), reason="the tutorial is not beside the tests")
+def test_every_picture_is_shown():
+    shown = {name for page in (TUTORIAL, *PAGES) for name, _ in pictures_of(page)}
+    assert shown == {path.name for path in (DOCS / "pictures").iterdir()}
 
 
 ADAPTERS = {"torch": ["torch"], "transformers": ["torch", "transformers"]}

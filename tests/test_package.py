@@ -38,7 +38,9 @@ def test_import_brings_nothing_but_numpy():
 
 
 @pytest.mark.parametrize("other", ["cache", "layer", "encoder", "checkpoints"])
-@pytest.mark.parametrize("module", ["view", "_checks", "_pages", "_cache_file", "rotary"])
+@pytest.mark.parametrize(
+    "module", ["view", "_page", "_part", "_weights", "_words", "_checks", "_pages", "_cache_file", "rotary"]
+)
 def test_rooms_do_not_lean_on_what_is_above_them(module, other):
     source = importlib.resources.files("fastattn").joinpath(f"{module}.py").read_text()
     assert not re.search(rf"^\s*(from|import) fastattn\.{other}\b", source, re.MULTILINE)

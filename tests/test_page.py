@@ -51,7 +51,7 @@ def shares(page, side="keys"):
 
 def table(page):
     """The rows as (word, position, weight), read by header cells as a screen reader does."""
-    rows = page.locator("tbody tr")
+    rows = page.locator("#rows tr")
     cells = [(row.locator("th[scope=row]").inner_text(), *row.locator("td").all_inner_texts()) for row in rows.all()]
     return [(word, int(at) if at else None, float(share)) for word, at, share, _stars in cells]
 
@@ -341,6 +341,7 @@ def test_how_a_weight_comes_about(open_page):
         expected = [4 * scores[key], scores[key], scores[key] - scores.max(), powers[key], powers[key] / powers.sum()]
         assert np.allclose(steps(page), expected, atol=0.06)
     page.click("summary")
+    page.locator("#dimensions tr").last.wait_for()
     rows = page.locator("#dimensions tr").all()
     numbers = [[float(cell) for cell in row.locator("td").all_inner_texts()] for row in rows]
     product = queries[1, 3] * keys[0, 4]
@@ -371,6 +372,125 @@ def test_a_mean_has_no_query_and_a_view_without_has_none(open_page):
     assert not open_page().is_visible("#neuron")
 
 
+def test_how_a_weight_comes_about_follows_the_pointer(open_page):
+    page = open_page(neuron_view()[0], {"word": 3, "head": 1})
+    title = page.inner_text("#neuron-title")
+    page.hover("#queries .word >> nth=2")
+    assert "the weight that “jumped” gives" in page.inner_text("#neuron-title")
+    # Of a word on the other side it would have no query.
+    page.hover("#keys .word >> nth=1")
+    assert page.inner_text("#neuron-title") == title
+    page.click("#keys .word >> nth=1")
+    assert page.inner_text("#neuron-title").endswith("gives “<b>tiger</b>”")
+    assert page.inner_text("#partner-side") == "Query"
+
+
+# --- by keyboard alone, each control ---------------------------------------------------------------
+
+
+def move_to(page, control):
+    """Tab until a control has the focus, as one does who sees none of the page's parts."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("id => document.activeElement === document.querySelector(id)", control):
+            return
+    raise AssertionError(f"Tab does not come to {control}")
+
+
+CONTROLS = {
+    "layer": ("#layer", "ArrowDown", "figures[0].layer", 1),
+    "head": ("#head", "ArrowDown", "figures[0].head", 1),
+    "beside": ("#beside", "ArrowDown", "figures[1].head", 0),
+    "all words": ("#all", "Space", "state.chosen", None),
+    "threshold": ("#threshold", "ArrowRight", "state.threshold", 0.01),
+    "strongest": ("#strongest", "ArrowDown", "state.strongest", 1),
+    "find": ("#find", "n", "state.chosen.index", 2),
+    "marks": ("#marks", "Space", "figures[0].buttons.queries[2].firstChild.textContent", "Ġran"),
+    "word": ("#queries [tabindex='0']", "ArrowDown", "state.chosen.index", 2),
+    "first key": ("#keys .word", "Enter", "[state.chosen.side, state.chosen.index].join()", "keys,0"),
+    "key": ("#keys .word", "ArrowDown", "[state.chosen.side, state.chosen.index].join()", "keys,1"),
+    "pair": ("#partner", "ArrowDown", "pairOf(state.chosen).join()", "1,0"),
+    "dimensions": ("summary", "Enter", "document.querySelector('details').open", True),
+    "grid": ("#grid [tabindex='0']", "ArrowDown Enter", "[figures[0].layer, figures[0].head].join()", "1,0"),
+    "grid, beside": ("#grid [tabindex='0']", "ArrowRight Shift+Enter", "figures[1].head", 1),
+}
+
+
+def view_with_every_control():
+    queries, keys = make_rng().standard_normal((2, 2, 2, 3, 8))
+    _, weights = attention(queries, keys, keys, return_weights=True)
+    return AttentionView(weights, ["The", "Ġtiger", "Ġran"], queries=queries, keys=keys)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])
+def test_each_control_by_keyboard_alone(width, scheme, control, open_page):
+    at, keys, what, expected = CONTROLS[control]
+    view = view_with_every_control()
+    page = open_page(
+        view, {"word": 1, "layer": 0, "head": 0}, viewport={"width": width, "height": 740}, color_scheme=scheme
+    )
+    move_to(page, at)
+    for key in keys.split():
+        page.keyboard.press(key)
+    assert page.evaluate(what) == expected
+
+
+def test_tab_changes_nothing(open_page):
+    page = open_page(view_with_every_control(), {"word": 1, "head": 0, "layer": 1})
+    state = "JSON.stringify(state) + location.hash"
+    before = page.evaluate(state)
+    move_to(page, "#grid [tabindex='0']")
+    assert page.evaluate(state) == before
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+@pytest.mark.parametrize("width", [1100, 390])
+def test_pictures_are_saved_by_keyboard_alone(width, kind, open_page):
+    page = open_page(viewport={"width": width, "height": 740})
+    move_to(page, f"#{kind}")
+    with page.expect_download() as saved:
+        page.keyboard.press("Enter")
+    assert saved.value.suggested_filename == f"attention.{kind}"
+
+
+def test_the_pair_and_its_dimensions_by_keyboard_alone(open_page):
+    view, queries, keys = neuron_view()
+    page = open_page(view, {"word": 3, "head": 1})
+    move_to(page, "#partner")
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    scores = queries[1, 3] @ keys[0].T
+    assert abs(steps(page)[0] - scores[2]) < 0.06
+    assert page.inner_text("#neuron-title").endswith("gives “jumped”")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.locator("#dimensions tr").last.wait_for()
+    products = [float(cell) for cell in page.locator("#dimensions td:last-child").all_inner_texts()]
+    assert np.allclose(products, queries[1, 3] * keys[0, 2], atol=0.06)
+    page.keyboard.press("Enter")
+    assert not page.is_visible("#dimensions")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Home")
+    assert page.inner_text("#neuron-title").endswith(f"gives “{TOKENS[int(np.argmax(scores))]}”")
+
+
+# --- what it looks like ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_causal_view_opens_on_a_row_that_says_something(seed, open_page):
+    """The first word sees only itself, and the second not much more."""
+    query, key = make_rng(seed).standard_normal((2, 2, 8, 16))
+    _, weights = attention(2 * query, key, key, causal=True, return_weights=True)
+    page = open_page(AttentionView(weights, list("abcdefgh")), {"head": "certain"})
+    rows = table(page)
+    chosen = page.evaluate("state.chosen.index")
+    assert chosen > 0
+    assert rows[0][1] != chosen
+    assert rows[0][2] > 0.5
+
+
 def test_heat_maps_follow_the_weights(open_page):
     weights = np.array([[0, 0, 1], [0, 1, 0], [0.25, 0.75, 0]])
     page = open_page(AttentionView(weights, ["a", "b", "c"]), {"word": "a"})
@@ -387,6 +507,36 @@ def luminance(colour):
     channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+# What is left of linear red, green and blue where one kind of cone is missing (Machado, Oliveira and Fernandes, 2009).
+CONES = {
+    "none missing": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def seen(hexadecimal, cones):
+    """A colour's L*a*b*, as somebody sees it."""
+    channels = np.array([int(hexadecimal[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    x, y, z = np.cbrt(to_xyz @ np.clip(CONES[cones] @ linear, 0.009, 1) / [0.95047, 1, 1.08883])
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cones", CONES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_are_told_apart_by_colour_blind_eyes(scheme, cones, open_page):
+    page = open_page(color_scheme=scheme)
+    names = ["--line", "--mark", "--ramp-0", "--ramp-1", "--ramp-2", "--ground"]
+    line, mark, *ramp, ground = (seen(page.evaluate("colour", name), cones) for name in names)
+    assert np.linalg.norm(line - mark) > 30
+    assert min(abs(colour[0] - ground[0]) for colour in (line, mark)) > 30
+    steps = np.diff([colour[0] for colour in ramp])  # by lightness alone
+    assert np.all(steps < -20) or np.all(steps > 20)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -452,3 +602,96 @@ def test_dark_mode_is_followed_while_the_page_is_open(open_page):
     # Queries of media are told of a change when the next frame is drawn.
     page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert page.evaluate(first) != before
+
+
+LONG = 65_536
+
+
+def long_view():
+    """Two heads of a long text, whose words give their shares to the one before, and to one far before."""
+    at = np.arange(LONG)
+    indices = np.stack([np.maximum(at - 1, 0), np.maximum(at - 20_000, -1)], axis=-1)
+    indices[0, 1] = -1
+    weights = np.where(indices < 0, 0, [0.5, 0.25])
+    weights[indices[:, 1] == -1] = [1, 0]
+    queries, keys = make_rng().standard_normal((2, 2, LONG, 4), np.float32)
+    both = [np.broadcast_to(each, (2, LONG, 2)) for each in (indices, weights)]
+    tokens = [f"Ġword{i % 1000}" for i in range(LONG)]
+    return AttentionView.from_top_keys(*both, tokens, queries=queries, keys=keys), queries, keys
+
+
+def test_a_part_of_a_long_text(open_page):
+    page = open_page(long_view()[0], {"word": 40_000, "head": 1})
+    assert page.inner_text("#part").startswith(
+        "This page holds a part of the text: 64 of 65536 queries, at positions 39984 to 40047, and 128 of 65536 keys"
+    )
+    assert (
+        page.inner_text("#status") == "Head 1: “word0” (position 40000) looks most at “word999” (position 39999), 0.50."
+    )
+    assert table(page) == [("word999", 39_999, 0.5), ("word0", 20_000, 0.25), ("other words", None, 0.25)]
+    assert page.locator("#queries .at").all_inner_texts() == [str(at) for at in range(39_984, 40_048)]
+    assert page.inner_text('#keys .word:has-text("word999") .at >> nth=0') == "19999"
+    page.fill("#find", "word7")
+    assert "“word7” (position 40007)" in page.inner_text("#status")
+    page.fill("#find", "word500")
+    assert page.inner_text("#status") == "No query of this part holds “word500”."
+    page.click("#all")
+    assert page.locator("tbody tr >> nth=0").locator("td >> nth=0").inner_text() == "39984 → 39983"
+
+
+def test_the_address_of_a_part_holds_positions_in_the_text(open_page):
+    view = long_view()[0]
+    page = open_page(view, {"word": 40_000, "head": 1})
+    page.click("#keys .word >> nth=2")
+    address = page.evaluate("location.hash")
+    assert address == "#layer=0&head=1&key=19986"
+    assert "which words of this part look at “word986” (position 19986)" in page.inner_text("caption")
+    again = open_page(view, {"word": 40_000, "head": 0}, address=address)
+    assert again.evaluate("location.hash") == address
+    # A position that is not in the part is passed over.
+    other = open_page(view, {"word": 40_000, "head": 0}, address="#query=3")
+    assert other.evaluate("location.hash") == "#layer=0&head=0&query=40000"
+
+
+def test_a_part_does_not_call_a_key_the_strongest_where_another_may_be(open_page):
+    weights = np.full((2000, 2000), 1 / 2000)
+    weights[7] = 0
+    page = open_page(AttentionView(weights, ["a"] * 2000), {"word": 1})
+    assert page.inner_text("#status").endswith("0.00, of the keys on this page.")
+    page.click("#keys .word >> nth=0")
+    assert page.inner_text("#status").endswith("0.00, of the queries on this page.")
+    page.click("#queries .word >> nth=7")
+    assert page.inner_text("#status") == "Head 0: “a” (position 7) looks at nothing."
+
+
+def test_how_a_weight_of_a_part_comes_about(open_page):
+    view, queries, keys = long_view()
+    page = open_page(view, {"word": 40_000, "head": 1})
+    product = float(queries[1, 40_000] @ keys[1, 39_999])
+    assert np.allclose(steps(page), [product, product / 2, 0.5], atol=0.06)
+    assert "the scores of all keys, of which this page holds a part" in page.inner_text("#steps")
+    page.select_option("#partner", label="word990 (19990)")
+    assert page.inner_text("#steps td >> nth=-1") == "next to nothing, or not at all"
+    product = float(queries[1, 40_000] @ keys[1, 19_990])
+    assert abs(float(page.inner_text("#steps td >> nth=0")) - product) < 0.06
+
+
+def test_a_part_that_has_every_key_tells_all_steps(open_page):
+    queries, keys = make_rng().standard_normal((2000, 8)), make_rng(1).standard_normal((3, 8))
+    _, weights = attention(queries, keys, keys, return_weights=True)
+    view = AttentionView(weights, ["a"] * 2000, key_tokens=["b", "c", "d"], queries=queries, keys=keys)
+    page = open_page(view, {"word": 1500})
+    assert abs(steps(page)[-1] - view.row(1500).max()) < 0.01
+    assert len(steps(page)) == 5
+
+
+def test_a_small_view_of_the_top_keys_tells_all_steps(open_page):
+    queries, keys = make_rng().standard_normal((2, 5, 8))
+    _, weights = attention(queries, keys, keys, return_weights=True)
+    order = np.argsort(-weights, axis=-1)[:, :2]
+    listed = np.take_along_axis(weights, order, axis=-1)
+    page = open_page(AttentionView.from_top_keys(order, listed, TOKENS, queries=queries, keys=keys), {"word": 2})
+    for key in range(5):
+        page.select_option("#partner", str(key))
+        assert abs(steps(page)[-1] - weights[2, key]) < 0.01
+        assert "differs" not in page.inner_text("#steps")

@@ -1,19 +1,18 @@
 """Attention weights to look at: what the table, the figures, the page and the plot say, against known answers."""
 
-import base64
 import html
 import importlib.resources
-import json
 import re
 import sys
 
 import numpy as np
 import pytest
 from oracle import make_rng
+from pages import data_of, decoded, saved
 
 import fastattn
 from fastattn import AttentionView
-from fastattn.view import SCRIPTS
+from fastattn._page import SCRIPTS
 
 TOKENS = ["[CLS]", "the", "tiger", "it"]
 # Head (0, 0) looks ahead; (0, 1) is certain of a special token; (1, 0) of the word itself; (1, 1) takes "it" for
@@ -40,29 +39,6 @@ def view_of(weights=WEIGHTS, tokens=TOKENS, **keywords):
 def softmax(scores):
     powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
-
-
-def saved(view, tmp_path, **keywords):
-    view.save(tmp_path / "page.html", **keywords)
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
-
-
-def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL).group(1))
-
-
-def decoded(data):
-    """Rice's code, read as plainly as it can be."""
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(data["code"]), np.uint8)).tolist()
-    columns = len(data["keys"]) + (not data["complete"])
-    shape = (data["layers"], data["heads"], len(data["tokens"]), columns)
-    counts, at, k = [], 0, data["rice"]
-    for _ in range(np.prod(shape)):
-        end = bits.index(0, at)
-        remainder = int("".join(map(str, bits[end + 1 : end + 1 + k])) or "0", 2)
-        counts.append(((end - at) << k) + remainder)
-        at = end + 1 + k
-    return np.reshape(counts, shape) / data["steps"]
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -380,9 +356,9 @@ def test_long_sequences_are_not_made_dense(tmp_path):
     view = AttentionView.from_top_keys(keys, np.full((size, 1), 0.5, np.float32), ["a"] * size)
     assert view.table(5) == 'Head 0: "a" attends to\n  a           0.500  *****\n  other keys  0.500'
     assert view.heads()[0][2:] == (1, 0, 0.5, 0)
+    assert data_of(saved(view, tmp_path, word=5))["part"]["of"] == {"queries": size, "keys": size}
     with pytest.raises(ValueError, match="tokens are 200000; at most 1024 can be drawn"):
-        view.save(tmp_path / "page.html")
-    assert not list(tmp_path.iterdir())
+        view.plot()
 
 
 @pytest.mark.parametrize(
@@ -465,18 +441,6 @@ def test_small_pages_are_finer(tmp_path):
     assert np.abs(decoded(data) - WEIGHTS).max() <= 0.5 / 4095
 
 
-@pytest.mark.slow
-def test_pages_that_would_be_too_large(tmp_path):
-    weights = np.broadcast_to(np.eye(1024, dtype=np.float32), (24, 1024, 1024))
-    with pytest.raises(ValueError, match="more than the 4,000,000 characters that a page may hold"):
-        view_of(weights, ["a"] * 1024).save(tmp_path / "page.html")
-    # Fewer weights than there may be characters, but each of them takes three bits.
-    view = view_of(np.full((512, 128, 128), 1 / 128, np.float32), ["a"] * 128)
-    with pytest.raises(ValueError, match="more than the 4,000,000 characters"):
-        view.save(tmp_path / "page.html")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("old", [None, "old"])
 def test_failure_leaves_nothing_half_written(old, tmp_path, monkeypatch):
     target = tmp_path / "page.html"
@@ -522,7 +486,8 @@ def test_notebooks_show_the_page_in_a_frame(tmp_path):
         view_of(np.eye(len(NASTY)), NASTY), tmp_path
     )
     sparse = AttentionView.from_top_keys(np.zeros((2000, 1), int), np.ones((2000, 1)), ["<b>"] * 2000)
-    assert re.match(r"<pre>Head 0: &quot;&lt;b&gt;&quot; .*at most 1024", sparse._repr_html_(), re.DOTALL)
+    assert "holds a part" in (frame := sparse._repr_html_())
+    assert re.fullmatch(r'<iframe [^<>]*srcdoc="[^<>"]*"></iframe>', frame)
 
 
 # --- the plot -------------------------------------------------------------------------------------
@@ -717,6 +682,3 @@ def test_size_of_a_page_with_queries_and_keys(tmp_path):
     weights, vectors = np.full((12, 12, 64, 64), 1 / 64, np.float32), np.ones((12, 12, 64, 64), np.float32)
     view = view_of(weights, ["a"] * 64, queries=vectors, keys=vectors)
     assert len(saved(view, tmp_path)) < 2_100_000
-    many = view_of(weights, ["a"] * 64, queries=vectors.repeat(3, -1), keys=vectors.repeat(3, -1))
-    with pytest.raises(ValueError, match="queries and keys take more than the 4,000,000 characters"):
-        many.save(tmp_path / "page.html")

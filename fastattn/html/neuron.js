@@ -3,7 +3,7 @@
 const vectors = data.vectors && { queries: decodeVectors(data.vectors.queries), keys: decodeVectors(data.vectors.keys) };
 const fixed = (value) => value.toFixed(2).replace(/^-(0\.00)$/, "$1");
 
-// Each vector is bytes, and how much 127 of them stands for: see coded_vectors in view.py.
+// Each vector is bytes, and how much 127 of them stands for: see coded_vectors in _page.py.
 function decodeVectors({ largest, scales, code }) {
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const pairs = bytes(scales);
@@ -25,17 +25,20 @@ function vectorOf(side, { layer, head }, index) {
 const total = (values) => values.reduce((sum, value) => sum + value, 0);
 const productOf = (query, key) => query.map((value, d) => value * key[d]);
 
+const isBehind = (query, key) => positionOf("keys", key) > positionOf("queries", query);
+
 // A head that gives no query a key behind it is taken for causal.
 function isCausal(figure) {
-  return tokens.length > 1 && tokens.every((_, i) => keys.every((__, j) => j <= i || !weight(figure, i, j)));
+  return tokens.length > 1 && tokens.every((_, i) => keys.every((__, j) => !isBehind(i, j) || !weight(figure, i, j)));
 }
 
-// The steps from a query and a key to a weight, by these two alone.
+// The steps from a query and a key to a weight, by queries and keys alone.
 function stepsOf(figure, query, key) {
   const asking = vectorOf("queries", figure, query);
   const root = Math.sqrt(asking.length);
-  const seen = isCausal(figure) ? query + 1 : keys.length;
-  const scores = Array.from({ length: seen }, (_, j) => total(productOf(asking, vectorOf("keys", figure, j))) / root);
+  const causal = isCausal(figure);
+  const scores = keys.map((_, j) =>
+    (causal && isBehind(query, j) ? -Infinity : total(productOf(asking, vectorOf("keys", figure, j))) / root));
   const largest = Math.max(...scores);
   const powers = scores.map((score) => Math.exp(score - largest));
   const answering = vectorOf("keys", figure, key);
@@ -43,7 +46,7 @@ function stepsOf(figure, query, key) {
     rows: { query: asking, key: answering, product: productOf(asking, answering) },
     score: scores[key],
     largest,
-    power: powers[key] ?? 0,
+    power: powers[key],
     powers: total(powers),
   };
 }
@@ -57,16 +60,25 @@ function pairOf(word) {
 
 function stepsTold({ rows, score, largest, power, powers }, query, key) {
   const given = weight(figures[0], query, key);
-  if (score === undefined) return [["This key comes after the query: it is masked", "0"]];
+  if (score === -Infinity) return [["This key comes after the query: it is masked", "0"]];
   const computed = power / powers;
-  const steps = [
+  const scored = [
     ["Sum of the products", fixed(total(rows.product))],
     [`… divided by √${rows.query.length}: the score`, fixed(score)],
+  ];
+  // A weight that was not listed is 0 here, and not known.
+  const isKnown = given > 0 || data.complete;
+  if (!everyKey) {
+    return [...scored, ["The weight needs the scores of all keys, of which this page holds a part; it was given as",
+      isKnown ? given.toFixed(3) : "next to nothing, or not at all"]];
+  }
+  const steps = [
+    ...scored,
     [`… less the largest score of this query, ${fixed(largest)}`, fixed(score - largest)],
     ["… e to that", power.toPrecision(3)],
     [`… divided by the sum over all keys, ${powers.toPrecision(3)}: the weight`, computed.toFixed(3)],
   ];
-  if (Math.abs(computed - given) > 0.02) {
+  if (isKnown && Math.abs(computed - given) > 0.02) {
     steps.push(["The weight that was given differs: by a mask, a bias or another scale", given.toFixed(3)]);
   }
   return steps;
@@ -91,7 +103,7 @@ function showNeuron(word) {
 }
 
 function showPartner({ side }) {
-  const names = wordsOf(otherSide(side)).map((text, i) => `${shown(text)} (${i})`);
+  const names = wordsOf(otherSide(side)).map((_, i) => placed(otherSide(side), i));
   byId("partner-side").textContent = side === "queries" ? "Key" : "Query";
   const options = ["the strongest", ...names].map((textContent, i) => element("option", { value: i - 1, textContent }));
   if (byId("partner").dataset.names !== names.join()) byId("partner").replaceChildren(...options);

@@ -2,7 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
-const { tokens, keys, layers, heads } = data;
+const { tokens, keys, layers, heads, part } = data; // part: null, or the positions in the text of what is here of it
 // Where not every key is listed, the last column is the share of the others.
 const columns = keys.length + (data.complete ? 0 : 1);
 const MEAN = heads; // the choice that follows the last head
@@ -23,7 +23,7 @@ const state = {
   marks: false, // whether marks of blanks are shown as they are
 };
 
-// Each count is a quotient by 2**k in unary, ended by a 0, and a remainder of k bits: see rice_code in view.py.
+// Each count is a quotient by 2**k in unary, ended by a 0, and a remainder of k bits: see rice_code in _page.py.
 function decode(code, k, size) {
   const bytes = Uint8Array.from(atob(code), (c) => c.charCodeAt(0));
   let at = 0;
@@ -56,7 +56,14 @@ const weight = (figure, query, key) => figure.weights[query * columns + key];
 const wordsOf = (side) => (side === "queries" ? tokens : keys);
 const otherSide = (side) => (side === "queries" ? "keys" : "queries");
 const shown = (text) => (state.marks ? text : text.replace(BLANKS, " ").trim() || text);
-const nameOf = (side, index) => `“${shown(wordsOf(side)[index])}”`;
+const positionOf = (side, index) => (part ? part[side][index] : index);
+const placed = (side, index) => `${shown(wordsOf(side)[index])} (${positionOf(side, index)})`;
+const quoted = (side, index) => `“${shown(wordsOf(side)[index])}”`;
+const withPosition = (side, index) => `${quoted(side, index)} (position ${positionOf(side, index)})`;
+// Where words of a part stand is told with each of them.
+const nameOf = part ? withPosition : quoted;
+const ofPart = part ? " of this part" : "";
+const everyKey = !part || part.of.keys === keys.length;
 const weightsOfWord = (figure, { side, index }) =>
   wordsOf(otherSide(side)).map((_, i) => (side === "queries" ? weight(figure, index, i) : weight(figure, i, index)));
 const starsOf = (value) => "★".repeat(data.stars.find(([least]) => value >= least)?.[1] ?? 0);
@@ -81,11 +88,12 @@ function fillSelect(select, names, choose) {
 
 function makeWord(side, text, index) {
   const button = element("button", { type: "button", className: "word", title: text, tabIndex: -1 },
-    element("span", { className: "text", textContent: shown(text) }), element("span", { className: "weight" }));
+    element("span", { className: "text", textContent: shown(text) }),
+    ...(part ? [element("span", { className: "at", textContent: positionOf(side, index) })] : []),
+    element("span", { className: "weight" }));
   const here = { side, index };
   button.addEventListener("pointerenter", () => point(here));
   button.addEventListener("pointerleave", () => point(null));
-  button.addEventListener("focus", () => choose(here));
   button.addEventListener("click", () => choose(here));
   return button;
 }
@@ -103,8 +111,8 @@ function makeHead(layer, head) {
   return button;
 }
 
-// One of a group can be reached by Tab; arrow keys move within it.
-function moveFocus(event, items, steps) {
+// One of a group can be reached by Tab, which changes nothing; arrow keys move within it.
+function moveFocus(event, items, steps, arrived = () => {}) {
   const at = items.indexOf(event.target);
   const to = { Home: 0, End: items.length - 1 }[event.key] ?? at + steps[event.key];
   if (at < 0 || !(to in items)) return;
@@ -112,6 +120,7 @@ function moveFocus(event, items, steps) {
   items[at].tabIndex = -1;
   items[to].tabIndex = 0;
   items[to].focus();
+  arrived(to);
 }
 
 // A figure of one head: its words, and the lines between them.
@@ -122,7 +131,8 @@ function makeFigure(id) {
     const words = wordsOf(side).map((text, i) => makeWord(side, text, i));
     figure.buttons[side] = words;
     figure[side].append(...words);
-    figure[side].addEventListener("keydown", (event) => moveFocus(event, words, { ArrowDown: 1, ArrowUp: -1 }));
+    figure[side].addEventListener("keydown", (event) =>
+      moveFocus(event, words, { ArrowDown: 1, ArrowUp: -1 }, (index) => choose({ side, index })));
     words[0].tabIndex = 0;
   }
   return figure;
@@ -155,8 +165,17 @@ function makePage() {
   grid.addEventListener("keydown", (event) =>
     moveFocus(event, headButtons, { ArrowRight: 1, ArrowLeft: -1, ArrowDown: choices, ArrowUp: -choices }));
   byId("precision").textContent = `Weights on this page are rounded to 1/${data.steps}. Positions count from 0.`;
+  byId("part").hidden = !part;
+  byId("part").textContent = part && partTold();
   byId("stars-note").textContent =
     data.stars.map(([least, count]) => `${"★".repeat(count)} from ${least}`).join(", ") + ".";
+}
+
+function partTold() {
+  const last = positionOf("queries", tokens.length - 1);
+  return `This page holds a part of the text: ${tokens.length} of ${part.of.queries} queries, at positions `
+    + `${positionOf("queries", 0)} to ${last}, and ${keys.length} of ${part.of.keys} keys, those that get most from them. `
+    + "Beside each word is its position. What all other keys get counts as “other words”.";
 }
 
 function makeControls() {
@@ -196,7 +215,10 @@ function find(behind) {
   const order = tokens.map((_, i) => (from + i) % tokens.length);
   const found = text ? order.find(holds) : undefined;
   byId("find").setAttribute("aria-invalid", String(Boolean(text) && found === undefined));
-  if (found === undefined) return;
+  if (found === undefined) {
+    if (text) byId("status").textContent = `No query${ofPart} holds “${text}”.`;
+    return;
+  }
   choose({ side: "queries", index: found });
   figures[0].buttons.queries[found].scrollIntoView({ block: "nearest" });
 }
@@ -295,12 +317,13 @@ function tableRow(name, position, [value, second], stars) {
 function tableOf(word) {
   if (word) {
     const names = wordsOf(otherSide(word.side));
-    return { name: (i) => shown(names[i]), place: String, values: (figure) => weightsOfWord(figure, word) };
+    const place = (i) => positionOf(otherSide(word.side), i);
+    return { name: (i) => shown(names[i]), place, values: (figure) => weightsOfWord(figure, word) };
   }
   const pair = (at) => [Math.floor(at / keys.length), at % keys.length];
   return {
     name: (at) => `${shown(tokens[pair(at)[0]])} → ${shown(keys[pair(at)[1]])}`,
-    place: (at) => pair(at).join(" → "),
+    place: (at) => pair(at).map((i, n) => positionOf(n ? "keys" : "queries", i)).join(" → "),
     values: (figure) => Array.from({ length: tokens.length * keys.length }, (_, at) => weight(figure, ...pair(at))),
   };
 }
@@ -336,9 +359,9 @@ function showTable(word) {
 }
 
 function asked(word) {
-  if (!word) return "the largest weights of all words";
-  const name = `${nameOf(word.side, word.index)} (position ${word.index})`;
-  return word.side === "queries" ? `what ${name} looks at` : `which words look at ${name}`;
+  if (!word) return `the largest weights of all words${ofPart}`;
+  const name = withPosition(word.side, word.index);
+  return word.side === "queries" ? `what ${name} looks at` : `which words${ofPart} look at ${name}`;
 }
 
 // --- the sentence above the figure ---------------------------------------------------------------
@@ -357,7 +380,11 @@ function finding(figure, word) {
   const best = values.indexOf(Math.max(...values));
   const name = nameOf(word.side, word.index);
   const passive = word.side === "keys";
-  if (!values[best]) return passive ? `no word looks at ${name}` : `${name} looks at nothing`;
+  const others = passive || data.complete ? 0 : weight(figure, word.index, keys.length);
+  if (!values[best] && passive) return `no word${ofPart} looks at ${name}`;
+  if (!values[best]) return `${name} looks at ${others ? "no key that is on this page" : "nothing"}`;
   const other = `${nameOf(otherSide(word.side), best)}, ${values[best].toFixed(2)}`;
-  return passive ? `${name} is looked at most by ${other}` : `${name} looks most at ${other}`;
+  // A word that is left out of a part may have more.
+  const here = part && (passive || others > values[best]) ? `, of the ${otherSide(word.side)} on this page` : "";
+  return (passive ? `${name} is looked at most by ${other}` : `${name} looks most at ${other}`) + here;
 }

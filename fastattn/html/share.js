@@ -19,7 +19,7 @@ function wordsAsSvg(figure, side) {
     const x = (end ? place.right : place.left) - box.left + (end ? -8 : 8);
     const mark = chosen?.side === side && chosen.index === i ? ` fill="${colour("--mark")}" font-weight="600"` : "";
     return `<text x="${x}" y="${(place.top + place.bottom) / 2 - box.top}" text-anchor="${end ? "end" : "start"}"${mark}>`
-      + `${escaped(shown(wordsOf(side)[i]))}</text>`;
+      + `${escaped(part ? placed(side, i) : shown(wordsOf(side)[i]))}</text>`;
   }).join("");
 }
 
@@ -68,7 +68,7 @@ function toAddress() {
   const [first, second] = figures;
   const parts = { layer: first.layer, head: headInAddress(first) };
   if (second.weights) parts.beside = `${second.layer}.${headInAddress(second)}`;
-  if (chosen) parts[chosen.side === "queries" ? "query" : "key"] = chosen.index;
+  if (chosen) parts[chosen.side === "queries" ? "query" : "key"] = positionOf(chosen.side, chosen.index);
   if (threshold) parts.threshold = threshold;
   if (strongest !== Infinity) parts.strongest = strongest;
   return `#${new URLSearchParams(parts)}`;
@@ -92,8 +92,8 @@ function fromAddress() {
   const [layer, head] = (asked.get("beside") ?? "").split(".");
   if (number(layer, layers) !== undefined && headOf(head) !== undefined) beside = numberOf({ layer: Number(layer), head: headOf(head) });
   for (const [side, name] of [["queries", "query"], ["keys", "key"]]) {
-    const index = number(asked.get(name), wordsOf(side).length);
-    if (index !== undefined) state.chosen = { side, index };
+    const index = wordsOf(side).findIndex((_, i) => String(positionOf(side, i)) === asked.get(name));
+    if (index >= 0) state.chosen = { side, index };
   }
   const threshold = Number(asked.get("threshold"));
   if (threshold > 0 && threshold <= 0.5) state.threshold = threshold;
