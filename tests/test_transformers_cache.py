@@ -177,7 +177,7 @@ COPIES = {
 @pytest.mark.parametrize("way", COPIES)
 @torch.no_grad()  # with gradients no step writes where another may have its tokens
 def test_a_copy_of_a_prompt_is_apart(way, lengths, name):
-    """Each of the two goes on as if the other were not there; also after tokens were cropped, which are then rewritten."""
+    """Each of the two goes on as if the other were not there, also where cropped tokens are rewritten."""
     both = caches(model_of(name))
     for cache in both:
         cache.activate_past_recording()
