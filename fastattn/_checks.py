@@ -219,6 +219,6 @@ def sink_gradients(sinks: ArrayLike, lse: Array, delta: Array) -> Array:
     logits = _tensors.converted(logits, np.dtype(np.float64))
     lse = lse.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        gradients = -np.exp(logits[:, None] - lse) * delta
+        gradients = -np.exp(np.minimum(logits[:, None] - lse, 0)) * delta  # beyond lse: of a sink that lse cannot hold
         gradients = np.where(np.isneginf(lse), 0, gradients)
         return _tensors.converted(gradients.sum(axis=(*range(lse.ndim - 2), -1)), dtype)

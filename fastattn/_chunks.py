@@ -11,6 +11,7 @@ import numpy as np
 
 import fastattn
 from fastattn._checks import Array, as_array, refuse_masked
+from fastattn._partials import partial_dtype, refuse_infinite_sinks
 
 Index = tuple[int, ...]
 DaskArray = Any  # dask.array.Array, whose type is not known where dask is not installed
@@ -48,6 +49,8 @@ class Call:
         self.numbers = {name: x for name, x in scores.items() if name not in (*LARGE, *SMALL)}
         self.numbers["num_threads"] = 1 if scores.get("num_threads") is None else scores["num_threads"]
         check(arrays, self.small, self.numbers)
+        if "sinks" in self.small:
+            refuse_infinite_sinks(self.small["sinks"])
 
         self.single_head = arrays["query"].ndim == 2
         for name in ("query", "key", "value"):
@@ -117,11 +120,11 @@ class Call:
             if x.shape != rows + columns * is_out:
                 raise ValueError(f"{name} has shape {x.shape}; accepted is {rows + columns * is_out}, that of what "
                                  f"attention returns as {'out' if is_out else 'lse'}")  # fmt: skip
-            dtypes = (self.query.dtype,) if is_out else (np.float32, np.float64)
+            own = self.query.dtype
+            accepted = [own, partial_dtype(own)] if name == "out" else [own] if is_out else [np.float32, np.float64]
+            dtypes = list(dict.fromkeys(map(np.dtype, accepted)))
             if x.dtype not in dtypes:
-                raise TypeError(
-                    f"{name} has dtype {x.dtype}; accepted is {' or '.join(str(np.dtype(d)) for d in dtypes)}"
-                )
+                raise TypeError(f"{name} has dtype {x.dtype}; accepted is {' or '.join(map(str, dtypes))}")
             axes = (*range(self.keys_axis), *[None] * is_out)
             self.add(name, x[None] if self.single_head else x, axes)
 

@@ -4,6 +4,7 @@
 """Validates a call, describes it to the C library, allocates its results, and raises."""
 
 import os
+import sys
 import threading
 
 import numpy as np
@@ -333,6 +334,8 @@ cdef tuple score_shape(const fa_problem *p, bint single_head):
 cdef double real_number(object value, str name) except? -1.0:
     if isinstance(value, (bool, np.bool_, str)):
         raise TypeError(f"{name} must be a real number, not {value!r}")
+    if type(value) is not float:
+        refuse_derivatives(value, name)
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -498,6 +501,9 @@ cdef bint lie_apart(cnp.ndarray a, cnp.ndarray b):
 
 
 cdef bint is_half(cnp.ndarray array):
+    """Whether it is of a half type, in native byte order."""
+    if not cnp.PyArray_ISNOTSWAPPED(array):
+        return False
     return cnp.PyArray_TYPE(array) == cnp.NPY_FLOAT16 or is_bfloat16(array)
 
 
@@ -509,17 +515,19 @@ cdef bint same_dtype(cnp.ndarray a, cnp.ndarray b):
     return a.descr is b.descr or PyArray_EquivTypes(a.descr, b.descr)
 
 
-cdef int check_out_dtype(cnp.ndarray out, str name, cnp.ndarray like, str like_name, bint unrounded) except -1:
+cdef int check_out_dtype(cnp.ndarray out, str name, cnp.ndarray like, str like_name, bint unrounded,
+                         str others="") except -1:
     """That of `like`, or, where this is half, that of sums."""
     cdef bint in_float32 = is_half(like) and is_float32(out)
     if in_float32 or (same_dtype(out, like) and not (unrounded and is_half(like))):
         return 0
-    accepted = f"that of {like_name}, {like.dtype}"
+    accepted = f"that of {like_name}, {like.dtype}{others}"
     if unrounded and is_half(like):
         accepted = "float32, with unrounded"
     elif is_half(like):
         accepted += ", or float32"
-    raise TypeError(f"{name} has dtype {out.dtype}; accepted is {accepted}")
+    order = "" if (<object>out).dtype.isnative else ", in native byte order"
+    raise TypeError(f"{name} has dtype {out.dtype}; accepted is {accepted}{order}")
 
 
 cdef bint has_shape(cnp.ndarray array, int ndim, const cnp.npy_intp *dims) noexcept:
@@ -558,10 +566,12 @@ cdef bint share_memory(object out, object array):
 
 
 cdef dict tables = {}  # of each type that has come: the address of its DLPack exchange table, or 0
+cdef dict forward_ad = {}  # what there is in PyTorch's module of that name, once a tensor has come
 
 
 cdef uintptr_t find_table(object kind) except? 1:
     """The address of a type's exchange table of DLPack 1, or 0 if it has none."""
+    global forward_ad
     capsule = getattr(kind, "__dlpack_c_exchange_api__", None)
     cdef const DLPackExchangeHeader *header = NULL
     if PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
@@ -571,7 +581,26 @@ cdef uintptr_t find_table(object kind) except? 1:
         if header != NULL and (<const DLPackExchangeTable *>header).describe_borrowed == NULL:
             header = NULL
     tables[kind] = <uintptr_t>header
+    module = sys.modules.get("torch.autograd.forward_ad")
+    if module is not None:
+        forward_ad = module.__dict__
     return <uintptr_t>header
+
+
+cdef int refuse_derivatives(object x, str name) except -1:
+    """Raise of a tensor whose gradient or tangent would be lost."""
+    if getattr(x, "requires_grad", False):
+        raise RuntimeError(f"{name} requires a gradient, which would be lost: give {name}.detach(), or call the "
+                           "functions of fastattn.torch, which have one")
+    if forward_ad.get("_current_level", -1) >= 0 and has_tangent(x):
+        raise RuntimeError(f"{name} has a tangent, of forward-mode differentiation, which would be lost: give "
+                           f"torch.autograd.forward_ad.unpack_dual({name}).primal, or call PyTorch's own attention")
+    return 0
+
+
+cdef bint has_tangent(object x) except -1:
+    is_floating_point = getattr(x, "is_floating_point", None)
+    return is_floating_point is not None and is_floating_point() and forward_ad["unpack_dual"](x).tangent is not None
 
 
 cdef const DLPackExchangeTable *table_of(object x) except? NULL:
@@ -646,9 +675,7 @@ cdef int refuse_negated(object x, str name) except -1:
 cdef cnp.ndarray view_of_tensor(object x, const DLPackExchangeTable *table, str name):
     """A tensor's memory as an array, whose base is the tensor."""
     cdef DLTensor tensor
-    if getattr(x, "requires_grad", False):
-        raise RuntimeError(f"{name} requires a gradient, which would be lost: give {name}.detach(), or call the "
-                           "functions of fastattn.torch, which have one")
+    refuse_derivatives(x, name)
     try:
         table.describe_borrowed(<void *>x, &tensor)
     except Exception as failure:
@@ -1484,7 +1511,7 @@ def check_merged_out(cnp.ndarray array not None, tuple shape, list outs, list ls
     for axis, size in enumerate(shape):
         dims[axis] = size
     if not (is_half(array) and is_float32(first)):
-        check_out_dtype(array, "out", first, "outs[0]", False)
+        check_out_dtype(array, "out", first, "outs[0]", False, ", or a half type" if is_float32(first) else "")
     inputs = {f"lses[{i}]": lse for i, lse in enumerate(lses)}
     inputs |= {f"outs[{i}]": x for i, x in enumerate(outs) if not is_same_view(array, x)}
     check_out(array, "out", len(shape), dims, inputs)

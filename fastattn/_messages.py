@@ -30,10 +30,14 @@ class RankError(RuntimeError):
     """Another rank failed, so that there is no result here either."""
 
 
-def private(comm: Any) -> Any:
-    """Return a communicator of the same ranks, kept with it, whose messages meet no others."""
+def check_communicator(comm: object) -> None:
     if not isinstance(comm, MPI.Intracomm):
         raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, not {comm!r}")
+
+
+def private(comm: Any) -> Any:
+    """Return a communicator of the same ranks, kept with it, whose messages meet no others."""
+    check_communicator(comm)
     own = comm.Get_attr(PRIVATE)
     if own is None:
         own = comm.Dup()

@@ -58,12 +58,24 @@ def merge_parts(parts: Sequence[Part], num_threads: int | None = None) -> Part:
     return fastattn.merge(*zip(*parts, strict=True), num_threads=num_threads)
 
 
+def refuse_infinite_sinks(sinks: Array) -> None:
+    """Raise of a sink of which nothing is to be merged with the results of keys: its weight is inf / inf."""
+    logits = _tensors.converted(sinks, np.dtype(np.float64))
+    if (logits == np.inf).any():
+        raise ValueError(
+            f"sinks holds +inf, for head {int(np.argmax(logits))}; accepted are finite logits, and -inf where a head "
+            "has no sink"
+        )
+
+
 def with_sinks(part: Part, sinks: Array | None, *, packed: bool = False, num_threads: int | None = None) -> Part:
     """Let the sinks join the softmax over all keys: they are a set of keys of their own, whose values are 0."""
     if sinks is None:
         return part
     out, lse = part
-    logits = np.asarray(sinks, lse.dtype)
+    most = np.finfo(lse.dtype).max  # for which attention takes larger ones
+    with np.errstate(over="ignore"):
+        logits = np.minimum(_tensors.converted(sinks, np.dtype(np.float64)), most).astype(lse.dtype)
     logits = logits[None] if packed else logits[:, None]
     nothing = np.zeros((*logits.shape, out.shape[-1]), out.dtype)
     return fastattn.merge([out, nothing], [lse, logits], num_threads=num_threads)

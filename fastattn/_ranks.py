@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastattn
-from fastattn._checks import Array, as_array, check_dtype
+from fastattn._checks import Array, as_array, as_integer, check_dtype
 from fastattn._messages import agreed
+from fastattn._partials import refuse_infinite_sinks
 from fastattn._shards import LAYOUTS, Shards
 
 
@@ -35,6 +36,16 @@ def checked_bounds(cu_seqlens: Any) -> tuple[int, ...] | None:
     if not array.size or array[0] != 0 or (np.diff(array.astype(np.int64)) < 0).any():
         raise ValueError(f"cu_seqlens must begin with 0 and never fall, but is {array.tolist()}")
     return tuple(array.tolist())
+
+
+def checked_axis(axis: object, name: str, array: Array) -> int:
+    """Return the axis of an array along which its tokens are."""
+    number = as_integer("axis", axis)
+    if not -array.ndim <= number < array.ndim:
+        accepted = f"from {-array.ndim} to {array.ndim - 1}" if array.ndim else "none"
+        raise ValueError(f"axis must be an axis of {name}, which has shape {array.shape}, but is {number}; "
+                         f"accepted is {accepted}")  # fmt: skip
+    return number
 
 
 def plain(x: Any) -> Any:
@@ -97,6 +108,9 @@ class Arrays:
         own = {name: x for name, x in self.scores.items() if name not in ("key_lengths", "query_offset")}
         plan: Any = fastattn.plan
         plan(*(self[name].swapaxes(0, 1) if self.packed else self[name] for name in ("query", "key", "value")), **own)
+        if "sinks" in self.scores:
+            self.scores["sinks"] = as_array("sinks", self.scores["sinks"])
+            refuse_infinite_sinks(self.scores["sinks"])
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]

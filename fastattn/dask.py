@@ -98,7 +98,8 @@ def attention(
     Raises
     ------
     TypeError, ValueError
-        As `fastattn.attention`, at once; NaN or other values in arrays are met when the result is computed.
+        As `fastattn.attention`, and for a sink of +inf, at once; values in lazy arrays are met when the result is
+        computed.
 
     Warns
     -----
@@ -153,7 +154,7 @@ def attention_backward(
     query, key, value
         As for `attention`.
     out, lse : dask.array.Array
-        What `attention` returned with ``return_lse=True``.
+        What `attention` returned with ``return_lse=True``; of a half type, `out` may be float32, not yet rounded.
     mask, bias : dask.array.Array or array_like, optional
         As for `fastattn.attention`.
     **scores

@@ -25,9 +25,9 @@ from numpy.typing import ArrayLike, NDArray
 from fastattn._arguments import misfit
 from fastattn._checks import Array, as_array, as_integer, checked_integer, gradient_dtype
 from fastattn._keywords import CausalKeywords, names_of, takes
-from fastattn._messages import Guard, RankError, agreed, exchange, or_abort, private
+from fastattn._messages import Guard, RankError, agreed, check_communicator, exchange, or_abort, private
 from fastattn._partials import rounded
-from fastattn._ranks import Arrays, check_alike, checked_bounds, checked_layout, described, shards_of
+from fastattn._ranks import Arrays, check_alike, checked_axis, checked_bounds, checked_layout, described, shards_of
 from fastattn._ring import Ring, finished_gradients, go_round, go_round_with_gradients, own_gradient_of_sinks
 from fastattn._shards import Shards
 from fastattn._ulysses import Ulysses
@@ -124,7 +124,8 @@ def ring_attention(
     Raises
     ------
     TypeError, ValueError
-        As `fastattn.attention`; for parts that are not those of the layout, or differ where they must not.
+        As `fastattn.attention`, and for a sink of +inf; for parts that are not those of the layout, or differ where
+        they must not.
     RankError
         If another rank failed: all ranks raise, and none waits.
 
@@ -189,7 +190,7 @@ def ring_attention_backward(
     grad_out : array_like, shape (..., H, S, Dv)
         The gradient with respect to this rank's `out`, of a scalar that is a sum over all ranks; in query's dtype.
     out, lse : array_like
-        What `ring_attention` returned with ``return_lse=True``.
+        What `ring_attention` returned with ``return_lse=True``; of a half type, `out` may be float32, not yet rounded.
     query_offset : int, optional
         Position of the first query of the whole sequence. Default: the last query sees the last key.
     mask, bias : array_like, optional
@@ -354,7 +355,7 @@ def ulysses_attention_backward(
     grad_out : array_like, shape (..., H, S, Dv)
         The gradient with respect to this rank's `out`, of a scalar that is a sum over all ranks; in query's dtype.
     out, lse : array_like
-        What `ulysses_attention` returned with ``return_lse=True``.
+        What `ulysses_attention` returned with ``return_lse=True``; of a half type, `out` may be float32.
     query_offset, key_lengths : int or array_like of int, optional
         As for `fastattn.attention`, of the whole sequence.
     **scores
@@ -425,6 +426,11 @@ def positions(
     positions : ndarray of int64
         In the order in which `shard` has them.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it must be.
+
     See Also
     --------
     shard : The tokens themselves.
@@ -436,6 +442,7 @@ def positions(
     >>> fastattn.mpi.positions(MPI.COMM_SELF, 5).tolist()
     [0, 1, 2, 3, 4]
     """
+    check_communicator(comm)
     seqlen, bounds = checked_integer("seqlen", seqlen, 0), checked_bounds(cu_seqlens)
     if bounds is not None and bounds[-1] != seqlen:
         raise ValueError(f"cu_seqlens ends with {bounds[-1]}, but there are {seqlen} tokens")
@@ -464,6 +471,11 @@ def shard(
     part : ndarray
         A copy.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not what it must be.
+
     See Also
     --------
     unshard : The whole, of the parts.
@@ -477,6 +489,7 @@ def shard(
     (8, 100, 64)
     """
     array = np.asarray(x) if isinstance(x, np.memmap) else as_array("x", x)
+    axis = checked_axis(axis, "x", array)
     where = positions(comm, array.shape[axis], layout=layout, cu_seqlens=cu_seqlens)
     return np.take(array, where, axis=axis)
 
@@ -502,6 +515,11 @@ def unshard(
     -------
     x : ndarray
 
+    Raises
+    ------
+    TypeError, ValueError, RankError
+        If an argument is not what it must be, or parts are not those of the layout.
+
     See Also
     --------
     shard : A rank's tokens, of the whole.
@@ -520,11 +538,10 @@ def unshard(
         array = as_array("part", part)
         if array.dtype.hasobject:
             raise TypeError(f"part has dtype {array.dtype}, of objects, which are not sent")
-        if not -array.ndim <= as_integer("axis", axis) < array.ndim:
-            raise ValueError(f"axis must be one of part, whose shape is {array.shape}, but is {axis}")
+        own_axis = checked_axis(axis, "part", array)
         shape = list(array.shape)
-        length, shape[axis] = shape[axis], 0
-        alike = {"layout": checked_layout(layout), "cu_seqlens": checked_bounds(cu_seqlens), "axis": axis}
+        length, shape[own_axis] = shape[own_axis], 0
+        alike = {"layout": checked_layout(layout), "cu_seqlens": checked_bounds(cu_seqlens), "axis": own_axis}
         of_part = {"part's dtype": (array.dtype.name, array.dtype.isnative), "part's shape but for the tokens": shape}
         return alike | of_part | {"length": length}
 

@@ -497,7 +497,7 @@ def head_gradients(
     if softcap is not None:
         slope = 1.0 - (head.capped / softcap) ** 2
         grad_capped = np.where(grad_scores == 0.0, 0.0, grad_scores * slope)
-    sink_weights = np.where(head.sink == -np.inf, 0.0, np.exp(head.sink - lse))
+    sink_weights = np.where(head.sink == -np.inf, 0.0, np.exp(np.minimum(head.sink - lse, 0.0)))
     return HeadGradients(
         query=scale * weighted_values(grad_capped, head.visible, head.key),
         key=scale * weighted_values(grad_capped.T, head.visible.T, head.query),

@@ -276,44 +276,76 @@ def batched(x: Tensor | None, axis: int | None, batch_size: int, ndim: int | Non
     return x
 
 
-def refuse_mapped(seed: int | None, sinks: int | None, key_lengths: Tensor | None) -> None:
+def refuse_mapped(seed: int | None) -> None:
     if seed is not None:
         raise RuntimeError("dropout of fastattn under vmap needs randomness='same'")
-    if sinks is not None or key_lengths is not None:
-        raise RuntimeError("fastattn under vmap takes neither mapped sinks nor lengths of keys")
+
+
+def mapped_lengths(key_lengths: Tensor | None, axis: int | None, info: Any, ndim: int) -> Tensor | None:
+    """Return the lengths for a batch that begins with the mapped axis; those for all broadcast as they are."""
+    return key_lengths if axis is None else batched(key_lengths, axis, info.batch_size, ndim - 3)
+
+
+def mapped_sinks(sinks: Tensor, axis: int | None, info: Any, ndim: int) -> Tensor:
+    """Return the sinks in as many axes as lse has: mapped, of a batch, heads and queries."""
+    each: Any = batched(sinks, axis, info.batch_size, ndim - 2)
+    return each.unsqueeze(-1)
+
+
+def joined_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let sinks of each sample join the softmax over its keys: they take their share of the weights."""
+    sinks = sinks.to(lse.dtype)
+    share = torch.where(lse == -torch.inf, 0.0, torch.sigmoid(lse - sinks))
+    return (out * share.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sinks)
+
+
+def gradient_of_sinks(sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """Return the gradient of each sample's sinks: of scores that have a probability and no value."""
+    delta = torch.where(out == 0, 0.0, grad_out.double() * out.double()).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    probability = torch.where(lse == -torch.inf, 0.0, torch.exp((sinks.double() - lse).clamp(max=0.0)))
+    return -(probability * delta).sum((*range(1, lse.dim() - 2), -1)).to(sinks.dtype)
 
 
 def map_attention(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
     sinks, key_lengths = args[5:7]
-    refuse_mapped(in_dims[7], in_dims[5], key_lengths)
+    refuse_mapped(in_dims[7])
     ndim = args[0].dim() - (in_dims[0] is not None)
-    # One more axis before the heads: two axes get heads first.
-    each = [batched(x, axis, info.batch_size, max(ndim, 3)) for x, axis in zip(args[:5], in_dims[:5], strict=True)]
+    full = max(ndim, 3)  # one more axis before the heads: two axes get heads first
+    each = [batched(x, axis, info.batch_size, full) for x, axis in zip(args[:5], in_dims[:5], strict=True)]
+    key_lengths = mapped_lengths(key_lengths, in_dims[6], info, full)
     apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
-    out, lse = apply(*each, sinks, key_lengths, *args[7:])
+    out, lse = apply(*each, sinks if in_dims[5] is None else None, key_lengths, *args[7:])
+    if in_dims[5] is not None:
+        out, lse = joined_by_sinks(out, lse, mapped_sinks(sinks, in_dims[5], info, full))
     return (out, lse) if ndim > 2 else (out.squeeze(1), lse.squeeze(1)), (0, 0)
 
 
 def map_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-    bias, key_lengths = args[8], args[10]
+    bias, sinks, key_lengths = args[8:11]
     of_bias, of_sinks = args[-2:]
-    refuse_mapped(in_dims[11], in_dims[9], key_lengths)
+    refuse_mapped(in_dims[11])
     ndim = args[2].dim() - (in_dims[2] is not None)
-    if of_sinks or (of_bias and bias.dim() - (in_dims[8] is not None) < ndim):
-        raise RuntimeError(
-            "the gradients of sinks, and of an attn_mask of fewer axes than query, are not computed under vmap"
-        )
+    full = max(ndim, 3)
+    if of_bias and bias.dim() - (in_dims[8] is not None) < ndim:
+        raise RuntimeError("the gradient of an attn_mask of fewer axes than query is not computed under vmap")
     short = {1, 6}  # without columns
     each = [
-        batched(x, axis, info.batch_size, max(ndim, 3) - (i in short))
+        batched(x, axis, info.batch_size, full - (i in short))
         for i, (x, axis) in enumerate(zip(args[:9], in_dims[:9], strict=True))
     ]
+    key_lengths = mapped_lengths(key_lengths, in_dims[10], info, full)
     apply = _AttentionBackward.apply if is_transformed() else torch.ops.fastattn.attention_backward
-    *grads, grad_bias, none = apply(*each, *args[9:])
+    # Without sinks: what they changed, out and lse, is given.
+    *grads, grad_bias, grad_sinks = apply(*each, None, key_lengths, *args[11:-1], False)
+    if of_sinks:
+        given: Any = (each[0], each[1], each[5], each[6])
+        grad_sinks = gradient_of_sinks(mapped_sinks(sinks, in_dims[9], info, full), *given)
     if ndim <= 2:
         grads = [x.squeeze(1) for x in grads]
         grad_bias = grad_bias.squeeze(1) if of_bias else grad_bias
-    return (*grads, grad_bias, none), (0, 0, 0, 0 if of_bias else None, None)
+    return (*grads, grad_bias, grad_sinks), (0, 0, 0, 0 if of_bias else None, 0 if of_sinks else None)
 
 
 def refuse_vmap(*_: Any) -> Any:

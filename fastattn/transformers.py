@@ -10,6 +10,7 @@ Examples
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Never
 
@@ -92,6 +93,15 @@ class _CompactMask(Tensor):  # type: ignore[misc]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.refuse_changes()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        left, right, query_offset = (self.scores[name] for name in ("left", "right", "query_offset"))
+        return type(self), (tuple(self.shape), (left, right), query_offset, self.padding)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CompactMask:
+        kind, arguments = self.__reduce_ex__(4)
+        copied: _CompactMask = kind(*copy.deepcopy(arguments, memo))
+        return copied
 
     @staticmethod
     def refuse_changes() -> Never:
@@ -312,6 +322,14 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         super().reset()
         self.key_room = self.value_room = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle has: keys and values of its own, without the room behind them."""
+        own = {name: x.clone() for name, x in vars(self).items() if name in ("keys", "values") and x is not None}
+        return vars(self) | own | {"key_room": None, "value_room": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GrowingLayer:
+        return copy.copy(self)
+
 
 class _GrowingWindowLayer(_GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """The last keys and values of a layer, as many as its window has."""
@@ -342,7 +360,8 @@ class Cache(_DynamicCache):
     They are in tensors with room for more, whose size grows by half when it is used up; a layer gets views of them,
     which stay as they are until tokens are cropped. `transformers.DynamicCache`, whose subclass this is, makes new
     tensors at every step, for which a long sequence takes as long as for attention. It serves any implementation of
-    attention.
+    attention. A copy, by `copy.copy` as by `copy.deepcopy`, has keys and values of its own, so that generation can
+    branch; it can be pickled.
 
     Parameters
     ----------
@@ -382,6 +401,9 @@ class Cache(_DynamicCache):
         self.layers = [growing(layer) for layer in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
             self.layer_class_to_replicate = _GrowingLayer
+
+    def __copy__(self) -> Cache:
+        return copy.deepcopy(self)  # or a token appended to one would be in the other
 
 
 def growing(layer: Any) -> Any:

@@ -16,6 +16,7 @@ from oracle import (
     BF16,
     DTYPE_IDS,
     DTYPES,
+    F16,
     F32,
     F64,
     assert_close,
@@ -389,6 +390,7 @@ def test_what_differs_on_one_rank(on_last, words):
         ({"query_offset": 1.5}, "query_offset must be an int"),
         ({"window": 5}, "window must be"),
         ({"softcap": -1.0}, "softcap must be"),
+        ({"sinks": [0.0, 0.0, np.inf, 0.0]}, "sinks holds +inf, for head 2"),
         ({"alibi_slopes": np.ones(3)}, "alibi_slopes has shape (3,)"),
         ({"cu_seqlens": [0, 10]}, "query has shape (2, 4, 10, 8); accepted is (tokens, heads, head_dim)"),
         ({"cu_seqlens": [3, 2]}, "cu_seqlens must begin with 0 and never fall"),
@@ -403,9 +405,52 @@ def test_bad_input(keywords, words):
 
 
 @pytest.mark.parametrize("comm", [None, 0, MPI.COMM_NULL], ids=["None", "0", "COMM_NULL"])
-def test_what_is_no_communicator(comm):
+@pytest.mark.parametrize("name", ["ring_attention", "positions", "shard", "unshard"])
+def test_what_is_no_communicator(comm, name):
+    given = {"ring_attention": (X, X, X), "positions": (10,), "shard": (X,), "unshard": (X,)}[name]
     with pytest.raises(TypeError, match=r"comm must be an mpi4py.MPI.Intracomm, such as MPI.COMM_WORLD, not"):
-        fastattn.mpi.ring_attention(comm, X, X, X)
+        getattr(fastattn.mpi, name)(comm, *given)
+
+
+@pytest.mark.parametrize(
+    ("array", "axis", "words"),
+    [
+        (X, 4, "axis must be an axis of {}, which has shape (2, 4, 10, 8), but is 4; accepted is from -4 to 3"),
+        (X, -5, "axis must be an axis of {}, which has shape (2, 4, 10, 8), but is -5; accepted is from -4 to 3"),
+        (X[0, 0, 0], -2, "axis must be an axis of {}, which has shape (8,), but is -2; accepted is from -1 to 0"),
+        (np.float32(1), -2, "axis must be an axis of {}, which has shape (), but is -2; accepted is none"),
+        (X, 1.0, "axis must be an int, not 1.0"),
+        (X, None, "axis must be an int, not None"),
+        (X, True, "axis must be an int, not True"),
+    ],
+)
+@pytest.mark.parametrize(("name", "argument"), [("shard", "x"), ("unshard", "part")])
+def test_what_is_no_axis(name, argument, array, axis, words):
+    refused([words.format(argument)], lambda: getattr(fastattn.mpi, name)(COMM, array, axis=axis))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
+def test_gradients_of_results_that_are_not_rounded(way, dtype):
+    if way == "ulysses" and HEADS % COMM.size:
+        pytest.skip("the ranks cannot share the heads")
+    query, key, value, grad_out = make_rng().standard_normal((4, HEADS, 40, 8), F32).astype(dtype)
+    results = fastattn.attention(query, key, value, unrounded=True, return_lse=True)
+    assert results[0].dtype == F32
+    expected = fastattn.attention_backward(grad_out, query, key, value, *results)
+    *own, lse = (shard(x, "zigzag", axis) for x, axis in [(grad_out, -2), (query, -2), (key, -2), (value, -2),
+                                                          (results[0], -2), (results[1], -1)])  # fmt: skip
+    for mine, want in zip(BACKWARD[way](COMM, *own, lse, layout="zigzag"), expected, strict=True):
+        np.testing.assert_allclose(unshard(mine, "zigzag").astype(F64), want.astype(F64), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("sink", [1e300, -np.inf, np.nan])
+def test_sinks_that_float32_does_not_hold(sink):
+    x, sinks = make_rng().standard_normal((2, 30, 8), F32), np.array([0.5, sink])
+    expected = fastattn.attention(x, x, x, sinks=sinks)
+    part = shard(x, "zigzag")
+    mine = fastattn.mpi.ring_attention(COMM, part, part, part, sinks=sinks)
+    np.testing.assert_allclose(unshard(mine, "zigzag"), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["out", "grad_out", "lse", "grad_lse"])

@@ -520,6 +520,17 @@ def test_huge_scale(implementation, dtypes, scale):
     np.testing.assert_allclose(actual[2].astype(F64), expected[2].astype(F64), rtol=64 * unit, atol=8 * unit)
 
 
+@pytest.mark.parametrize("implementation", MODULES)
+@pytest.mark.parametrize("sink", [1e39, 1e300])
+def test_a_sink_that_lse_cannot_hold_has_a_gradient_of_0(implementation, sink):
+    query, key, value, grad_out = normal(make_rng(), (4, 2, 7, 8), F32)
+    sinks = np.array([0.5, sink])
+    results = fastattn.attention(query, key, value, sinks=sinks, return_lse=True)
+    grads = backward_of(implementation)(grad_out, query, key, value, *results, sinks=sinks, return_grad_sinks=True)
+    assert np.isfinite(grads[3]).all()
+    assert grads[3][1] == 0
+
+
 @each_implementation
 @pytest.mark.parametrize("shared", ["key", "value", "sinks"])
 def test_sums_beyond_float16_are_infinite_without_a_warning(implementation, shared):

@@ -228,6 +228,8 @@ UNKNOWN = X[0, 0][X[0, 0, :, 0] > 0]
         ((X, X, X), {"mask": da.ones((50, 50))}, TypeError, "mask has dtype float64; accepted is bool.*bias="),
         ((X, X, X), {"bias": da.ones((3, 50))}, ValueError, "bias has shape"),
         ((X, X, X), {"key_lengths": [60, 1]}, ValueError, "key_lengths"),
+        ((X, X, X), {"sinks": [0, np.inf, 0, -np.inf]}, ValueError, r"sinks holds \+inf, for head 1; accepted"),
+        ((X, X, X), {"sinks": da.full(4, np.inf)}, ValueError, r"sinks holds \+inf, for head 0; accepted"),
         ((X, X, X), {"split_every": 1}, ValueError, "split_every must be at least 2"),
         ((X, X, X), {"softcap": -1.0}, ValueError, "softcap"),
         ((UNKNOWN, X[0, 0], X[0, 0]), {}, ValueError, r"query has chunks of unknown size.*compute_chunk_sizes"),
@@ -247,6 +249,9 @@ def test_bad_input(arguments, keywords, error, words):
         ({"grad_out": X.astype(F16)}, TypeError, "grad_out has dtype float16; accepted is float32"),
         ({"lse": X}, ValueError, r"lse has shape .*; accepted is \(2, 4, 50\)"),
         ({"lse": X[..., 0].astype(F16)}, TypeError, "lse has dtype float16; accepted is float32 or float64"),
+        ({"out": X.astype(F16)}, TypeError, "out has dtype float16; accepted is float32"),
+        ({"out": X.astype(F64)}, TypeError, "out has dtype float64; accepted is float32"),
+        ({"sinks": [np.inf, 0, 0, 0]}, ValueError, r"sinks holds \+inf, for head 0"),
         ({"return_grad_bias": True}, ValueError, "return_grad_bias is given without bias"),
         ({"return_grad_sinks": True}, ValueError, "return_grad_sinks is given without sinks"),
         ({"dropout": 0.1}, TypeError, "dropout"),
@@ -392,3 +397,29 @@ def test_gradients_of_sinks_where_a_row_sees_no_key():
         -1
     ].compute()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_gradients_of_results_that_are_not_rounded(dtype):
+    query, key, value, grad_out = make_rng().standard_normal((4, 3, 40, 8), F32).astype(dtype)
+    results = fastattn.attention(query, key, value, unrounded=True, return_lse=True)
+    assert results[0].dtype == F32
+    sinks = np.zeros(3)
+    asked = {"sinks": sinks, "return_grad_sinks": True}
+    expected = fastattn.attention_backward(grad_out, query, key, value, *results, **asked)
+    arrays = [lazy(x, (1, 15, 8)[: x.ndim]) for x in (grad_out, query, key, value, *results)]
+    for mine, want in zip(dask.compute(*fastattn.dask.attention_backward(*arrays, **asked)), expected, strict=True):
+        assert mine.dtype == want.dtype
+        np.testing.assert_allclose(mine.astype(F64), want.astype(F64), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("sink", [1e300, 3e38, -1e300, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_sinks_that_float32_does_not_hold(sink, dtype):
+    x = make_rng().standard_normal((2, 30, 8)).astype(dtype)
+    arrays, sinks = [lazy(x, (1, 10, 8))] * 3, np.array([0.5, sink])
+    expected = fastattn.attention(x, x, x, sinks=sinks, return_lse=True)
+    found = fastattn.dask.attention(*arrays, sinks=sinks, return_lse=True)
+    for mine, want in zip(dask.compute(*found), expected, strict=True):
+        np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)

@@ -217,6 +217,9 @@ def test_an_out_that_does_not_fit_is_left_alone():
     for out, error, words in [
         ("a", TypeError, "out must be an ndarray or a tensor, not str"),
         (np.full(outs[0].shape, 7, F64), TypeError, r"out has dtype float64; accepted is that of outs\[0\], float32"),
+        (np.zeros((2, 3, 7, 20), ">f4"), TypeError, "out has dtype >f4; accepted is .*, in native byte order"),
+        (np.zeros((2, 3, 7, 20), ">f2"), TypeError, "out has dtype >f2; accepted is .*, in native byte order"),
+        (np.zeros(outs[0].shape, BF16.newbyteorder(">")), TypeError, "out has dtype .V2.*, in native byte order"),
         (np.full((3, 7, 20), 7, F32), ValueError, r"out has shape \(3, 7, 20\); accepted is \(2, 3, 7, 20\)"),
         (read_only, ValueError, "out is read-only"),
         (memory[20 : outs[0].size + 20].reshape(outs[0].shape), ValueError, r"out overlaps outs\[1\] in memory"),

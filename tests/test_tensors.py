@@ -282,6 +282,68 @@ def test_refused(what, name):
         fastattn.attention(**arguments)
 
 
+def one_dual(name, **arguments):
+    """Arguments of which one carries a tangent."""
+    tangent = torch.ones_like(arguments[name])
+    return arguments | {name: torch.autograd.forward_ad.make_dual(arguments[name], tangent)}
+
+
+def arguments_for(**more):
+    return dict(zip(("query", "key", "value"), tensors(*[(2, 4, 8, 16)] * 3), strict=True)) | more
+
+
+BOUNDS = torch.tensor([0, 2])
+WITH_TANGENTS = {
+    "attention": (fastattn.attention, arguments_for()),
+    "bias": (fastattn.attention, arguments_for(bias=torch.zeros(8, 8))),
+    "slopes": (fastattn.attention, arguments_for(alibi_slopes=torch.ones(4))),
+    "sinks": (fastattn.attention, arguments_for(sinks=torch.ones(4))),
+    "scale": (fastattn.attention, arguments_for(scale=torch.tensor(0.5))),
+    "softcap": (fastattn.attention, arguments_for(softcap=torch.tensor(5.0))),
+    "out": (fastattn.attention, arguments_for(out=torch.zeros(2, 4, 8, 16))),
+    "packed": (fastattn.attention_varlen, dict(zip(("query", "key", "value"), tensors(*[(2, 4, 8)] * 3), strict=True))
+               | {"cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS}),
+    "backward": (fastattn.attention_backward, arguments_for(grad_out=torch.ones(2, 4, 8, 16), lse=torch.ones(2, 4, 8),
+                                                            out=torch.ones(2, 4, 8, 16))),
+    "top keys": (fastattn.top_keys, dict(zip(("query", "key"), tensors(*[(2, 4, 8, 16)] * 2), strict=True)) | {"k": 2}),
+    "layer": (fastattn.MultiHeadAttention(*np.ones((4, 16, 16), np.float32), num_heads=2),
+              {"query": torch.ones(1, 8, 16)}),
+}  # fmt: skip
+OF_MAKE_DUAL = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+NOT_LEARNT = ("cu_seqlens_q", "cu_seqlens_k", "k")
+
+
+@OF_MAKE_DUAL
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [(what, name) for what, (_, given) in WITH_TANGENTS.items() for name in given if name not in NOT_LEARNT],
+)
+def test_tangents_are_not_dropped(what, name):
+    function, arguments = WITH_TANGENTS[what]
+    with torch.autograd.forward_ad.dual_level():
+        function(**arguments)  # within, too, what carries none is taken
+        with pytest.raises(RuntimeError, match=rf"^{name} has a tangent.*unpack_dual\({name}\)\.primal"):
+            function(**one_dual(name, **arguments))
+    function(**arguments)
+
+
+@OF_MAKE_DUAL
+@pytest.mark.parametrize("name", ["outs", "lses"])
+def test_tangents_of_what_is_merged_are_not_dropped(name):
+    sets = {"outs": [torch.ones(2, 3)] * 2, "lses": [torch.zeros(2)] * 2}
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(sets[name][1], sets[name][1])
+        with pytest.raises(RuntimeError, match=rf"^{name}\[1\] has a tangent"):
+            fastattn.merge(**sets | {name: [sets[name][0], dual]})
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_number_that_requires_a_gradient_is_refused(name):
+    number = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(RuntimeError, match=rf"^{name} requires a gradient"):
+        fastattn.attention(**arguments_for(**{name: number}))
+
+
 @pytest.mark.parametrize(
     "keyword",
     [

@@ -243,19 +243,6 @@ def test_gradcheck_of_the_operator(case):
     assert torch.autograd.gradcheck(out_of, inputs)
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", ["lengths", "mapped-sinks", "gradient-of-sinks"])
-def test_scores_that_vmap_has_not(case):
-    def out_of(query, sinks):
-        given = {"key_lengths": torch.tensor([3])} if case == "lengths" else {"sinks": sinks}
-        return adapter.attention_with_scores(query, query, query, *adapter.Scores(**given)).sum()
-
-    function = torch.func.grad(out_of, 1) if case == "gradient-of-sinks" else out_of
-    sinks, axis = (torch.zeros(2, 4), 0) if case == "mapped-sinks" else (torch.zeros(4), None)
-    with pytest.raises(RuntimeError, match="under vmap"):
-        torch.func.vmap(function, in_dims=(0, axis))(torch.randn(2, 4, 5, 8), sinks)
-
-
 def test_second_derivatives_are_refused():
     with pytest.raises(NotImplementedError, match="fastattn has no second derivatives"):
         torch.autograd.gradgradcheck(attend, qkv(torch.float64, requires_grad=True))
@@ -317,6 +304,104 @@ def test_gradients_for_each_sample(ndim):
     )
     for grad, expected in zip(mine, other, strict=True):
         assert_near(grad, expected, torch.float32)
+
+
+# What comes with query, key and value, and which axis of it is mapped.
+SCORES_OF_SAMPLES = {
+    "lengths": {"key_lengths": (lambda batch: torch.randint(0, 7, batch), None)},
+    "mapped lengths": {"key_lengths": (lambda batch: torch.randint(0, 7, (5, *batch)), 0)},
+    "lengths in the last axis": {"key_lengths": (lambda batch: torch.randint(0, 7, (*batch, 5)), -1)},
+    "sinks": {"sinks": (lambda batch: torch.randn(4, dtype=torch.float64), None)},
+    "mapped sinks": {"sinks": (lambda batch: torch.randn(5, 4, dtype=torch.float64), 0)},
+    "sinks in the last axis": {"sinks": (lambda batch: torch.randn(4, 5, dtype=torch.float64), 1)},
+    "both": {"sinks": (lambda batch: torch.randn(5, 4, dtype=torch.float64), 0),
+             "key_lengths": (lambda batch: torch.randint(0, 7, (5, *batch)), 0)},
+    "no sinks": {"sinks": (lambda batch: torch.full((5, 4), -torch.inf, dtype=torch.float64), 0),
+                 "key_lengths": (lambda batch: torch.randint(0, 2, (5, *batch)), 0)},
+}  # fmt: skip
+
+
+def samples(case, ndim):
+    """Return query, key, value and the case's scores of five samples, and the axes along which they are mapped."""
+    torch.manual_seed(7)
+    batch = (2, 3)[4 - ndim :][: ndim - 3]
+    inputs = [torch.randn(5, *batch, heads, rows, 8, dtype=torch.float64) for heads, rows in ((4, 5), (2, 6), (2, 6))]
+    given = {name: (make(batch), axis) for name, (make, axis) in SCORES_OF_SAMPLES[case].items()}
+    return inputs, {name: x for name, (x, _) in given.items()}, {name: axis for name, (_, axis) in given.items()}
+
+
+def each_sample(x, axis):
+    return [x] * 5 if axis is None else x.movedim(axis, 0).unbind()
+
+
+def one_by_one(function, inputs, scores, axes):
+    """Return what a function gives of each sample by itself."""
+    columns = {name: each_sample(x, axes[name]) for name, x in scores.items()}
+    named = [{name: column[i] for name, column in columns.items()} for i in range(5)]
+    found = [function(*arrays, given) for *arrays, given in zip(*inputs, named, strict=True)]
+    return [torch.stack(each) for each in zip(*found, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ndim", [3, 4, 5])
+@pytest.mark.parametrize("case", SCORES_OF_SAMPLES)
+def test_vmap_of_scores(case, ndim):
+    inputs, scores, axes = samples(case, ndim)
+
+    def attended(query, key, value, scores):
+        return (adapter.attention_with_scores(query, key, value, *adapter.Scores(**scores, causal=True)),)
+
+    mapped = torch.func.vmap(attended, in_dims=(0, 0, 0, axes))(*inputs, scores)
+    for mine, want in zip(mapped, one_by_one(attended, inputs, scores, axes), strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ndim", [3, 4])
+@pytest.mark.parametrize("case", SCORES_OF_SAMPLES)
+def test_gradients_for_each_sample_of_scores(case, ndim):
+    inputs, scores, axes = samples(case, ndim)
+    learnt = ("sinks",) if "sinks" in scores else ()
+
+    def gradients(query, key, value, scores):
+        def loss(query, key, value, changed):
+            of = adapter.Scores(**scores | changed, causal=True)
+            return adapter.attention_with_scores(query, key, value, *of).sin().sum()
+
+        *grads, of_scores = torch.func.grad(loss, (0, 1, 2, 3))(
+            query, key, value, {name: scores[name] for name in learnt}
+        )
+        return (*grads, *of_scores.values())
+
+    mapped = torch.func.vmap(gradients, in_dims=(0, 0, 0, axes))(*inputs, scores)
+    for mine, want in zip(mapped, one_by_one(gradients, inputs, scores, axes), strict=True):
+        torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["mapped sinks", "sinks", "both"])
+def test_a_gradient_over_vmap_of_sinks(case):
+    inputs, scores, axes = samples(case, 4)
+
+    def attended(query, key, value, scores):
+        return adapter.attention_with_scores(query, key, value, *adapter.Scores(**scores, causal=True))
+
+    def loss(sinks, each):
+        return each(*inputs, scores | {"sinks": sinks}).sin().sum()
+
+    mapped = torch.func.grad(loss)(scores["sinks"], torch.func.vmap(attended, in_dims=(0, 0, 0, axes)))
+    sinks = scores["sinks"].clone().requires_grad_()
+    loss(sinks, lambda *call: one_by_one(lambda *x: (attended(*x),), call[:3], call[3], axes)[0]).backward()
+    torch.testing.assert_close(mapped, sinks.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sinks_under_two_maps():
+    query, sinks = torch.randn(3, 2, 4, 5, 8), torch.randn(2, 4)
+    attended = lambda x, s: adapter.attention_with_scores(x, x, x, *adapter.Scores(sinks=s))  # noqa: E731
+    mine = torch.func.vmap(torch.func.vmap(attended), in_dims=(0, None))(query, sinks)
+    want = torch.stack([torch.stack([attended(query[i, j], sinks[j]) for j in range(2)]) for i in range(3)])
+    torch.testing.assert_close(mine, want)
 
 
 # --- the operators, and the compiler ----------------------------------------------------------------

@@ -1,6 +1,9 @@
 """fastattn.transformers: models of many architectures give what they give with eager attention."""
 
+import copy
 import doctest
+import io
+import pickle
 
 import numpy as np
 import pytest
@@ -179,6 +182,43 @@ def test_masks_that_are_keywords(monkeypatch, function, sizes, padding, skips):
         with pytest.raises(RuntimeError, match="data pointer"):
             mask.untyped_storage().data_ptr()  # it has none
     torch.testing.assert_close(result, attended(expected, *sizes[:2], is_causal))
+
+
+def saved_and_loaded(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.save": saved_and_loaded,
+    "clone": torch.clone,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("padding", ["left", "right", None])
+def test_masks_are_copied(way, padding):
+    arguments = mask_arguments((7, 12, 0, 0), padding, MASKS["window"])
+    mask = adapter.make_mask(**arguments)
+    assert isinstance(mask, adapter._CompactMask)
+    expected, result = mask & True, attended(mask, 7, 12, True)
+    copied = COPIES[way](mask)
+    assert type(copied) is (torch.Tensor if way == "clone" else type(mask))
+    if padding and way != "copy":
+        mask.padding.zero_()
+    assert torch.equal(copied & True, expected)
+    torch.testing.assert_close(attended(copied, 7, 12, True), result)
+
+
+def test_masks_in_a_batch_are_copied_once():
+    mask = adapter.make_mask(**mask_arguments((7, 12, 0, 0), "left", MASKS["window"]))
+    first, second = copy.deepcopy([mask, mask])
+    assert first is second
 
 
 @pytest.mark.parametrize("padding", PADDING)

@@ -1,6 +1,8 @@
 """fastattn.transformers.Cache: generation gives what it gives with DynamicCache, and no step copies the cache."""
 
 import copy
+import io
+import pickle
 
 import pytest
 
@@ -155,15 +157,83 @@ def test_what_is_no_config_is_refused(config):
         adapter.Cache(config)
 
 
-def test_a_copy_of_a_prompt_is_apart():
-    both = caches(model_of("Llama"))
-    both_updated(both, 5)
-    both_updated(both, 1)
-    before = copy.deepcopy(both[1])
-    both_updated(both, 1)
-    before.update(*keys_and_values(1), 0)
-    before.update(*keys_and_values(1), 1)
+def saved_and_loaded(x):
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("lengths", [[], [5], [5, 1], [3, 70, 1, 1]], ids=str)
+@pytest.mark.parametrize("way", COPIES)
+@torch.no_grad()  # with gradients no step writes where another may have its tokens
+def test_a_copy_of_a_prompt_is_apart(way, lengths, name):
+    """Each of the two goes on as if the other were not there, also where cropped tokens are rewritten."""
+    both = caches(model_of(name))
+    for cache in both:
+        cache.activate_past_recording()
+    for length in lengths:
+        both_updated(both, length)
+    branches = copy.deepcopy(both[0]), COPIES[way](both[1])
+    for length in (1, 3):
+        both_updated(both, length)
+        both_updated(branches, length)
+    for pair in (both, branches):
+        for cache in pair:
+            cache.crop(-2)
+    for length in (1, 1):
+        both_updated(both, length)
+        both_updated(branches, length)
     assert_same(*reversed(both))
+    assert_same(*reversed(branches))
+
+
+@pytest.mark.parametrize("way", COPIES)
+@torch.no_grad()
+def test_a_copy_of_a_layer_is_apart(way):
+    cache = caches(model_of("Llama"))[1]
+    for length in (5, 1):
+        cache.update(*keys_and_values(length), 0)
+    layer, branch = cache.layers[0], COPIES[way](cache.layers[0])
+    before = layer.keys.clone()
+    layer.update(*keys_and_values(1))
+    assert torch.equal(branch.update(*keys_and_values(1))[0][:, :, :6], before)
+    layer.crop(-3)
+    layer.update(*keys_and_values(3))
+    assert torch.equal(branch.keys[:, :, :6], before)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_has_no_room_that_nobody_uses(way):
+    cache = caches(model_of("Llama"))[1]
+    with torch.no_grad():
+        for length in (1000, 1):
+            cache.update(*keys_and_values(length), 0)
+    copied = COPIES[way](cache).layers[0].keys
+    assert len(copied.untyped_storage()) == copied.numel() * 4
+
+
+@pytest.mark.parametrize("way", ["copy", "deepcopy"])
+def test_a_copy_after_inference_mode(way):
+    both = caches(model_of("Llama"))
+    with torch.inference_mode():
+        both_updated(both, 5)
+        both_updated(both, 1)
+    branches = copy.deepcopy(both[0]), COPIES[way](both[1])
+    with torch.no_grad():
+        both_updated(both, 1)
+        both_updated(branches, 2)
+    assert_same(*reversed(both))
+    assert_same(*reversed(branches))
 
 
 def test_views_stay_as_they_are():
