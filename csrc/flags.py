@@ -44,12 +44,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "x86_64": {
-        "baseline": ["-Os"],  # what CPUs of before 2013 run is small rather than fast: the wheel has a limit
+        # Small rather than fast, for the wheel has a limit: what CPUs of before 2013 run, and what is there for tests.
+        "baseline": ["-Os"],
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512bf16": [*AVX512, "-mavx512bf16"],
         "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-        "amxemulated": [*AVX512, "-mavx512bf16"],
+        "amxemulated": ["-Os", *AVX512, "-mavx512bf16"],
     },
     "aarch64": {
         "baseline": [],
