@@ -12,8 +12,8 @@ from fastattn._weights import Integers, dense
 
 # More than these nobody looks through; of fewer keys a page says little, so that queries are left out before them.
 MOST_QUERIES, MOST_KEYS, LEAST_KEYS = 64, 128, 48
-# What weights, and what queries and keys take on the page of a part, whatever they are.
-PART_BITS = 6 * 400_000
+# What weights take on the page of a part, whatever they are, in characters; and how many components vectors have there.
+PART_WEIGHTS = 400_000
 PART_COMPONENTS = 1_200_000
 # So many of the chosen word's keys, in any head, come before any of the others'.
 CHOSEN_FIRST = 24
@@ -34,7 +34,7 @@ def size_of_part(heads: int, components: Sequence[int]) -> tuple[int, int]:
     queries = MOST_QUERIES
     of_query, of_key = components or (0, 1)
     while True:
-        by_bits = (PART_BITS / (heads * queries) - 64) / 3.125 - 1
+        by_bits = (6 * PART_WEIGHTS / (heads * queries) - 64) / 3.125 - 1
         by_components = (PART_COMPONENTS - queries * of_query) / of_key
         keys = int(min(MOST_KEYS, by_bits, by_components))
         if keys >= LEAST_KEYS or queries == 1:
