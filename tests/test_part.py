@@ -76,6 +76,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (12, 12), (32, 32)])
 def test_a_part_stays_small(layers, heads, kind, tmp_path):
@@ -92,6 +93,7 @@ def test_a_part_stays_small(layers, heads, kind, tmp_path):
     check_part(data, view.row)
 
 
+@pytest.mark.slow
 def test_many_heads_of_few_tokens_are_a_part_too(tmp_path):
     """Fewer weights than there may be characters, but each of them takes three bits."""
     view = AttentionView(np.full((512, 128, 128), 1 / 128, np.float32), named(128))
@@ -110,6 +112,7 @@ def test_queries_and_keys_of_a_part_stay_small(tmp_path):
     assert len(data["keys"]) < 64
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_little_memory(tmp_path):
     count = 65_536  # whose square would be 17 GB for each head
     indices, weights = listed_keys(2, 2, count, 8)
