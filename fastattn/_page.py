@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._checks import Array
-from fastattn._part import PART_WEIGHTS, Part
+from fastattn._part import Part
 from fastattn._weights import Integers
 
 # A page draws every token, and a browser keeps every head: beyond these it would be slow, not merely large.
@@ -22,7 +22,7 @@ MAX_PAGE_TOKENS = 1024
 MAX_PAGE_WEIGHTS = 4_000_000
 # The finest steps whose code has at most so many characters are taken. The coarsest are for whatever is left.
 STEPS = (4095, 1023, 255)
-SMALL_PAGE_WEIGHTS = PART_WEIGHTS
+SMALL_PAGE_WEIGHTS = 400_000
 
 # A frame in a notebook becomes as high as its page, which tells its height when asked and whenever it changes. Each
 # frame listens to its own page alone. Where this may not run, the frame scrolls.
@@ -61,11 +61,11 @@ def rice_code(counts: Integers, limit: float) -> tuple[int, str]:
     return k, base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
-def coded(weights: Array) -> dict[str, Any]:
-    """Code weights for the page, in the finest steps that leave it small."""
+def coded(weights: Array, room: int) -> dict[str, Any]:
+    """Code weights for the page, in the finest steps whose code has at most so many characters."""
     for steps in STEPS:
         counts = np.rint(weights.reshape(-1) * steps).astype(np.int32)
-        k, code = rice_code(counts, math.inf if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
+        k, code = rice_code(counts, math.inf if steps == STEPS[-1] else room)
         if code:
             break
     return {"steps": steps, "rice": k, "code": code}
