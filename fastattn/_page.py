@@ -61,11 +61,11 @@ def rice_code(counts: Integers, limit: float) -> tuple[int, str]:
     return k, base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
-def coded(weights: Array) -> dict[str, Any]:
-    """Code weights for the page, in the finest steps that leave it small."""
+def coded(weights: Array, room: int) -> dict[str, Any]:
+    """Code weights for the page, in the finest steps whose code has at most so many characters."""
     for steps in STEPS:
         counts = np.rint(weights.reshape(-1) * steps).astype(np.int32)
-        k, code = rice_code(counts, math.inf if steps == STEPS[-1] else SMALL_PAGE_WEIGHTS)
+        k, code = rice_code(counts, math.inf if steps == STEPS[-1] else room)
         if code:
             break
     return {"steps": steps, "rice": k, "code": code}

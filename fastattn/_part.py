@@ -12,9 +12,9 @@ from fastattn._weights import Integers, dense
 
 # More than these nobody looks through; of fewer keys a page says little, so that queries are left out before them.
 MOST_QUERIES, MOST_KEYS, LEAST_KEYS = 64, 128, 48
-# What weights, and what queries and keys take on the page of a part, whatever they are.
-PART_BITS = 6 * 400_000
-PART_COMPONENTS = 1_200_000
+# What weights and vectors take, whatever they are, in characters: so many, for a page of less than 500 kB, where that
+# leaves as many queries as here, and otherwise so many.
+SMALL_PART, LARGE_PART, LEAST_QUERIES = 420_000, 2_000_000, 8
 # So many of the chosen word's keys, in any head, come before any of the others'.
 CHOSEN_FIRST = 24
 
@@ -26,20 +26,22 @@ class Part(NamedTuple):
     keys: Integers
 
 
-def size_of_part(heads: int, components: Sequence[int]) -> tuple[int, int]:
-    """Return how many queries and keys a page holds of so many heads, and components of a query and a key, if any.
+def size_of_part(heads: int, vectors: Sequence[Array]) -> tuple[int, int, int]:
+    """Return how many queries and keys a part has, and how many characters are left for its weights.
 
-    A row of counts of 255ths, and one for other keys, takes at most 3.125 bits for each and 64: see `save`.
+    A row of counts of 255ths, and one for other keys, takes at most 3.125 bits for each and 64: see `save`. A vector
+    takes a byte for each component, and two. A character holds six bits.
     """
-    queries = MOST_QUERIES
-    of_query, of_key = components or (0, 1)
+    of_query, of_key = [4 / 3 * each[..., 0, 0].size * (each.shape[-1] + 2) for each in vectors] or [0.0, 0.0]
+    queries, most = MOST_QUERIES, SMALL_PART
     while True:
-        by_bits = (PART_BITS / (heads * queries) - 64) / 3.125 - 1
-        by_components = (PART_COMPONENTS - queries * of_query) / of_key
-        keys = int(min(MOST_KEYS, by_bits, by_components))
+        room = most - queries * (of_query + heads * (64 + 3.125) / 6)
+        keys = max(1, min(MOST_KEYS, int(room / (of_key + heads * queries * 3.125 / 6))))
         if keys >= LEAST_KEYS or queries == 1:
-            return queries, max(keys, 1)
+            return queries, keys, int(most - queries * of_query - keys * of_key)
         queries //= 2
+        if most == SMALL_PART and queries < LEAST_QUERIES:
+            queries, most = MOST_QUERIES, LARGE_PART
 
 
 def queries_around(query: int, count: int, num_queries: int) -> Integers:
@@ -74,7 +76,7 @@ def strongest_keys(listed: Integers, largest: Array, chosen: int, count: int) ->
     return found if len(found) else np.zeros(1, np.intp)
 
 
-def part_of(keys: Integers, weights: Array, num_keys: int, complete: bool, query: int, size: tuple[int, int]) -> Part:
+def part_of(keys: Integers, weights: Array, num_keys: int, complete: bool, query: int, size: Sequence[int]) -> Part:
     """Choose the part of a view, (layers, heads, queries, listed), around a query."""
     queries = queries_around(query, size[0], keys.shape[2])
     near = slice(queries[0], queries[-1] + 1)

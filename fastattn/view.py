@@ -785,20 +785,20 @@ class AttentionView:
         vectors = self._vectors or ()
         part = _part.Part(np.arange(len(self._tokens)), np.arange(self._num_keys))
         if _page.may_hold(heads, part, vectors):
-            held = self._coded(part)
+            held = self._coded(part, _page.SMALL_PAGE_WEIGHTS)
             if len(held["code"]) <= _page.MAX_PAGE_WEIGHTS:
                 return {**held, "query": query, "part": None}
-        size = _part.size_of_part(heads, [each[..., 0, :].size for each in vectors])
+        *size, room = _part.size_of_part(heads, vectors)
         part = _part.part_of(self._keys, self._weights, self._num_keys, self._complete, query, size)
         told = {
             "queries": part.queries.tolist(),
             "keys": part.keys.tolist(),
             "of": {"queries": len(self._tokens), "keys": self._num_keys},
         }
-        return {**self._coded(part), "query": query - int(part.queries[0]), "part": told}
+        return {**self._coded(part, room), "query": query - int(part.queries[0]), "part": told}
 
-    def _coded(self, part: Part) -> dict[str, Any]:
-        """Return what the page holds of a part: its tokens, and its weights and vectors in code."""
+    def _coded(self, part: Part, room: int) -> dict[str, Any]:
+        """Return what the page holds of a part: tokens, weights in at most so many characters, and vectors."""
         from fastattn import _page, _part
 
         rows = _part.rows_of_part(self._keys, self._weights, part, self._complete)
@@ -815,7 +815,7 @@ class AttentionView:
             "keys": [shown(self._key_tokens[at]) for at in part.keys],
             "complete": complete,
             "vectors": vectors,
-            **_page.coded(rows[..., :-1] if complete else rows),
+            **_page.coded(rows[..., :-1] if complete else rows, room),
         }
 
     def _page(self, title: str | None, word: str | int | None, layer: int | None, head: int | str) -> bytes:
@@ -877,13 +877,15 @@ class AttentionView:
         Weights are rounded to 4095ths, 1023rds or 255ths, the finest whose code has at most 400,000 characters
         (255ths if none has), so they are off by at most 1/510. The code is that of Golomb and Rice [1]_, in base64.
         As counts of 255ths in a row sum to about 255, ``Sk`` of them take at most ``3 Sk + (255 + Sk / 2) / 4``
-        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights, and a part has
-        as many queries and keys as take at most 400,000.
+        bits: 12 layers of 12 heads and 64 tokens are at most 406,000 characters, whatever the weights.
 
         Queries and keys take a byte for each component, 4 characters for 3 bytes, and are rounded to 127ths of the
-        largest in each vector: those of 64 dimensions add 1.6 million characters to these 12 layers, and as much at
-        most to a part. With fewer bits, the scores that the page tells would be wrong in the first decimal; where it
-        must be smaller, give a view of fewer layers.
+        largest in each vector: those of 64 dimensions add 1.6 million characters to these 12 layers. With fewer bits,
+        the scores that the page tells would be wrong in the first decimal; where it must be smaller, give a view of
+        fewer layers.
+
+        A part has so many queries and keys that its page has less than 500,000 characters, or, if that leaves fewer
+        than 8 queries and 48 keys, about 2 million.
 
         References
         ----------

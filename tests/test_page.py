@@ -216,6 +216,7 @@ def test_a_token_is_found(open_page):
     page.press("#find", "Enter")
     assert [first, page.evaluate("state.chosen.index")] == [3, 4]
     page.fill("#find", "zebra")
+    assert page.inner_text("#status") == page.inner_text("#announced") == "No query holds “zebra”."
     assert page.get_attribute("#find", "aria-invalid") == "true"
     assert page.evaluate("state.chosen.index") == 4
 

@@ -76,6 +76,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layers", "heads"), [(1, 1), (6, 12), (12, 12), (32, 32)])
 def test_a_part_stays_small(layers, heads, kind, tmp_path):
@@ -92,6 +93,7 @@ def test_a_part_stays_small(layers, heads, kind, tmp_path):
     check_part(data, view.row)
 
 
+@pytest.mark.slow
 def test_many_heads_of_few_tokens_are_a_part_too(tmp_path):
     """Fewer weights than there may be characters, but each of them takes three bits."""
     view = AttentionView(np.full((512, 128, 128), 1 / 128, np.float32), named(128))
@@ -100,16 +102,31 @@ def test_many_heads_of_few_tokens_are_a_part_too(tmp_path):
     assert np.allclose(decoded(data)[..., :-1], 1 / 128, rtol=0, atol=0.5 / data["steps"])
 
 
-def test_queries_and_keys_of_a_part_stay_small(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "heads", "kv_heads", "dim", "most"),
+    [(1, 1, 1, 64, 500_000), (6, 12, 12, 32, 500_000), (12, 12, 12, 64, 2_100_000), (32, 32, 8, 128, 2_100_000)],
+)
+def test_queries_and_keys_of_a_part_stay_small(layers, heads, kv_heads, dim, most, tmp_path):
+    indices = np.broadcast_to(np.arange(160) * 6, (layers, heads, 16, 160))
+    weights = make_rng().dirichlet(np.ones(160), indices.shape[:-1]).astype(np.float32)
+    queries = make_rng(1).standard_normal((layers, heads, 16, dim), np.float32)
+    keys = make_rng(2).standard_normal((layers, kv_heads, 1100, dim), np.float32)
+    view = AttentionView.from_top_keys(indices, weights, named(16), key_tokens=named(1100), queries=queries, keys=keys)
+    page = saved(view, tmp_path, word=8, layer=0, head=0)
+    assert len(page) < most
+    check_part(data_of(page), view.row)
+
+
+def test_vectors_that_would_be_too_large_make_a_part(tmp_path):
     weights = np.full((12, 12, 64, 64), 1 / 64, np.float32)
     vectors = np.ones((12, 12, 64, 192), np.float32)
-    page = saved(AttentionView(weights, named(64), queries=vectors, keys=vectors), tmp_path, word=60)
-    data = data_of(page)
-    assert len(page) < 2_100_000
+    data = data_of(saved(AttentionView(weights, named(64), queries=vectors, keys=vectors), tmp_path, word=60))
     assert data["part"]["queries"][data["query"]] == 60
     assert len(data["keys"]) < 64
 
 
+@pytest.mark.slow
 def test_a_long_text_takes_little_memory(tmp_path):
     count = 65_536  # whose square would be 17 GB for each head
     indices, weights = listed_keys(2, 2, count, 8)

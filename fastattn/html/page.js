@@ -216,7 +216,7 @@ function find(behind) {
   const found = text ? order.find(holds) : undefined;
   byId("find").setAttribute("aria-invalid", String(Boolean(text) && found === undefined));
   if (found === undefined) {
-    if (text) byId("status").textContent = `No query${ofPart} holds “${text}”.`;
+    for (const id of text ? ["status", "announced"] : []) byId(id).textContent = `No query${ofPart} holds “${text}”.`;
     return;
   }
   choose({ side: "queries", index: found });
