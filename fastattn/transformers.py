@@ -360,7 +360,7 @@ class Cache(_DynamicCache):
     They are in tensors with room for more, whose size grows by half when it is used up; a layer gets views of them,
     which stay as they are until tokens are cropped. `transformers.DynamicCache`, whose subclass this is, makes new
     tensors at every step, for which a long sequence takes as long as for attention. It serves any implementation of
-    attention. A copy, by `copy.copy` as by `copy.deepcopy`, has keys and values of its own, so that generation can
+    attention. A copy, by ``copy.copy`` as by ``copy.deepcopy``, has keys and values of its own, so that generation can
     branch; it can be pickled.
 
     Parameters

@@ -279,55 +279,77 @@ def test_neighbours_are_independent(implementation, share):
 # --- gradients ------------------------------------------------------------------------------------
 
 
-@each_implementation_and_isa
-@pytest.mark.parametrize(
+each_backward_case = pytest.mark.parametrize(
     "keywords", [{}, {"causal": True, "sinks": np.array([0.0, 1.0, -2.0, 3.0]), "softcap": 2.0}], ids=["plain", "all"]
 )
-def test_finite_differences(implementation, keywords):
+
+
+def backward_case(keywords):
+    """Return the arguments, the gradients of a loss with respect to the results, and the names of what is learnt."""
     query, key, value = qkv(make_rng(8), SHAPE, (F64, F64), head_dim_v=2)
     bias = make_rng(9).standard_normal((4, 1, 6))
     arguments = {"query": query, "key": key, "value": value, "bias": bias, **keywords, "dropout": 0.3, "seed": 10}
     out, lse = reference.attention(**arguments, return_lse=True)
     assert not np.array_equal(out, reference.attention(**{**arguments, "dropout": 0.0}))
-    grad_out, grad_lse = make_rng(10).standard_normal(out.shape), make_rng(11).standard_normal(lse.shape)
-    learnt = [name for name in ("query", "key", "value", "bias", "sinks") if name in arguments]
-    grads = MODULES[implementation].attention_backward(
-        grad_out,
-        out=out,
-        lse=lse,
-        grad_lse=grad_lse,
-        return_grad_bias=True,
-        return_grad_sinks="sinks" in learnt,
-        **arguments,
-    )
+    weights = make_rng(10).standard_normal(out.shape), make_rng(11).standard_normal(lse.shape)
+    return arguments, weights, [name for name in ("query", "key", "value", "bias", "sinks") if name in arguments]
+
+
+def gradients(module, arguments, weights, learnt):
+    (grad_out, grad_lse), (out, lse) = weights, reference.attention(**arguments, return_lse=True)
+    asked = {"return_grad_bias": True, "return_grad_sinks": "sinks" in learnt}
+    return module.attention_backward(grad_out, out=out, lse=lse, grad_lse=grad_lse, **asked, **arguments)
+
+
+@each_backward_case
+def test_finite_differences(keywords):
+    arguments, weights, learnt = backward_case(keywords)
 
     def loss(name, x):
         out, lse = reference.attention(**{**arguments, name: x}, return_lse=True)
-        return (out * grad_out).sum() + (lse * grad_lse).sum()
+        return (out * weights[0]).sum() + (lse * weights[1]).sum()
 
-    for name, grad in zip(learnt, grads, strict=True):
+    for name, grad in zip(learnt, gradients(reference, arguments, weights, learnt), strict=True):
         assert_close(grad, differences(lambda x, name=name: loss(name, x), arguments[name]), 1e-8, f"grad_{name}")
 
 
-@each_implementation_and_isa
-def test_gradients_of_packed_sequences(implementation):
-    lengths = np.array([0, 3, 3, 7])
-    query, key, value = (x[:, :, 0] for x in qkv(make_rng(12), (7, 4, 2, 1, 1, 3), (F64, F64)))
-    keywords = {"causal": True, "dropout": 0.3, "seed": 10}
-    module = MODULES[implementation]
+@pytest.mark.isa
+@each_backward_case
+def test_gradients_are_those_of_the_reference(keywords):
+    """Whose gradients the finite differences have checked."""
+    case = backward_case(keywords)
+    expected, found = gradients(reference, *case), gradients(fastattn, *case)
+    for name, grad, want in zip(case[2], found, expected, strict=True):
+        assert_close(grad, want, 1e-13 * max(1, np.abs(want).max()), f"grad_{name}")
 
-    def attend(**changed):
-        arrays = {"query": query, "key": key, "value": value} | changed
-        return reference.attention_varlen(
-            **arrays, cu_seqlens_q=lengths, cu_seqlens_k=lengths, return_lse=True, **keywords
-        )
 
-    out, lse = attend()
-    grad_out = make_rng(13).standard_normal(out.shape)
-    grads = module.attention_varlen_backward(grad_out, query, key, value, out, lse, lengths, lengths, **keywords)
-    for name, x, grad in zip(("query", "key", "value"), (query, key, value), grads, strict=True):
-        expected = differences(lambda x, name=name: (attend(**{name: x})[0] * grad_out).sum(), x)
-        assert_close(grad, expected, 1e-8, f"grad_{name}")
+PACKED_LENGTHS = np.array([0, 3, 3, 7])
+PACKED = {"cu_seqlens_q": PACKED_LENGTHS, "cu_seqlens_k": PACKED_LENGTHS, "causal": True, "dropout": 0.3, "seed": 10}
+
+
+def packed_case():
+    arrays = [x[:, :, 0] for x in qkv(make_rng(12), (7, 4, 2, 1, 1, 3), (F64, F64))]
+    out, lse = reference.attention_varlen(*arrays, return_lse=True, **PACKED)
+    return make_rng(13).standard_normal(out.shape), *arrays, out, lse
+
+
+def test_finite_differences_of_packed_sequences():
+    grad_out, *arrays, out, lse = packed_case()
+    grads = reference.attention_varlen_backward(grad_out, *arrays, out, lse, **PACKED)
+    for i, grad in enumerate(grads):
+
+        def loss(x, i=i):
+            return (reference.attention_varlen(*arrays[:i], x, *arrays[i + 1 :], **PACKED) * grad_out).sum()
+
+        assert_close(grad, differences(loss, arrays[i]), 1e-8, f"grad of argument {i}")
+
+
+@pytest.mark.isa
+def test_gradients_of_packed_sequences_are_those_of_the_reference():
+    case = packed_case()
+    expected = reference.attention_varlen_backward(*case, **PACKED)
+    for i, (grad, want) in enumerate(zip(fastattn.attention_varlen_backward(*case, **PACKED), expected, strict=True)):
+        assert_close(grad, want, 1e-13 * max(1, np.abs(want).max()), f"grad of argument {i}")
 
 
 # --- bad input ------------------------------------------------------------------------------------

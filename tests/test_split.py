@@ -127,13 +127,14 @@ def test_small_rows_beside_a_large_one(exponent):
 
 
 def test_sums_of_many_keys():
-    """Values of one sign, whose sum's roundings do not cancel."""
+    """Values of one sign, whose sum's roundings do not cancel. Each row shows it: some are compared."""
     rng = make_rng()
     query, key = (rng.standard_normal((1, 1, n, 64)).astype(F32) for n in (128, 32768))
     value = rng.random((1, 1, 32768, 64)).astype(F32)
-    truth = formula(query, key, value, np.longdouble)
-    error = np.abs(fastattn.attention(query, key, value) - truth).max()
-    assert error <= 2 * np.abs(formula(query, key, value, F32) - truth).max()
+    some = query[:, :, ::16]
+    truth = formula(some, key, value, np.longdouble)
+    error = np.abs(fastattn.attention(query, key, value)[:, :, ::16] - truth).max()
+    assert error <= 2 * np.abs(formula(some, key, value, F32) - truth).max()
 
 
 @pytest.mark.parametrize("window", [(1000, 0), (700, 100)], ids=str)
