@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,6 +115,18 @@ def check_dtype(name: str, array: Array, *, native: bool = True) -> None:
 def check_floats(name: str, array: Array) -> None:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {array.dtype}; accepted are real floats{how_to_convert(name, array.dtype)}")
+
+
+def refuse_as_result(add_to: object) -> Never:
+    kind = f"a tuple of {len(add_to)}" if isinstance(add_to, tuple) else type(add_to).__name__
+    raise TypeError(f"add_to must be (out, lse), as a call with return_lse=True returns them, not {kind}")
+
+
+def refuse_beside_add_to(out: object, return_weights: bool) -> None:
+    if out is not None:
+        raise ValueError("out cannot be given with add_to, which says where results are stored")
+    if return_weights:
+        raise ValueError("return_weights cannot be given with add_to: a row has weights on other keys, too")
 
 
 def refuse_plus_infinity(name: str, lse: Array) -> None:

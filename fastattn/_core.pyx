@@ -1098,8 +1098,7 @@ cdef class Call:
         cdef cnp.ndarray array, lse
         cdef cnp.npy_intp dims[MAX_AXES]
         if not isinstance(add_to, (tuple, list)) or len(add_to) != 2:
-            raise TypeError(f"add_to must be (out, lse), as a call with return_lse=True returns them, not "
-                            f"{type(add_to).__name__}")
+            _checks.refuse_as_result(add_to)
         array, lse = self.target(add_to[0], "add_to[0]"), self.target(add_to[1], "add_to[1]")
         for name, each in (("add_to[0]", array), ("add_to[1]", lse)):
             if each.dtype != self.lse_dtype() or not each.dtype.isnative:
@@ -1192,9 +1191,7 @@ cdef object compute(Call call, object out, object add_to, bint return_lse, bint 
     """The results of a call of which all else is set."""
     cdef object lse_before = None
     if add_to is not None:
-        if out is not None or return_weights:
-            raise ValueError(f"{'out' if out is not None else 'return_weights'} cannot be given with add_to, into "
-                             "which results go, and whose weights are of other keys, too")
+        _checks.refuse_beside_add_to(out, return_weights)
         out, lse_before = call.set_result_before(add_to)
     cdef cnp.ndarray result = call.set_out(out)
     cdef cnp.ndarray lse = call.set_lse(lse_before) if return_lse or add_to is not None else None

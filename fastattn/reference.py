@@ -44,7 +44,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastattn._arguments import misfit, typed_like
-from fastattn._checks import HALF, as_array, as_grads, refuse_masked, refuse_plus_infinity
+from fastattn._checks import (
+    HALF,
+    as_array,
+    as_grads,
+    refuse_as_result,
+    refuse_beside_add_to,
+    refuse_masked,
+    refuse_plus_infinity,
+)
 from fastattn._keywords import PACKED, SCORES, Array, Grads, PackedKeywords, ScoreKeywords, Window, takes
 from fastattn._philox import NO_DROPOUT, Dropout, checked_dropout
 from fastattn.api import attention as fast_attention
@@ -199,10 +207,12 @@ def attention(
         raise misfit(attention, others, scores)
     kept = checked_dropout(dropout, seed)
     refuse_masked("out", out)
+    if add_to is not None:
+        refuse_beside_add_to(out, return_weights)
     dtype = dtype_of_result(as_array("query", query), out, add_to, unrounded)
     result, lse, weights, _ = attention_steps(query, key, value, scores, return_weights, kept, dtype=dtype)
     if add_to is not None:
-        result, lse = joined(add_to, (result, lse))
+        result, lse = joined(add_to, (result, lse), query=query, key=key, value=value)
     elif out is not None:
         np.copyto(out, result)
         result = out
@@ -210,10 +220,34 @@ def attention(
     return (result, *extras) if extras else result
 
 
-def joined(before: tuple[Array, Array], new: tuple[Array, Array]) -> tuple[Array, Array]:
+def joined(before: tuple[Array, Array], new: tuple[Array, Array], **inputs: ArrayLike) -> tuple[Array, Array]:
     """Add to a result that over other keys, in place."""
+    if not isinstance(before, (tuple, list)) or len(before) != 2:
+        refuse_as_result(before)
+    for i, (x, like) in enumerate(zip(before, new, strict=True)):
+        check_joined(
+            f"add_to[{i}]", x, like.shape, new[1].dtype, inputs | {f"add_to[{j}]": before[j] for j in range(i)}
+        )
+    refuse_plus_infinity("add_to[1]", before[1])
     before[0][...], before[1][...] = merge(*zip(before, new, strict=True))
     return before
+
+
+def check_joined(
+    name: str, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Mapping[str, ArrayLike]
+) -> None:
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{name} must be an ndarray, not {type(x).__name__}")
+    refuse_masked(name, x)
+    if x.dtype != dtype or not x.dtype.isnative:
+        raise TypeError(f"{name} has dtype {x.dtype}; accepted is {dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}; accepted is {shape}")
+    if not x.flags.writeable:
+        raise ValueError(f"{name} is read-only")
+    for other, array in inputs.items():
+        if isinstance(array, np.ndarray) and np.shares_memory(x, array):
+            raise ValueError(f"{name} overlaps {other} in memory")
 
 
 def dtype_of_result(
@@ -425,6 +459,8 @@ def attention_varlen(
     query, key, value = as_array("query", query), as_array("key", key), as_array("value", value)
     refuse_masked("out", out)
     kept = checked_dropout(dropout, seed)
+    if add_to is not None:
+        refuse_beside_add_to(out, return_weights=False)
     dtype = dtype_of_result(query, out, add_to, unrounded)
     result = np.zeros((*query.shape[:2], value.shape[-1]), dtype) if out is None else out
     lse = np.zeros(query.shape[:2], np.float64 if query.dtype == np.float64 else np.float32)
@@ -443,7 +479,7 @@ def attention_varlen(
             )[:2]
         )
     if add_to is not None:
-        result, lse = joined(add_to, (result, lse))
+        result, lse = joined(add_to, (result, lse), query=query, key=key, value=value)
     return (result, lse) if return_lse else result
 
 

@@ -286,15 +286,20 @@ def mapped_lengths(key_lengths: Tensor | None, axis: int | None, info: Any, ndim
     return key_lengths if axis is None else batched(key_lengths, axis, info.batch_size, ndim - 3)
 
 
-def mapped_sinks(sinks: Tensor, axis: int | None, info: Any, ndim: int) -> Tensor:
+def mapped_sinks(sinks: Tensor, axis: int | None, info: Any, query: Tensor) -> Tensor:
     """Return the sinks in as many axes as lse has: mapped, of a batch, heads and queries."""
-    each: Any = batched(sinks, axis, info.batch_size, ndim - 2)
-    return each.unsqueeze(-1)
+    each: Any = batched(sinks, axis, info.batch_size)
+    heads = query.shape[-3]
+    if each.shape[1:] != (heads,):
+        raise ValueError(f"sinks has shape {tuple(each.shape[1:])}; accepted is one logit a head, ({heads},)")
+    return each.reshape(len(each), *[1] * (query.dim() - 4), heads, 1)
 
 
 def joined_by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Let sinks of each sample join the softmax over its keys: they take their share of the weights."""
-    sinks = sinks.to(lse.dtype)
+    # As for one call, those beyond lse's dtype are its largest number, and an infinite one leaves no weights to tell.
+    sinks = torch.where(sinks == torch.inf, torch.nan, sinks.double())
+    sinks = sinks.clamp(max=torch.finfo(lse.dtype).max).to(lse.dtype)
     share = torch.where(lse == -torch.inf, 0.0, torch.sigmoid(lse - sinks))
     return (out * share.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sinks)
 
@@ -318,7 +323,7 @@ def map_attention(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple
     apply = _Attention.apply if is_transformed() else torch.ops.fastattn.attention
     out, lse = apply(*each, sinks if in_dims[5] is None else None, key_lengths, *args[7:])
     if in_dims[5] is not None:
-        out, lse = joined_by_sinks(out, lse, mapped_sinks(sinks, in_dims[5], info, full))
+        out, lse = joined_by_sinks(out, lse, mapped_sinks(sinks, in_dims[5], info, each[0]))
     return (out, lse) if ndim > 2 else (out.squeeze(1), lse.squeeze(1)), (0, 0)
 
 
@@ -341,7 +346,7 @@ def map_backward(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[
     *grads, grad_bias, grad_sinks = apply(*each, None, key_lengths, *args[11:-1], False)
     if of_sinks:
         given: Any = (each[0], each[1], each[5], each[6])
-        grad_sinks = gradient_of_sinks(mapped_sinks(sinks, in_dims[9], info, full), *given)
+        grad_sinks = gradient_of_sinks(mapped_sinks(sinks, in_dims[9], info, each[2]), *given)
     if ndim <= 2:
         grads = [x.squeeze(1) for x in grads]
         grad_bias = grad_bias.squeeze(1) if of_bias else grad_bias

@@ -328,7 +328,10 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return vars(self) | own | {"key_room": None, "value_room": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _GrowingLayer:
-        return copy.copy(self)
+        copied = copy.copy(self)
+        others = {name: x for name, x in vars(copied).items() if name not in ("keys", "values")}
+        copied.__dict__.update(copy.deepcopy(others, memo))
+        return copied
 
 
 class _GrowingWindowLayer(_GrowingLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]

@@ -884,8 +884,8 @@ class AttentionView:
         the scores that the page tells would be wrong in the first decimal; where it must be smaller, give a view of
         fewer layers.
 
-        A part has so many queries and keys that its page has less than 500,000 characters, or, if that leaves fewer
-        than 8 queries and 48 keys, about 2 million.
+        A part has so many queries and keys that its page has less than 500,000 characters besides its words, or, if
+        that leaves fewer than 8 queries and 48 keys, about 2 million.
 
         References
         ----------

@@ -2,6 +2,7 @@
 
 import doctest
 import gc
+import re
 
 import pytest
 
@@ -393,6 +394,32 @@ def test_a_gradient_over_vmap_of_sinks(case):
     sinks = scores["sinks"].clone().requires_grad_()
     loss(sinks, lambda *call: one_by_one(lambda *x: (attended(*x),), call[:3], call[3], axes)[0]).backward()
     torch.testing.assert_close(mapped, sinks.grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sink", [1e300, -1e300, 1e39, torch.inf, -torch.inf, torch.nan])
+def test_extreme_sinks_of_samples(sink):
+    inputs, sinks = [torch.randn(3, 4, 5, 8) for _ in range(3)], torch.zeros(3, 4, dtype=torch.float64)
+    sinks[1, 2] = sink
+
+    def attended(query, key, value, sinks):
+        return (adapter.attention_with_scores(query, key, value, *adapter.Scores(sinks=sinks)),)
+
+    (mapped,) = torch.func.vmap(attended)(*inputs, sinks)
+    alone = torch.stack([attended(*each)[0] for each in zip(*inputs, sinks, strict=True)])
+    torch.testing.assert_close(mapped, alone, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", [(), (1,), (2, 4)])
+def test_sinks_of_samples_of_another_shape(shape):
+    inputs = [torch.randn(3, 2, 4, 5, 8) for _ in range(3)]
+
+    def attended(query, key, value, sinks):
+        return adapter.attention_with_scores(query, key, value, *adapter.Scores(sinks=sinks))
+
+    with pytest.raises(ValueError, match=re.escape(f"sinks has shape {shape}; accepted is one logit a head, (4,)")):
+        torch.func.vmap(attended)(*inputs, torch.zeros(3, *shape))
 
 
 @pytest.mark.filterwarnings("ignore")

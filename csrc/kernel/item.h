@@ -307,7 +307,8 @@ static void share_results(const fa_problem *p, const item_arrays *a, tile *t)
         const vec of_before = vec_exp2((before[m] - largest) * (real)LOG2E);
         const vec of_now = vec_exp2((now[m] - largest) * (real)LOG2E);
         const vec sum = of_before + of_now, inverse_sum = inverse_or_zero(sum);
-        t->share_before[m] = of_before * inverse_sum;
+        const vmask none = vec_equal(before[m], vec_splat(-(real)INFINITY));
+        t->share_before[m] = vec_select(none, vec_splat(-1), of_before * inverse_sum);
         t->share[m] = of_now * inverse_sum;
         for (int j = m * LANES; j < m * LANES + rows_of_vector(t, m); j++)
             store_element(place_of_lse(p, a, t, j), p->lse.dtype,
@@ -315,11 +316,11 @@ static void share_results(const fa_problem *p, const item_arrays *a, tile *t)
     }
 }
 
-/* What is there of results, of which nothing remains where its share is 0: it may not even be finite. */
+/* What remains of the results that are there. Over no keys they may hold anything. */
 FA_INLINE vec share_of(vec before, vec share)
 {
     const vec zero = vec_splat(0);
-    return vec_select(vec_equal(share, zero), zero, before * share);
+    return vec_select(vec_greater(zero, share), zero, before * share);
 }
 
 /* Normalises and stores a decode tile; the results' sums. */

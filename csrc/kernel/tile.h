@@ -42,8 +42,8 @@ typedef struct {
     vec row_sum[MAX_VECTORS];
     vec exact_sum[MAX_VECTORS]; /* for lse: of exponentials to the precision of `real`, where row_sum is of
                                    coarse ones */
-    vec share_before[MAX_VECTORS], share[MAX_VECTORS]; /* of the results that are there, and of these; where
-                                                          a problem adds */
+    vec share_before[MAX_VECTORS], share[MAX_VECTORS]; /* of the results that are there, or -1 where there are
+                                                          none, and of these; where a problem adds */
     vec slope[MAX_VECTORS];
     uvec drop_position[MAX_VECTORS], drop_head[MAX_VECTORS]; /* 32 bits of each; with dropout */
     uint32_t drop_item;
