@@ -5,8 +5,8 @@
     mpirun -n 2 python bench/measure_scale.py messages       # a ring beside its computing and its messages alone
     bench/throttled.sh 1gbit                                 # the same over a link of that rate; needs root
 
-Times are the least of several, taken in turn with what they are compared with: one call, which returns lse as parts do,
-for bfloat16 has to sum twice for that. Each result is checked first.
+Times are the least of several, taken in turn with what they are compared with: one call, which returns lse as parts do.
+Each result is checked first.
 """
 
 import argparse
