@@ -27,9 +27,9 @@ const productOf = (query, key) => query.map((value, d) => value * key[d]);
 
 const isBehind = (query, key) => positionOf("keys", key) > positionOf("queries", query);
 
-// A head that gives no query a key behind it is taken for causal.
+// A head that gives no query a key behind it is taken for causal; of a part of the keys that cannot be said.
 function isCausal(figure) {
-  return tokens.length > 1 && tokens.every((_, i) => keys.every((__, j) => !isBehind(i, j) || !weight(figure, i, j)));
+  return everyKey && tokens.length > 1 && tokens.every((_, i) => keys.every((__, j) => !isBehind(i, j) || !weight(figure, i, j)));
 }
 
 // The steps from a query and a key to a weight, by queries and keys alone.
