@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,6 +63,10 @@ def write(path: str, content: bytes) -> None:
 def print_explanation(arguments: argparse.Namespace) -> None:
     """Print what a word of a sentence attends to, and write the page."""
     sentence = read_sentence(arguments)
+    if arguments.compare is not None and not arguments.compare.strip():
+        refuse("--compare is empty")
+    if arguments.compare and arguments.json:
+        refuse("--compare and --json cannot be given together")
     views = [look_at(text) for text in (sentence, arguments.compare) if text]
     asked = {"word": arguments.word, "layer": arguments.layer, "head": arguments.head}
     chosen = {name: value for name, value in asked.items() if value is not None}
@@ -72,7 +77,7 @@ def print_explanation(arguments: argparse.Namespace) -> None:
         else:
             text = explain.report(views[0], other=views[1] if arguments.compare else None, **shown, **chosen)
         if arguments.html is not None:
-            views[0].save(arguments.html, title=sentence, **chosen)
+            views[0].save(arguments.html, title=textwrap.shorten(sentence, 100, placeholder=" …"), **chosen)
     except (ValueError, OSError) as complaint:
         refuse(str(complaint))
     print(text)
@@ -245,7 +250,9 @@ def make_parser() -> argparse.ArgumentParser:
     looking.set_defaults(call=print_explanation)
     looking.add_argument("sentence", nargs="?", metavar="SENTENCE", help="in English, for the model knows no other")
     looking.add_argument("--file", metavar="FILE", help="read the sentence from a file; - is standard input")
-    looking.add_argument("--word", metavar="WORD", help="default: the word of which a head is most certain")
+    looking.add_argument(
+        "--word", metavar="WORD", help="the first of its name; default: the word of which a head is most certain"
+    )
     looking.add_argument("--layer", type=int, metavar="N", help="from 0; default: any")
     looking.add_argument(
         "--head", type=head_word, metavar="N", help="from 0, with --layer; or mean; default: the most certain"
@@ -254,7 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--all-heads", action="store_true", help="list the words that any head gives the word, with the heads that do"
     )
     looking.add_argument("--rollout", action="store_true", help="follow attention through all layers, too")
-    looking.add_argument("--compare", metavar="SENTENCE", help="show the same head in another sentence, too")
+    looking.add_argument("--compare", metavar="SENTENCE", help="tell what the same head does in another sentence, too")
     looking.add_argument("--json", action="store_true", help="print JSON instead of text")
     looking.add_argument("--html", metavar="FILE", help="write all heads to a page that a browser opens")
 

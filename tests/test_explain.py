@@ -36,7 +36,7 @@ def test_it_finds_the_tiger():
 def test_it_tells_how_the_head_was_chosen():
     text = explain("The bank raised its rates because it was worried.", "--word", "it").stdout
     assert '"it" attends to\n  worried' in text
-    assert re.search(r"Of 72 heads this one .* Not counted are \d+ that look by position", text)
+    assert re.search(r"Of 72 heads this one .* Left out: \d+ that looks? by position", text)
     assert "\n  layer 3, head 1: bank 0.6" in text
     assert "Stars: ***** from 0.5, *** from 0.1, * from 0.02." in text
     chosen = explain("The bank raised its rates.", "--word", "its", "--layer", 3, "--head", 1).stdout
@@ -87,7 +87,10 @@ def test_a_text_that_is_too_long_is_cut_and_that_is_told(tmp_path):
     done = explain("--file", file)
     assert done.returncode == 0
     assert "longer than the 256 tokens that the model takes" in done.stderr
-    with pytest.warns(UserWarning, match="the rest is cut off"):
+    with (
+        pytest.warns(UserWarning, match="the rest is cut off"),
+        pytest.warns(UserWarning, match="trained on at most 128"),
+    ):
         assert len(view_sentence("word " * 400).tokens) == 256
 
 
@@ -180,3 +183,30 @@ def test_without_the_model_it_says_how_to_install_it(tmp_path, monkeypatch):
     assert done.returncode == 2
     assert INSTALL in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@needs_model
+@pytest.mark.parametrize("sentence", ["Hello", "!!! ... ???"])
+def test_where_no_head_tells_anything(sentence):
+    text = explain(sentence).stdout
+    assert "No head gives another word a weight that tells anything" in text
+    assert "Of 72 heads" not in text
+
+
+@needs_model
+def test_more_tokens_than_the_model_was_trained_on(tmp_path):
+    path = tmp_path / "page.html"
+    done = explain(" ".join(["The tiger was thirsty."] * 30), "--html", path)
+    assert "trained on at most 128 tokens" in done.stderr
+    assert "…</h1>" in path.read_text()
+    assert "128" not in explain(SENTENCE).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--compare", " "], "--compare is empty"), (["--compare", "It was.", "--json"], "--compare and --json")],
+)
+def test_a_comparison_that_cannot_be_told(arguments, complaint):
+    done = explain(SENTENCE, *arguments)
+    assert done.returncode == 2
+    assert complaint in done.stderr

@@ -236,6 +236,7 @@ def test_the_address_holds_the_state(open_page):
     page.select_option("#head", label="mean")
     page.click("#keys .word >> nth=2")
     page.locator("#threshold").fill("0.25")
+    assert page.inner_text("#threshold-told") == "0.25"
     page.select_option("#strongest", label="3")
     address = page.evaluate("location.hash")
     assert address == "#layer=0&head=mean&key=2&threshold=0.25&strongest=3"
@@ -243,6 +244,28 @@ def test_the_address_holds_the_state(open_page):
     assert again.evaluate("location.hash") == address
     assert again.inner_text("#status") == page.inner_text("#status")
     assert count_of_lines(again) == count_of_lines(page)
+
+
+def test_the_address_holds_all_words(open_page):
+    page = open_page()
+    page.click("#all")
+    address = page.evaluate("location.hash")
+    assert address == "#layer=1&head=2&query=all"
+    assert open_page(address=address).inner_text("#status") == "Layer 1, head 2: all words."
+
+
+def test_an_address_that_is_pasted_is_followed(open_page):
+    page = open_page()
+    with page.expect_navigation():
+        page.evaluate("location.hash = '#layer=0&head=1&query=2'")
+    check_shown(page, 0, 1, 2)
+
+
+@pytest.mark.parametrize("width", [390, 700, 900, 1000, 1100])
+def test_no_column_is_crushed(open_page, width):
+    page = open_page(viewport={"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("tbody tr >> nth=0").bounding_box()["height"] < 60
 
 
 def test_an_address_of_what_there_is_not_is_passed_over(open_page):

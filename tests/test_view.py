@@ -4,6 +4,7 @@ import html
 import importlib.resources
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -150,8 +151,17 @@ def test_figures_of_heads():
     assert [summary[:2] for summary in view_of().heads()] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+def shown_by_ipython(x):
+    """Return what IPython prints of an object, and check that print does alike."""
+    printed = []
+    printer = types.SimpleNamespace(text=printed.append)
+    x._repr_pretty_(printer, cycle=False)
+    assert printed == [str(x)]
+    return printed[0]
+
+
 def test_heads_as_text():
-    lines = str(view_of().heads()).splitlines()
+    lines = shown_by_ipython(view_of().heads()).splitlines()
     assert lines[0] == "layer  head  entropy (bits)  distance  diagonal  special"
     assert lines[2].split() == ["0", "1", "0.00", "1.50", "0.50", "1.00"]
     assert len(lines) == 5

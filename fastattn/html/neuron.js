@@ -154,5 +154,5 @@ function makeNeuron() {
   byId("dimensions").parentElement.parentElement.addEventListener("toggle", again);
   new ResizeObserver(again).observe(byId("neuron"));
   byId("precision").textContent += " Each query and key is rounded to 127ths of its largest component, so that scores"
-    + " may be off in the second decimal.";
+    + " may be off in the second decimal, and weights that are computed from them in the third.";
 }

@@ -283,6 +283,7 @@ function render() {
   showTable(word);
   showNeuron(state.chosen && word?.side !== state.chosen.side ? state.chosen : word);
   byId("status").textContent = told(word);
+  byId("threshold-told").textContent = state.threshold.toFixed(2);
   drawLines(word);
 }
 

@@ -69,6 +69,7 @@ function toAddress() {
   const parts = { layer: first.layer, head: headInAddress(first) };
   if (second.weights) parts.beside = `${second.layer}.${headInAddress(second)}`;
   if (chosen) parts[chosen.side === "queries" ? "query" : "key"] = positionOf(chosen.side, chosen.index);
+  else parts.query = "all";
   if (threshold) parts.threshold = threshold;
   if (strongest !== Infinity) parts.strongest = strongest;
   return `#${new URLSearchParams(parts)}`;
@@ -91,6 +92,7 @@ function fromAddress() {
   let beside = -1;
   const [layer, head] = (asked.get("beside") ?? "").split(".");
   if (number(layer, layers) !== undefined && headOf(head) !== undefined) beside = numberOf({ layer: Number(layer), head: headOf(head) });
+  if (asked.get("query") === "all") state.chosen = null;
   for (const [side, name] of [["queries", "query"], ["keys", "key"]]) {
     const index = wordsOf(side).findIndex((_, i) => String(positionOf(side, i)) === asked.get(name));
     if (index >= 0) state.chosen = { side, index };

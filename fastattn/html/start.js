@@ -13,6 +13,8 @@ dark.addEventListener("change", () => {
   drawHeads();
   render();
 });
+// An address that is pasted into an open page; the page's own changes of it raise no event.
+addEventListener("hashchange", () => location.reload());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") choose(null);
 });
