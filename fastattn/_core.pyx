@@ -1074,24 +1074,40 @@ cdef class Call:
         return float32 if self.unrounded and is_half(like) else like.descr
 
     cdef cnp.ndarray set_out(self, object out):
-        cdef fa_problem *p = &self.problem
         cdef cnp.ndarray array
         cdef cnp.npy_intp dims[MAX_AXES]
         if out is None:
-            array = self.new_array(self.result_dtype(self.query), p.head_dim_v, self.query)
+            array = self.new_array(self.result_dtype(self.query), self.problem.head_dim_v, self.query)
         else:
             array = self.target(out, "out")
             check_out_dtype(array, "out", self.query, "query", self.unrounded)
-            check_out(array, "out", self.result_dims(p.head_dim_v, dims), dims, self.inputs)
+            check_out(array, "out", self.result_dims(self.problem.head_dim_v, dims), dims, self.inputs)
+        self.describe_out(array)
+        return array
+
+    cdef void describe_out(self, cnp.ndarray array):
+        cdef fa_problem *p = &self.problem
         if self.packed:
             describe_packed(&p.out, array)
         else:
             describe(&p.out, p, array, 3)
         p.out.dtype = FA_FLOAT32 if is_float32(array) else p.query.dtype
-        return array
 
     cdef cnp.dtype lse_dtype(self):
         return np.dtype(np.float64 if self.problem.query.dtype == FA_FLOAT64 else np.float32)
+
+    cdef cnp.ndarray set_lse(self):
+        cdef cnp.ndarray array = self.new_array(self.lse_dtype(), -1)
+        self.describe_lse(array)
+        return array
+
+    cdef void describe_lse(self, cnp.ndarray array):
+        cdef fa_problem *p = &self.problem
+        if self.packed:
+            describe_packed(&p.lse, array)
+        else:
+            describe(&p.lse, p, array, 2)
+        p.lse.dtype = FA_FLOAT64 if p.query.dtype == FA_FLOAT64 else FA_FLOAT32
 
     cdef tuple set_result_before(self, object add_to):
         """Results go to where one over other keys is, which they join."""
@@ -1107,23 +1123,10 @@ cdef class Call:
         check_out(array, "add_to[0]", self.result_dims(self.problem.head_dim_v, dims), dims, self.inputs)
         check_out(lse, "add_to[1]", self.result_dims(-1, dims), dims, self.inputs | {"add_to[0]": array})
         _checks.refuse_plus_infinity("add_to[1]", lse)
+        self.describe_out(array)
+        self.describe_lse(lse)
         self.problem.adds = True
-        return add_to[0], add_to[1]
-
-    cdef cnp.ndarray set_lse(self, object given):
-        cdef fa_problem *p = &self.problem
-        cdef bint double_precision = p.query.dtype == FA_FLOAT64
-        cdef cnp.ndarray array
-        if given is None:
-            array = self.new_array(self.lse_dtype(), -1)
-        else:
-            array = self.target(given, "add_to[1]")
-        if self.packed:
-            describe_packed(&p.lse, array)
-        else:
-            describe(&p.lse, p, array, 2)
-        p.lse.dtype = FA_FLOAT64 if double_precision else FA_FLOAT32
-        return array
+        return array, lse
 
     cdef cnp.ndarray set_weights(self):
         cdef fa_problem *p = &self.problem
@@ -1189,12 +1192,15 @@ cdef int run(Call call, fa_pass compute) except -1:
 
 cdef object compute(Call call, object out, object add_to, bint return_lse, bint return_weights):
     """The results of a call of which all else is set."""
-    cdef object lse_before = None
-    if add_to is not None:
+    cdef cnp.ndarray result
+    cdef cnp.ndarray lse = None
+    if add_to is None:
+        result = call.set_out(out)
+        if return_lse:
+            lse = call.set_lse()
+    else:
         _checks.refuse_beside_add_to(out, return_weights)
-        out, lse_before = call.set_result_before(add_to)
-    cdef cnp.ndarray result = call.set_out(out)
-    cdef cnp.ndarray lse = call.set_lse(lse_before) if return_lse or add_to is not None else None
+        result, lse = call.set_result_before(add_to)
     cdef cnp.ndarray weights = call.set_weights() if return_weights else None
     run(call, fa_forward)
     if weights is None and not return_lse:

@@ -1,13 +1,13 @@
 """fastattn.transformers.Cache: generation gives what it gives with DynamicCache, and no step copies the cache."""
 
 import copy
-import io
-import pickle
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.24")
+
+from copies import COPIES  # noqa: E402
 
 import fastattn.transformers as adapter  # noqa: E402
 
@@ -155,21 +155,6 @@ def test_without_a_config():
 def test_what_is_no_config_is_refused(config):
     with pytest.raises(TypeError, match=r"config must be a transformers.PreTrainedConfig, as model.config is, not <cl"):
         adapter.Cache(config)
-
-
-def saved_and_loaded(x):
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "copy": copy.copy,
-    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
-    "torch.save": saved_and_loaded,
-}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
